@@ -1,0 +1,61 @@
+"""Every error that densely raises on purpose.
+
+    DenselyError            the base: catch this one to catch them all
+    ├── ConfigError         a flag, a field or a name is wrong                  (exit 2)
+    ├── DataError           data is missing, damaged or of the wrong kind       (exit 2)
+    ├── RunError            a run directory is missing, damaged or unfit        (exit 2)
+    ├── ShapeError          a tensor does not fit the model                     (exit 2)
+    ├── TrainingError       training itself went wrong, as when it diverges     (exit 1)
+    └── Stopped             the user or the system ended it      (exit 130 or 143)
+
+A message says what was given, what is allowed and what to do, in one or two lines: it is
+printed as it is, without a traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DenselyError(Exception):
+    """Base of all errors of this package; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class ConfigError(DenselyError, ValueError):
+    """A flag, a configuration field or a name is wrong."""
+
+
+class DataError(DenselyError):
+    """Data is missing, damaged or of the wrong kind."""
+
+
+class RunError(DenselyError):
+    """A run directory is missing, damaged or unfit for what was asked."""
+
+
+class ShapeError(DenselyError, ValueError):
+    """A tensor has a shape that the model cannot take."""
+
+
+class TrainingError(DenselyError):
+    """Training itself failed."""
+
+    exit_code = 1
+
+
+class Stopped(DenselyError):
+    """Ctrl-C (exit code 130) or SIGTERM (143) ended the work, after saving."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that `name` is no known `kind`, with the nearest known names first."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return f"unknown {kind} '{name}'; did you mean {' or '.join(near)}?"
+    return f"unknown {kind} '{name}'; known: {', '.join(names)}"
