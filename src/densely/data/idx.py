@@ -1,0 +1,84 @@
+"""Reader of IDX, the file format of MNIST and its relatives, plain or gzipped.
+
+    bytes 0-1   zero
+    byte  2     type of the values; 8 is uint8
+    byte  3     number of dimensions, d
+    then        d sizes, big-endian uint32; then the values, last dimension fastest
+
+Source: LeCun, Cortes, Burges, "The MNIST database", section "file formats".
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densely.errors import DataError
+
+UINT8 = 8
+
+
+def read_idx(path: Path, dimensions: int, sizes: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Read a uint8 IDX file whose sizes are known beforehand.
+
+    No more than the expected number of bytes is ever unpacked, whatever the file claims.
+
+    Args:
+        path: the file; gzipped where its name ends in `.gz`.
+        dimensions: 3 for images, 1 for labels.
+        sizes: what the file must hold, such as (60000, 28, 28).
+
+    Raises:
+        DataError: the file is truncated, no IDX file, or holds something else; it is named.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return _read(file, path, dimensions, sizes)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: truncated or damaged ({error}); fetch it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read(
+    file: IO[bytes], path: Path, dimensions: int, sizes: tuple[int, ...]
+) -> NDArray[np.uint8]:
+    magic = file.read(4)
+    expected = bytes((0, 0, UINT8, dimensions))
+    if len(magic) < 4:
+        raise DataError(f"{path}: truncated: it ends within its header; fetch it again")
+    if magic != expected:
+        kinds = {1: "labels", 3: "images"}
+        hint = "is this an IDX file?"
+        if magic[:3] == expected[:3] and magic[3] in kinds:
+            hint = f"it holds {kinds[magic[3]]}: were two files swapped?"
+        raise DataError(
+            f"{path}: wrong magic number {magic.hex()}, expected {expected.hex()} "
+            f"({kinds.get(dimensions, 'values')}); {hint}"
+        )
+    header = file.read(4 * dimensions)
+    if len(header) < 4 * dimensions:
+        raise DataError(f"{path}: truncated: it ends within its header; fetch it again")
+    found = struct.unpack(f">{dimensions}I", header)
+    if found != sizes:
+        raise DataError(
+            f"{path}: holds {_by(found)} values, expected {_by(sizes)}; is it the right file?"
+        )
+    count = math.prod(sizes)
+    values = file.read(count + 1)
+    if len(values) < count:
+        raise DataError(
+            f"{path}: truncated: {len(values)} of {count} values are there; fetch it again"
+        )
+    if len(values) > count:
+        raise DataError(f"{path}: more bytes follow the {count} values; fetch it again")
+    return np.frombuffer(bytearray(values), dtype=np.uint8).reshape(sizes)
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in sizes)

@@ -1,0 +1,86 @@
+"""Reading one image file that anybody may have made: any mode, any size, nothing trusted."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from densely.errors import DataError
+
+#: Formats that are opened, whatever a file's name says, and the suffixes looked for in folders.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+MAX_PIXELS = 100_000_000
+
+_GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image and read its header.
+
+    Raises:
+        DataError: there is no such file, it is no image of an allowed format, or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size warning: ours is an error, below
+            image = Image.open(path, formats=FORMATS)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image file {path}") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder, an image file was expected") from error
+    except Exception as error:
+        raise DataError(f"{path}: not a readable {', '.join(FORMATS)} image") from error
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise DataError(
+            f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read"
+        )
+    return image
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether an opened image has no colour by its mode; its pixels are not looked at."""
+    if image.mode == "P":
+        palette = image.getpalette("RGB") or []
+        return palette[0::3] == palette[1::3] == palette[2::3]
+    return image.mode in _GREY_MODES
+
+
+def decode(image: Image.Image, channels: int, name: str) -> Tensor:
+    """Pixels of an opened image, upright, as uint8 [channels, H, W].
+
+    Transparent parts are put on white; 16-bit grey is scaled to 8 bits, not clipped.
+
+    Args:
+        image: from `open_image`, or made in memory.
+        channels: 1 for grey (ITU-R 601 luma), 3 for RGB.
+        name: for messages.
+
+    Raises:
+        DataError: the file is truncated or corrupt.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            pixels = np.array(_eight_bit(upright).convert("L" if channels == 1 else "RGB"))
+    except Exception as error:
+        raise DataError(f"{name}: corrupt image ({error})") from error
+    planes = pixels[:, :, None] if channels == 1 else pixels
+    return torch.from_numpy(planes).permute(2, 0, 1).contiguous()
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.array(image, dtype=np.int64).clip(0, 65535)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        on_white = Image.new("RGBA", image.size, "white")
+        on_white.alpha_composite(image.convert("RGBA"))
+        return on_white
+    return image

@@ -1,0 +1,66 @@
+"""From what the user calls a data set to its images: one of the named ones, or a folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from densely.data.dataset import ImageSet, Splits, stratified_split
+from densely.data.digits import load_digits
+from densely.data.fashion_mnist import load_fashion_mnist
+from densely.data.folder import load_folder
+from densely.errors import DataError, unknown_name
+
+_NAMED: dict[str, Callable[[Path | None, int], Splits]] = {
+    "digits": lambda data_dir, split_seed: load_digits(split_seed),
+    "fashion-mnist": lambda data_dir, split_seed: load_fashion_mnist(data_dir),
+}
+
+
+def load_data(
+    data: str,
+    *,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    split_seed: int = 0,
+) -> Splits:
+    """Read a data set as uint8 tensors.
+
+    Args:
+        data: "digits", "fashion-mnist", or a folder of images (see `densely.data.folder`).
+        data_dir: where the files of a named data set are looked for first.
+        image_size: side that the images of a folder are scaled to; named data sets come as they
+            are, and are scaled batch by batch.
+        channels: 1 or 3, for a folder; None to follow its images.
+        split_seed: of splits that the source does not make itself.
+
+    Raises:
+        DataError: no such data set or folder, or it is damaged.
+    """
+    if data in _NAMED:
+        return _NAMED[data](data_dir, split_seed)
+    if not Path(data).is_dir():
+        raise DataError(f"{unknown_name('data set', data, _NAMED)}; nor is there a folder {data}")
+    return load_folder(Path(data), image_size, split_seed, channels)
+
+
+def with_validation(splits: Splits, share: float, split_seed: int) -> Splits:
+    """Set `share` of the training images aside for validation, unless the source has its own.
+
+    Equal shares of each class; the same images for the same `split_seed`. With share 0 nothing is
+    set aside, and a validation split of the source is left unused.
+    """
+    if share == 0:
+        return Splits(splits.name, splits.train, splits.test)
+    if splits.validation is not None:
+        return splits
+    train = splits.train
+    first, second = stratified_split(train.labels, train.classes, share, split_seed, "validation")
+    return Splits(splits.name, train.subset(first), splits.test, train.subset(second))
+
+
+def limited(images: ImageSet, limit: int | None, split_seed: int) -> ImageSet:
+    """Keep at most `limit` images, equal shares of each class."""
+    if limit is None or limit >= len(images):
+        return images
+    _, kept = stratified_split(images.labels, images.classes, limit, split_seed, "this run")
+    return images.subset(kept)
