@@ -1,0 +1,49 @@
+"""What a bug report or a results table must say of the machine."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import densely
+from densely.runtime import Runtime
+
+PACKAGES = ("torch", "numpy", "safetensors", "pillow", "scikit-learn", "matplotlib")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of densely and of the packages that decide its numbers."""
+    found = {"densely": densely.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the CPU's own name."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "unknown")
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Versions, hardware, what was chosen on it and why, and the command."""
+    return {
+        "versions": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(runtime.device),
+        "device_name": device_name(runtime.device),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": runtime.precision,
+        "memory_format": runtime.memory_format,
+        "reasons": runtime.reasons,
+        "command": sys.argv,
+    }

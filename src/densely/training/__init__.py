@@ -1,0 +1,1 @@
+"""The recipe, the loop, and what a run leaves behind."""

@@ -1,0 +1,52 @@
+"""The model card: the README.md of a run, for whoever finds it later."""
+
+from densely.environment import package_versions
+from densely.training.checkpoint import ModelInfo
+from densely.training.reporting import RunFacts, Summary
+
+
+def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
+    """Markdown that says what was trained, on what, how well, and how to use it."""
+    config, prep = facts.config, info.preprocessing
+    colour = "grey" if prep.channels == 1 else "RGB"
+    chosen = (
+        f"epoch {summary.best_epoch}, chosen by the validation split"
+        if facts.validation_images
+        else f"epoch {summary.best_epoch}, the last one: there was no validation split"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    return f"""# {config.model} on {config.data}
+
+![curves](curves.png)
+
+| | |
+|---|---|
+| test accuracy | {summary.test.accuracy:.4f} on {facts.test_images:,} images |
+| test loss | {summary.test.loss:.4f} |
+| weights | {chosen} |
+| network | {config.model}, {facts.parameters:,} parameters |
+| classes | {len(info.classes)}: {", ".join(info.classes[:20])}{", ..." * (len(info.classes) > 20)} |
+| input | {colour} images, scaled to {prep.image_size}x{prep.image_size} pixels in [0, 1], \
+then (x - {list(prep.mean)}) / {list(prep.std)} |
+| training images | {facts.train_images:,}, and {facts.validation_images:,} for validation |
+| training | {config.epochs} epochs, batch {config.batch_size}, SGD lr {config.lr:g} \
+({config.schedule}), momentum {config.momentum:g}, weight decay {config.weight_decay:g}, \
+seed {config.seed} |
+| computed on | {facts.device}, {facts.precision}, {facts.memory_format} |
+| time | {summary.seconds:.0f} s in all, {summary.examples_per_s:,.0f} examples/s |
+| versions | {versions} |
+
+Use it:
+
+    densely predict {summary.run} IMAGE...
+    densely evaluate {summary.run}
+
+or in Python:
+
+    import densely
+    densely.load("{summary.run}").predict(["IMAGE"])
+
+Limits: it knows nothing but the classes above, and gives one of them to any picture at all. Its
+probabilities are not calibrated. It was judged on one test split of the same source as its
+training images; other cameras, other places and other times may differ.
+"""

@@ -1,0 +1,195 @@
+"""Saved networks and saved progress: safetensors and JSON, nothing that runs code when read.
+
+    FOLDER/model.safetensors      weights, keys as torchvision's
+    FOLDER/model.json             what they are the weights of, and how to use them
+    FOLDER/optimizer.safetensors  momentum buffers
+    FOLDER/state.json             where the run stands
+
+There is no state of random numbers to keep: each derives from (seed, epoch, step), and `state.json`
+holds all three.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from densely.data import Preprocessing
+from densely.errors import RunError
+from densely.models import DenseNet, create_model
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a file of weights holds: the network's name, its classes, and its preprocessing."""
+
+    model: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def build(self) -> DenseNet:
+        """Make the network, with fresh weights."""
+        return create_model(
+            self.model,
+            num_classes=len(self.classes),
+            in_channels=self.preprocessing.channels,
+            image_size=self.preprocessing.image_size,
+        )
+
+
+@dataclass
+class Progress:
+    """Where a run stands: `step` steps of epoch `epoch` (both from 0) are done.
+
+    `seen`, `loss_sum` and `correct` sum over the images of those steps; `seconds` is the time
+    they took. The best epoch so far is by accuracy on the validation split, if there is one, and
+    by loss between equals.
+    `train_images` tells whether the data are still those that the run began with.
+    """
+
+    seed: int
+    train_images: int
+    epoch: int = 0
+    step: int = 0
+    seen: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+    best_epoch: int | None = None
+    best_accuracy: float = 0.0
+    best_loss: float = 1e9
+
+
+def save_checkpoint(
+    folder: Path,
+    model: DenseNet,
+    info: ModelInfo,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+) -> None:
+    """Write a checkpoint so that `folder` holds the old one or the new one, whole, at any time."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+    described = asdict(info) | {"format": 1}
+    _write_json(new / "model.json", described)
+    save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
+    _write_json(new / "state.json", asdict(progress))
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_model(folder: Path) -> tuple[DenseNet, ModelInfo]:
+    """Read a saved network, in eval mode on the CPU.
+
+    Raises:
+        RunError: something is missing, damaged or does not fit; it is named.
+    """
+    folder = _whole(folder)
+    values = _read_json(folder / "model.json")
+    try:
+        info = ModelInfo(
+            str(values["model"]),
+            tuple(str(name) for name in values["classes"]),
+            Preprocessing.from_dict(values["preprocessing"]),
+        )
+        model = info.build()
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder / 'model.json'}: damaged or of another version: {error}") from error
+    _load_weights(model, folder / "model.safetensors")
+    return model.eval(), info
+
+
+def load_progress(
+    folder: Path, model: DenseNet, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Read weights, optimizer and progress back into a run's own objects.
+
+    Raises:
+        RunError: something is missing, damaged or does not fit; it is named.
+    """
+    folder = _whole(folder)
+    _load_weights(model, folder / "model.safetensors")
+    parameters = _optimizer_parameters(optimizer)
+    for key, value in _read_tensors(folder / "optimizer.safetensors").items():
+        name, _, index = key.rpartition(".")
+        if not index.isdigit() or int(index) >= len(parameters):
+            raise RunError(f"{folder / 'optimizer.safetensors'}: unexpected key '{key}'")
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][name] = value.to(parameter.device)
+    try:
+        return Progress(**_read_json(folder / "state.json"))
+    except TypeError as error:
+        raise RunError(f"{folder / 'state.json'}: damaged or of another version: {error}") from error
+
+
+def _whole(folder: Path) -> Path:
+    """`folder`, or the new one beside it if the process ended just as it took its place."""
+    new = folder.with_name(folder.name + ".new")
+    if not folder.exists() and (new / "state.json").exists():
+        return new
+    if not folder.is_dir():
+        raise RunError(f"{folder}: there is no checkpoint")
+    return folder
+
+
+def _optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{i}": value.contiguous()
+        for i, parameter in enumerate(_optimizer_parameters(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load_weights(model: DenseNet, path: Path) -> None:
+    tensors = _read_tensors(path)
+    expected = model.state_dict()
+    faults = [f"{key} is missing" for key in expected if key not in tensors]
+    faults += [f"{key} is unexpected" for key in tensors if key not in expected]
+    faults += [
+        f"{key} is {list(tensors[key].shape)}, expected {list(value.shape)}"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise RunError(f"{path}: does not fit the model: {'; '.join(faults[:3])}{more}")
+    model.load_state_dict(tensors)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: missing or damaged: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: missing or damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path}: damaged: expected a JSON object")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,184 @@
+"""What a training run is: one frozen dataclass, from which flags, help and YAML are made.
+
+Importing this module does not import torch, so that `--help` answers at once.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from densely.errors import ConfigError, unknown_name
+
+T = TypeVar("T")
+
+
+def _option(default: T, help: str) -> T:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run; checked when made, all faults at once.
+
+    Raises:
+        ConfigError: fields of a wrong type or out of range.
+    """
+
+    recipe: str = _option("quickstart", "the recipe that gave all values not set by hand")
+    model: str = _option("densenet_bc_22_12", "network, such as d2l or densenet121")
+    data: str = _option("digits", "digits, fashion-mnist, or a folder of images sorted by class")
+    data_dir: str | None = _option(
+        None, "where the files of a named data set are looked for first, before DENSELY_DATA"
+    )
+    image_size: int | None = _option(
+        None, "side in pixels that images are scaled to; null keeps their own, folders at most 96"
+    )
+    normalize: bool = _option(
+        True, "subtract the mean and divide by the deviation of the training pixels"
+    )
+    validation: float = _option(
+        0.1, "share of training images set aside to choose the best epoch; 0 for none"
+    )
+    limit: int | None = _option(None, "train on at most so many images, equal shares of each class")
+    split_seed: int = _option(0, "of the splits into training, validation and test images")
+    epochs: int = _option(15, "times that each training image is seen")
+    batch_size: int = _option(64, "images of one step")
+    lr: float = _option(0.1, "learning rate")
+    schedule: Literal["constant", "cosine"] = _option(
+        "cosine", "constant learning rate, or falling to 0 along half a cosine"
+    )
+    momentum: float = _option(0.9, "Nesterov momentum of the gradient steps; 0 for plain SGD")
+    weight_decay: float = _option(1e-4, "L2 penalty")
+    seed: int = _option(0, "of initial weights and of the order of images")
+    device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = _option(
+        "auto", "of convolutions and products; auto takes bfloat16 where the hardware has it"
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = _option(
+        "auto", "layout of images; auto takes what is fastest on the device"
+    )
+    output: str = _option("runs", "folder that receives the run, as NAME-001, NAME-002, ...")
+    name: str | None = _option(None, "name of the run; null takes the recipe's")
+
+    def __post_init__(self) -> None:
+        faults = _type_faults(self)
+        if not faults:
+            faults = [
+                f"{name}={getattr(self, name)}: must be {rule}"
+                for name, rule, holds in self._rules()
+                if not holds
+            ]
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+    def _rules(self) -> list[tuple[str, str, bool]]:
+        return [
+            ("epochs", "at least 1", self.epochs >= 1),
+            ("batch_size", "at least 2, for batch statistics", self.batch_size >= 2),
+            ("lr", "above 0 and finite", 0 < self.lr < math.inf),
+            ("momentum", "at least 0 and below 1", 0 <= self.momentum < 1),
+            ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
+            ("validation", "at least 0 and below 1", 0 <= self.validation < 1),
+            ("limit", "at least 2", self.limit is None or self.limit >= 2),
+            ("image_size", "from 1 to 4096", self.image_size is None or 0 < self.image_size < 4097),
+            ("seed", "from 0 to 2^32 - 1", 0 <= self.seed < 2**32),
+            ("split_seed", "from 0 to 2^32 - 1", 0 <= self.split_seed < 2**32),
+            (
+                "name",
+                "a plain file name",
+                self.name is None
+                or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0\n")),
+            ),
+        ]
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run without its number."""
+        return self.name or self.recipe
+
+    def to_yaml(self) -> str:
+        """All fields as YAML, in the order of the class; `from_values` reads it back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Make a config from a recipe and what differs from it.
+
+        Args:
+            values: fields by name; those not named come from the recipe `values["recipe"]`.
+
+        Raises:
+            ConfigError: an unknown recipe or field (the nearest are named), or a wrong value.
+        """
+        name = values.get("recipe", "quickstart")
+        if name not in RECIPES:
+            raise ConfigError(unknown_name("recipe", str(name), RECIPES))
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = [unknown_name("field", str(key), known) for key in values if key not in known]
+        if unknown:
+            raise ConfigError("; ".join(unknown))
+        return dataclasses.replace(RECIPES[name], **values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the fields in a YAML file.
+
+    Raises:
+        ConfigError: no such file, no YAML, or not a mapping of fields to values.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: no valid YAML: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected lines such as 'lr: 0.1'")
+    return values
+
+
+def _type_faults(config: TrainConfig) -> list[str]:
+    """Values whose type is not the field's, as a YAML file or Python code may give them."""
+    faults = []
+    for name, hint in get_type_hints(TrainConfig).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                faults.append(f"{name}={value!r}: must be one of {', '.join(get_args(hint))}")
+            continue
+        allowed = get_args(hint) or (hint,)
+        if float in allowed and type(value) is int:  # `lr: 1` means 1.0
+            object.__setattr__(config, name, float(value))
+        elif type(value) not in allowed:
+            names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+            faults.append(f"{name}={value!r}: must be of type {names}")
+    return faults
+
+
+RECIPES = {
+    # Learns scikit-learn's bundled digits in well under two minutes on two CPU cores.
+    "quickstart": TrainConfig(recipe="quickstart"),
+    # The chapter: Dive into Deep Learning 8.7, Fashion-MNIST at 96x96, plain SGD, no validation
+    # split, pixels in [0, 1].
+    "d2l": TrainConfig(
+        recipe="d2l",
+        model="d2l",
+        data="fashion-mnist",
+        image_size=96,
+        normalize=False,
+        validation=0.0,
+        epochs=10,
+        batch_size=256,
+        lr=0.1,
+        schedule="constant",
+        momentum=0.0,
+        weight_decay=0.0,
+    ),
+}

@@ -1,0 +1,53 @@
+"""The picture of a run: its three curves over the epochs, as the chapter draws them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from densely.training.run import EpochMetrics
+
+
+def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
+    """Draw train loss, train accuracy and held-out accuracy into a PNG.
+
+    Colours and dashes are the chapter's. Losses above 2 are cut off, as there.
+    """
+    # Not pyplot: it keeps global state and would look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    epochs = [row.epoch for row in rows]
+    held_out = "validation" if rows[0].validation_accuracy is not None else "test"
+    accuracies = [getattr(row, f"{held_out}_accuracy") for row in rows]
+
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    marker = "o" if len(rows) == 1 else None
+    axes.plot(
+        epochs, [row.train_loss for row in rows], "-", color="C0", marker=marker, label="train loss"
+    )
+    axes.plot(
+        epochs, [row.train_accuracy for row in rows], "--", color="m", marker=marker,
+        label="train acc",
+    )  # fmt: skip
+    axes.plot(epochs, accuracies, "-.", color="g", marker=marker, label=f"{held_out} acc")
+    best = max(range(len(rows)), key=lambda i: accuracies[i])
+    axes.annotate(
+        f"{accuracies[best]:.3f}",
+        (epochs[best], accuracies[best]),
+        textcoords="offset points",
+        xytext=(0, 6),
+        ha="center",
+        color="g",
+        fontsize=8,
+    )
+    axes.set_ylim(0, min(2.0, max(1.08, 1.05 * max(row.train_loss for row in rows))))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("epoch")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    # Beside, then in its place: a picture that is being looked at is never half written.
+    beside = path.with_name(path.name + ".new")
+    figure.savefig(beside, format="png")
+    beside.replace(path)

@@ -1,0 +1,314 @@
+"""The training loop: plain PyTorch, one step after another, and nothing lost when it is stopped."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densely.data import Preprocessing, limited, load_data, with_validation
+from densely.environment import device_name
+from densely.errors import Stopped, TrainingError
+from densely.models import DenseNet
+from densely.runtime import choose_runtime, keep_freed_memory
+from densely.training.card import model_card
+from densely.training.checkpoint import (
+    ModelInfo,
+    Progress,
+    load_model,
+    load_progress,
+    save_checkpoint,
+)
+from densely.training.config import TrainConfig
+from densely.training.curves import draw_curves
+from densely.training.reporting import Reporter, RunFacts, Summary
+from densely.training.run import EpochMetrics, RunDirectory
+from densely.training.scoring import Score, score_of
+from densely.training.stopping import StopRequest
+
+#: A crash costs at most so much work; a stop by Ctrl-C or SIGTERM costs none.
+SAVE_SECONDS = 300.0
+REPORT_SECONDS = 0.25
+
+
+def train(
+    config: TrainConfig, *, resume: Path | None = None, reporter: Reporter | None = None
+) -> Summary:
+    """Train a network as `config` says, and write its run directory.
+
+    Args:
+        config: the run; with `resume`, the run's own, of which epochs and machine may differ.
+        resume: run directory to go on with, from the step at which it was stopped.
+        reporter: what to tell while it goes on; None for nothing but the run's folder at the end.
+
+    Returns:
+        Where the run is, and how well it does on the test split.
+
+    Raises:
+        DenselyError: wrong data or settings; training diverged; or (`Stopped`) a signal ended it
+            after saving.
+    """
+    return _Trainer(config, resume, reporter or Reporter()).fit()
+
+
+def generator_seed(*numbers: int) -> int:
+    """A 64-bit seed from (seed, epoch, step, ...): different for different numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def batches(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """Bounds of the batches of `count` images.
+
+    A last batch of one image is joined to the one before it: one image may have no batch variance.
+    """
+    bounds = [(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    if len(bounds) > 1 and bounds[-1][1] - bounds[-1][0] == 1:
+        bounds[-2:] = [(bounds[-2][0], count)]
+    return bounds
+
+
+class _Trainer:
+    def __init__(self, config: TrainConfig, resume: Path | None, reporter: Reporter) -> None:
+        self.config, self.reporter = config, reporter
+        self.runtime = choose_runtime(config.device, config.precision, config.memory_format)
+        if self.runtime.device.type == "cpu":
+            keep_freed_memory()
+
+        splits = load_data(
+            config.data,
+            data_dir=Path(config.data_dir) if config.data_dir else None,
+            image_size=config.image_size,
+            split_seed=config.split_seed,
+        )
+        splits = with_validation(splits, config.validation, config.split_seed)
+        train_set = limited(splits.train, config.limit, config.split_seed)
+        image_size = config.image_size or train_set.images.shape[-1]
+        channels = train_set.images.shape[1]
+        self.info = ModelInfo(
+            config.model,
+            train_set.classes,
+            Preprocessing.standardizing(train_set, image_size)
+            if config.normalize
+            else Preprocessing.identity(image_size, channels),
+        )
+        torch.manual_seed(generator_seed(config.seed))
+        self.model = self.info.build()
+        self.runtime.place(self.model)
+        device = self.runtime.device
+        self.train_set, self.test_set = train_set.to(device), splits.test.to(device)
+        self.validation_set = splits.validation.to(device) if splits.validation else None
+        self.batches = batches(len(train_set), config.batch_size)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+        # Only now: what is wrong with data or model has shown, and left nothing behind.
+        if resume is None:
+            self.progress = Progress(seed=config.seed, train_images=len(train_set))
+            self.run = RunDirectory.create(config, self.runtime)
+        else:
+            self.run = RunDirectory.open(resume)
+            self._restore()
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> None:
+        self.progress = load_progress(self.run.last, self.model, self.optimizer)
+        if self.progress.train_images != len(self.train_set):
+            raise TrainingError(
+                f"{self.run.path} began with {self.progress.train_images:,} training images, and "
+                f"{self.config.data} now gives {len(self.train_set):,}; start a new run"
+            )
+        self.run.keep_rows(self.progress.epoch)
+        (self.run.path / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        self.run.write_environment(self.runtime)
+
+    def fit(self) -> Summary:
+        facts = self._facts()
+        self.reporter.started(facts)
+        try:
+            with StopRequest() as self.stop:
+                while self.progress.epoch < self.config.epochs:
+                    self._train_epoch()
+                    self._finish_epoch()
+                summary = self._summary(self._final_test())
+        finally:
+            self.reporter.stopped()
+        self.run.card_file.write_text(model_card(facts, self.info, summary), encoding="utf-8")
+        self.reporter.finished(summary)
+        return summary
+
+    def _train_epoch(self) -> None:
+        progress, config, device = self.progress, self.config, self.runtime.device
+        order = torch.randperm(
+            len(self.train_set),
+            generator=torch.Generator().manual_seed(generator_seed(config.seed, progress.epoch)),
+        ).to(device)
+        # Sums stay on the device, so that no step waits for a number to be read.
+        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+        correct = torch.tensor(progress.correct, dtype=torch.int64, device=device)
+        begin, before = time.monotonic(), progress.seconds
+        reported = 0.0
+
+        def take_stock() -> None:
+            # Reading the sums waits for the device: the clock comes after.
+            progress.loss_sum, progress.correct = loss_sum.item(), int(correct.item())
+            progress.seconds = before + time.monotonic() - begin
+            if not math.isfinite(progress.loss_sum):
+                raise TrainingError(
+                    f"the loss is {progress.loss_sum} in epoch {progress.epoch + 1}, step "
+                    f"{progress.step}: training diverged; try a smaller --lr than {config.lr:g}. "
+                    f"{self.run.path} keeps what was saved before"
+                )
+
+        self.model.train()
+        for first, end in self.batches[progress.step :]:
+            self._set_learning_rate()
+            torch.manual_seed(generator_seed(config.seed, progress.epoch, progress.step))
+            index = order[first:end]
+            loss, hits = self._step(self.train_set.images[index], self.train_set.labels[index])
+            loss_sum += loss.double() * (end - first)
+            correct += hits
+            progress.step += 1
+            progress.seen = end
+            now = time.monotonic()
+            if now - reported > REPORT_SECONDS:
+                reported = now
+                take_stock()
+                self.reporter.step(
+                    progress.epoch + 1,
+                    progress.step,
+                    len(self.batches),
+                    progress.loss_sum / progress.seen,
+                    progress.correct / progress.seen,
+                )
+            if self.stop.signal is not None or now - self._saved_at > SAVE_SECONDS:
+                take_stock()
+                self._save_last()
+                self._stop_if_asked()
+        take_stock()
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one gradient step; returns the mean loss and the number of right answers."""
+        inputs = self.runtime.layout(self.info.preprocessing(images))
+        with self.runtime.autocast():
+            logits = self.model(inputs)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+
+    def _set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+
+    def _learning_rate(self) -> float:
+        config, progress = self.config, self.progress
+        if config.schedule == "constant":
+            return config.lr
+        done = (progress.epoch + progress.step / len(self.batches)) / config.epochs
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _finish_epoch(self) -> None:
+        progress, begin = self.progress, time.monotonic()
+        held_out = self._score(self.model, self.validation_set or self.test_set)
+        has_validation = self.validation_set is not None
+        row = EpochMetrics(
+            epoch=progress.epoch + 1,
+            lr=self.optimizer.param_groups[0]["lr"],
+            train_loss=progress.loss_sum / progress.seen,
+            train_accuracy=progress.correct / progress.seen,
+            validation_loss=held_out.loss if has_validation else None,
+            validation_accuracy=held_out.accuracy if has_validation else None,
+            test_loss=None if has_validation else held_out.loss,
+            test_accuracy=None if has_validation else held_out.accuracy,
+            examples_per_s=progress.seen / progress.seconds,
+            epoch_s=progress.seconds + time.monotonic() - begin,
+        )
+        progress.epoch += 1
+        progress.step = progress.seen = progress.correct = 0
+        progress.loss_sum = progress.seconds = 0.0
+        # Small splits give many epochs the same accuracy: the surer one of them is better.
+        improved = has_validation and (held_out.accuracy, -held_out.loss) > (
+            progress.best_accuracy,
+            -progress.best_loss,
+        )
+        if improved:
+            progress.best_epoch = progress.epoch
+            progress.best_accuracy, progress.best_loss = held_out.accuracy, held_out.loss
+        self.run.append(row)
+        if improved:
+            self._save(self.run.best)
+        self._save_last()
+        rows = self.run.rows()
+        draw_curves(rows, self.run.curves_file, f"{self.config.model} on {self.config.data}")
+        self.reporter.epoch(row)
+        if progress.epoch < self.config.epochs:
+            self._stop_if_asked()
+
+    def _final_test(self) -> Score:
+        if self.validation_set is None:
+            last = self.run.rows()[-1]
+            assert last.test_loss is not None
+            assert last.test_accuracy is not None
+            return Score(last.test_loss, last.test_accuracy)
+        best, _ = load_model(self.run.best)
+        self.runtime.place(best)
+        return self._score(best, self.test_set)
+
+    def _score(self, model: DenseNet, data: object) -> Score:
+        def before_batch() -> None:
+            if self.stop.signal is not None:
+                self._save_last()
+                self._stop_if_asked()
+
+        return score_of(model, data, self.info.preprocessing, self.runtime, before_batch)  # type: ignore[arg-type]
+
+    def _save(self, folder: Path) -> None:
+        save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)
+
+    def _save_last(self) -> None:
+        self._save(self.run.last)
+        self._saved_at = time.monotonic()
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.signal is not None:
+            raise Stopped(
+                f"stopped and saved; go on with: densely train --resume {self.run.path}",
+                self.stop.exit_code,
+            )
+
+    def _facts(self) -> RunFacts:
+        return RunFacts(
+            run=self.run.path,
+            config=self.config,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            train_images=len(self.train_set),
+            validation_images=len(self.validation_set) if self.validation_set else 0,
+            test_images=len(self.test_set),
+            image_size=self.info.preprocessing.image_size,
+            device=f"{self.runtime.device} ({device_name(self.runtime.device)})",
+            precision=self.runtime.precision,
+            memory_format=self.runtime.memory_format,
+            first_epoch=self.progress.epoch,
+        )
+
+    def _summary(self, test: Score) -> Summary:
+        rows = self.run.rows()
+        seconds = sum(row.epoch_s for row in rows)
+        return Summary(
+            run=self.run.path,
+            epochs=self.progress.epoch,
+            best_epoch=self.progress.best_epoch or self.progress.epoch,
+            test=test,
+            seconds=seconds,
+            examples_per_s=len(self.train_set) * len(rows) / seconds,
+            curves=self.run.curves_file,
+        )

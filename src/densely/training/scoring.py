@@ -1,0 +1,67 @@
+"""The outputs of a network for a whole set of images, and the two numbers that sum them up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densely.data import ImageSet, Preprocessing
+from densely.runtime import Runtime
+
+BATCH_SIZE = 256
+
+
+def logits_of(
+    model: nn.Module,
+    images: Tensor,
+    preprocessing: Preprocessing,
+    runtime: Runtime,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Logits of uint8 images [N, C, H, W] in eval mode: float32 [N, num_classes].
+
+    The mode of `model` is put back. `before_batch` is called before each batch, and may raise to
+    end the work.
+    """
+    was_training = model.training
+    model.eval()
+    outputs = []
+    try:
+        with torch.inference_mode(), runtime.autocast():
+            for batch in images.split(BATCH_SIZE):
+                before_batch()
+                outputs.append(model(runtime.layout(preprocessing(batch))).float())
+    finally:
+        model.train(was_training)
+    return torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy in nats, and the share of images whose likeliest class is right."""
+
+    loss: float
+    accuracy: float
+
+
+def score(logits: Tensor, labels: Tensor) -> Score:
+    """Loss and accuracy of logits [N, K] against labels [N]."""
+    return Score(
+        loss=F.cross_entropy(logits.double(), labels).item(),
+        accuracy=(logits.argmax(dim=1) == labels).double().mean().item(),
+    )
+
+
+def score_of(
+    model: nn.Module,
+    data: ImageSet,
+    preprocessing: Preprocessing,
+    runtime: Runtime,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Score:
+    """Loss and accuracy of `model` on `data`, which lives on the runtime's device."""
+    return score(
+        logits_of(model, data.images, preprocessing, runtime, before_batch), data.labels
+    )

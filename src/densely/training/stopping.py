@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM, turned into a question that the loop asks between steps."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """While entered, notes SIGINT and SIGTERM in `signal` in place of dying of them.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python allows
+    no handlers, nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @property
+    def exit_code(self) -> int:
+        """What the shell expects of a process that such a signal ended: 130 or 143."""
+        return 128 + (self.signal or 0)
