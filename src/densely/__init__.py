@@ -1,3 +1,45 @@
-"""densely: DenseNets for PyTorch, to learn, train, explain and serve them."""
+"""densely: DenseNets for PyTorch, to learn, train, explain and serve them.
+
+>>> import densely
+>>> model = densely.create_model("d2l")
+>>> summary = densely.train(densely.TrainConfig.from_values({"recipe": "quickstart"}))
+>>> densely.load(summary.run).predict(["digit.png"])
+"""
+
+from typing import TYPE_CHECKING
+
+from densely._lazy import lazy
+
+if TYPE_CHECKING:
+    from densely.errors import DenselyError as DenselyError
+    from densely.evaluation.classifier import Classifier as Classifier
+    from densely.evaluation.classifier import Prediction as Prediction
+    from densely.evaluation.classifier import load as load
+    from densely.evaluation.evaluate import evaluate as evaluate
+    from densely.models.densenet import DenseNet as DenseNet
+    from densely.models.registry import create_model as create_model
+    from densely.models.registry import model_names as model_names
+    from densely.training.config import TrainConfig as TrainConfig
+    from densely.training.loop import train as train
 
 __version__ = "0.1.0"
+
+__getattr__, __all__ = lazy(
+    __name__,
+    {
+        "Classifier": "densely.evaluation.classifier",
+        "DenseNet": "densely.models.densenet",
+        "DenselyError": "densely.errors",
+        "Prediction": "densely.evaluation.classifier",
+        "TrainConfig": "densely.training.config",
+        "create_model": "densely.models.registry",
+        "evaluate": "densely.evaluation.evaluate",
+        "load": "densely.evaluation.classifier",
+        "model_names": "densely.models.registry",
+        "train": "densely.training.loop",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -77,7 +77,7 @@ def choose_runtime(
 
     if memory_format == "auto":
         # On a CPU the gain was measured for oneDNN's convolutions alone (docs/results.md).
-        fast = chosen.type == "cuda" or (chosen.type == "cpu" and torch.backends.mkldnn.is_available())
+        fast = chosen.type == "cuda" or (chosen.type == "cpu" and _has_onednn())
         memory_format = "channels_last" if fast else "contiguous"
         library = "cuDNN" if chosen.type == "cuda" else "oneDNN"
         reasons["memory_format"] = (
@@ -98,6 +98,10 @@ def _existing_device(name: str) -> torch.device:
     return device
 
 
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 def _bfloat16_is_fast(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -106,7 +110,7 @@ def _bfloat16_is_fast(device: torch.device) -> tuple[bool, str]:
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
         for key in ("avx512_bf16", "amx_bf16", "bf16"):
-            if has.get(key) and torch.backends.mkldnn.is_available():
+            if has.get(key) and _has_onednn():
                 return True, f"the CPU has {key}"
         return False, "the CPU has no bfloat16 instructions"
     return False, f"bfloat16 is not tried on {device.type}"

@@ -68,6 +68,23 @@ def load_folder(
     return Splits(folder.name, sets["train"], sets["val"])
 
 
+def load_labelled(
+    folder: Path, classes: tuple[str, ...], image_size: int, channels: int
+) -> ImageSet:
+    """Read all of FOLDER/CLASS/*.png as one set, labelled by `classes`; some may be absent.
+
+    Raises:
+        DataError: no images, a class that is none of `classes`, or a corrupt image.
+    """
+    listing = _labelled_files(folder)
+    if not any(listing.values()):
+        raise DataError(f"{folder}: no class folders with images ({', '.join(SUFFIXES)})")
+    if unknown := sorted(set(listing) - set(classes)):
+        raise DataError(f"{folder}: classes unknown to the network: {', '.join(unknown)}")
+    paths = [path for files in listing.values() for path in files]
+    return _Reader(paths, image_size, channels).read(listing, classes)
+
+
 def _labelled_files(part: Path) -> dict[str, list[Path]]:
     """Image files below each class's folder, in a fixed order."""
     listing = {}
@@ -98,9 +115,7 @@ def _check_classes(
 class _Reader:
     """Reads files into tensors of one size and number of channels, decided over all of them."""
 
-    def __init__(
-        self, paths: Iterable[Path], image_size: int | None, channels: int | None
-    ) -> None:
+    def __init__(self, paths: Iterable[Path], image_size: int | None, channels: int | None) -> None:
         # Threads, since decoding releases the interpreter's lock.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             headers = list(pool.map(_header, paths))

@@ -12,8 +12,8 @@ import gzip
 import math
 import struct
 import zlib
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,8 @@ def read_idx(path: Path, dimensions: int, sizes: tuple[int, ...]) -> NDArray[np.
         DataError: the file is truncated, no IDX file, or holds something else; it is named.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with path.open("rb") as raw:
+            file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
             return _read(file, path, dimensions, sizes)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: truncated or damaged ({error}); fetch it again") from error
@@ -46,7 +47,7 @@ def read_idx(path: Path, dimensions: int, sizes: tuple[int, ...]) -> NDArray[np.
 
 
 def _read(
-    file: IO[bytes], path: Path, dimensions: int, sizes: tuple[int, ...]
+    file: gzip.GzipFile | BufferedReader, path: Path, dimensions: int, sizes: tuple[int, ...]
 ) -> NDArray[np.uint8]:
     magic = file.read(4)
     expected = bytes((0, 0, UINT8, dimensions))

@@ -1,6 +1,6 @@
 """From uint8 images to what the network sees: one function for training, evaluation and prediction.
 
-    x = (resize(image) / 255 - mean) / std
+x = (resize(image) / 255 - mean) / std
 """
 
 from dataclasses import asdict, dataclass

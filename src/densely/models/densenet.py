@@ -31,27 +31,25 @@ from densely.models.init import INITS, InitName, initialize
 Stem = Literal["large", "small"]
 
 
-def batch_norm(channels: int | None) -> nn.BatchNorm2d:
+def batch_norm(channels: int | None) -> nn.Module:
     """Batch normalisation of `channels` channels; None learns the number from the first input."""
-    return nn.BatchNorm2d(channels) if channels is not None else _quietly_lazy_norm()
+    if channels is not None:
+        return nn.BatchNorm2d(channels)
+    with warnings.catch_warnings():  # that lazy modules may change is our concern, not the user's
+        warnings.simplefilter("ignore", UserWarning)
+        return nn.LazyBatchNorm2d()
 
 
 def conv(
     in_channels: int | None, out_channels: int, kernel_size: int, *, stride: int = 1, bias: bool
-) -> nn.Conv2d:
+) -> nn.Module:
     """Convolution padded to keep the size; `in_channels=None` learns it from the first input."""
     padding = kernel_size // 2
     if in_channels is not None:
         return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
-    with warnings.catch_warnings():  # the notice that lazy modules may change is for library authors
-        warnings.simplefilter("ignore", UserWarning)
-        return nn.LazyConv2d(out_channels, kernel_size, stride, padding, bias=bias)
-
-
-def _quietly_lazy_norm() -> nn.BatchNorm2d:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return nn.LazyBatchNorm2d()
+        return nn.LazyConv2d(out_channels, kernel_size, stride, padding, bias=bias)
 
 
 class DenseLayer(nn.Sequential):

@@ -107,14 +107,14 @@ def load_model(folder: Path) -> tuple[DenseNet, ModelInfo]:
         )
         model = info.build()
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder / 'model.json'}: damaged or of another version: {error}") from error
+        raise RunError(
+            f"{folder / 'model.json'}: damaged or of another version: {error}"
+        ) from error
     _load_weights(model, folder / "model.safetensors")
     return model.eval(), info
 
 
-def load_progress(
-    folder: Path, model: DenseNet, optimizer: torch.optim.Optimizer
-) -> Progress:
+def load_progress(folder: Path, model: DenseNet, optimizer: torch.optim.Optimizer) -> Progress:
     """Read weights, optimizer and progress back into a run's own objects.
 
     Raises:
@@ -132,7 +132,9 @@ def load_progress(
     try:
         return Progress(**_read_json(folder / "state.json"))
     except TypeError as error:
-        raise RunError(f"{folder / 'state.json'}: damaged or of another version: {error}") from error
+        raise RunError(
+            f"{folder / 'state.json'}: damaged or of another version: {error}"
+        ) from error
 
 
 def _whole(folder: Path) -> Path:

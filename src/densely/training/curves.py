@@ -14,6 +14,7 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     # Not pyplot: it keeps global state and would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [row.epoch for row in rows]
     held_out = "validation" if rows[0].validation_accuracy is not None else "test"
@@ -42,7 +43,7 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
         fontsize=8,
     )
     axes.set_ylim(0, min(2.0, max(1.08, 1.05 * max(row.train_loss for row in rows))))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)

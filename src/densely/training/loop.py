@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densely.data import Preprocessing, limited, load_data, with_validation
+from densely.data import ImageSet, Preprocessing, limited, load_data, with_validation
 from densely.environment import device_name
 from densely.errors import Stopped, TrainingError
 from densely.models import DenseNet
@@ -263,13 +263,13 @@ class _Trainer:
         self.runtime.place(best)
         return self._score(best, self.test_set)
 
-    def _score(self, model: DenseNet, data: object) -> Score:
+    def _score(self, model: DenseNet, data: ImageSet) -> Score:
         def before_batch() -> None:
             if self.stop.signal is not None:
                 self._save_last()
                 self._stop_if_asked()
 
-        return score_of(model, data, self.info.preprocessing, self.runtime, before_batch)  # type: ignore[arg-type]
+        return score_of(model, data, self.info.preprocessing, self.runtime, before_batch)
 
     def _save(self, folder: Path) -> None:
         save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)

@@ -1,12 +1,12 @@
 """A run directory: all that one training run leaves behind, never overwritten.
 
-    runs/NAME-NNN/config.yaml          the resolved configuration
-                  env.json             versions, hardware, command
-                  metrics.csv          a row an epoch, written as it goes
-                  curves.png           the curves of metrics.csv
-                  checkpoints/last/    to go on from
-                  checkpoints/best/    the best by the validation split, where there is one
-                  README.md            the model card
+runs/NAME-NNN/config.yaml          the resolved configuration
+              env.json             versions, hardware, command
+              metrics.csv          a row an epoch, written as it goes
+              curves.png           the curves of metrics.csv
+              checkpoints/last/    to go on from
+              checkpoints/best/    the best by the validation split, where there is one
+              README.md            the model card
 """
 
 import csv
@@ -65,7 +65,9 @@ class RunDirectory:
         try:
             output.mkdir(parents=True, exist_ok=True)
             pattern = re.compile(re.escape(config.run_name) + r"-(\d+)")
-            taken = [int(m[1]) for entry in output.iterdir() if (m := pattern.fullmatch(entry.name))]
+            taken = [
+                int(m[1]) for entry in output.iterdir() if (m := pattern.fullmatch(entry.name))
+            ]
             number = max(taken, default=0) + 1
             while True:
                 path = output / f"{config.run_name}-{number:03d}"

@@ -30,7 +30,7 @@ def logits_of(
     outputs = []
     try:
         with torch.inference_mode(), runtime.autocast():
-            for batch in images.split(BATCH_SIZE):
+            for batch in torch.split(images, BATCH_SIZE):
                 before_batch()
                 outputs.append(model(runtime.layout(preprocessing(batch))).float())
     finally:
@@ -62,6 +62,4 @@ def score_of(
     before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Loss and accuracy of `model` on `data`, which lives on the runtime's device."""
-    return score(
-        logits_of(model, data.images, preprocessing, runtime, before_batch), data.labels
-    )
+    return score(logits_of(model, data.images, preprocessing, runtime, before_batch), data.labels)

@@ -1,0 +1,7 @@
+"""`python -m densely` is `densely`."""
+
+import sys
+
+from densely.cli import main
+
+sys.exit(main())

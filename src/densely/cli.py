@@ -1,0 +1,353 @@
+"""The commands. Nothing heavy is imported before a command needs it, so that help answers at once.
+
+Exit codes: 0 fine, 1 failure, 2 usage or configuration, 130 Ctrl-C, 143 SIGTERM after saving.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from jsonargparse import ActionYesNo, ArgumentParser
+
+import densely
+from densely.errors import ConfigError, DenselyError, unknown_name
+from densely.training.config import RECIPES, TrainConfig, read_yaml
+
+if TYPE_CHECKING:
+    from densely.evaluation.evaluate import Evaluation
+    from densely.training.reporting import Reporter
+
+#: What may differ when a run goes on: how long, where and how fast, not what.
+_FREE_ON_RESUME = {"epochs", "data_dir", "device", "precision", "memory_format"}
+
+_GROUPS = {
+    "what to learn": ["model", "data", "data_dir", "image_size", "normalize"],
+    "which images": ["validation", "limit", "split_seed"],
+    "how to learn": [
+        "epochs", "batch_size", "lr", "schedule", "momentum", "weight_decay", "seed",
+    ],
+    "on which hardware": ["device", "precision", "memory_format"],
+    "where it goes": ["output", "name"],
+}  # fmt: skip
+
+
+class _Parser(ArgumentParser):
+    """Faults as one line, through the same door as all other errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(message.split())
+        if found := re.fullmatch(r'Parser key "(\w+)": (.*)', message):
+            key, reason = found.groups()
+            message = f"{_flag(key)}: {_in_plain_words(reason)}"
+        elif found := re.match(r"unrecognized arguments: (--[\w-]+)", message, re.IGNORECASE):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            message = unknown_name("flag", found[1], flags)
+        raise ConfigError(f"{message} (see {self.prog} --help)") from ex
+
+
+def _in_plain_words(reason: str) -> str:
+    """What jsonargparse says of a value of the wrong type, without Python's names for types."""
+    value = reason.rpartition("alue: ")[2]
+    if choices := re.search(r"Literal\[(.*?)\]", reason):
+        return f"expected one of {choices[1]}, got '{value}'"
+    kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", reason.partition("Errors:")[0]))
+    if not kinds:
+        return reason
+    return f"expected {' or '.join(kinds).replace('NoneType', 'null')}, got '{value}'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "--help"
+    prog = f"densely {command}" if command in _COMMANDS else "densely"
+    try:
+        if command in ("-h", "--help"):
+            print(_overview())
+        elif command == "--version":
+            print(f"densely {densely.__version__}")
+        elif command in _COMMANDS:
+            _COMMANDS[command](_parser(command), arguments[1:])
+        else:
+            raise ConfigError(f"{unknown_name('command', command, _COMMANDS)} (see densely --help)")
+    except DenselyError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _parser(command: str) -> _Parser:
+    description = (_COMMANDS[command].__doc__ or "").strip()
+    return _Parser(
+        prog=f"densely {command}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def _overview() -> str:
+    lines = [(command.__doc__ or "").strip().splitlines()[0] for command in _COMMANDS.values()]
+    width = max(map(len, _COMMANDS))
+    return "\n".join(
+        [
+            "usage: densely COMMAND [OPTIONS]",
+            "",
+            "DenseNets for PyTorch: learn, train, explain and serve them.",
+            "",
+            "commands:",
+            *(f"  {name:{width}}  {line}" for name, line in zip(_COMMANDS, lines, strict=True)),
+            "",
+            "begin with:  densely train",
+            "then:        densely predict runs/quickstart-001 IMAGE...",
+            "each command explains its options:  densely COMMAND --help",
+        ]
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _train(parser: _Parser, arguments: list[str]) -> None:
+    """Train a network and write a run directory: weights, curves, metrics, model card.
+
+    Values come from a recipe, then from a YAML file, then from flags: the later ones win. Without
+    any, the quick start learns handwritten digits in less than a minute.
+    """
+    # What decides the defaults is read first, so that --help shows those that will hold.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--recipe", "--config", "--resume"):
+        first.add_argument(flag)
+    try:
+        early, rest = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    if early.resume is not None:
+        if early.recipe is not None or early.config is not None:
+            raise ConfigError("--resume takes recipe and config from the run; leave them out")
+        from densely.training.run import RunDirectory
+
+        base = RunDirectory.open(Path(early.resume)).config()
+    else:
+        values = read_yaml(Path(early.config)) if early.config is not None else {}
+        if early.recipe is not None:
+            values["recipe"] = early.recipe
+        base = TrainConfig.from_values(values)
+
+    source = parser.add_argument_group("where values come from")
+    source.add_argument(
+        "--recipe", metavar="NAME", default=base.recipe, help=f"one of {', '.join(RECIPES)}"
+    )
+    source.add_argument("--config", metavar="FILE", help="YAML file with some of the values below")
+    source.add_argument("--resume", metavar="RUN", help="go on with a stopped run")
+    _add_fields(parser, base)
+    _add_voices(parser)
+    chosen = parser.parse_args(rest)
+
+    changed = {
+        field.name: getattr(chosen, field.name)
+        for field in dataclasses.fields(base)
+        if field.name != "recipe" and getattr(chosen, field.name) != getattr(base, field.name)
+    }
+    if early.resume is not None and (fixed := sorted(set(changed) - _FREE_ON_RESUME)):
+        raise ConfigError(
+            f"{', '.join(map(_flag, fixed))}: fixed by the run {early.resume}; with --resume only "
+            f"{', '.join(map(_flag, sorted(_FREE_ON_RESUME)))} may change"
+        )
+    config = dataclasses.replace(base, **changed)
+
+    from densely.training.loop import train
+
+    train(
+        config,
+        resume=Path(early.resume) if early.resume is not None else None,
+        reporter=_reporter(chosen.quiet, chosen.json),
+    )
+
+
+def _add_fields(parser: _Parser, base: TrainConfig) -> None:
+    """Give each field of the config its flag, with `base` as defaults."""
+    hints = get_type_hints(TrainConfig)
+    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(TrainConfig)}
+    for title, names in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            options: dict[str, Any] = {"default": getattr(base, name), "help": helps[name]}
+            if hints[name] is bool:
+                group.add_argument(_flag(name), action=ActionYesNo(no_prefix="no-"), **options)
+            else:
+                group.add_argument(
+                    _flag(name), type=hints[name], metavar=_metavar(hints[name]), **options
+                )
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(get_args(hint)) + "}"
+    kinds = set(get_args(hint)) or {hint}
+    return "N" if int in kinds else "X" if float in kinds else "TEXT"
+
+
+def _add_voices(parser: _Parser) -> None:
+    group = parser.add_argument_group("what it prints")
+    group.add_argument("--quiet", action="store_true", help="only the run directory, at the end")
+    group.add_argument("--json", action="store_true", help="a JSON object a line")
+
+
+def _add_hardware(parser: _Parser) -> None:
+    hints = get_type_hints(TrainConfig)
+    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(TrainConfig)}
+    group = parser.add_argument_group("on which hardware")
+    for name in _GROUPS["on which hardware"]:
+        hint = hints[name]
+        group.add_argument(
+            _flag(name), type=hint, metavar=_metavar(hint), default="auto", help=helps[name]
+        )
+
+
+def _reporter(quiet: bool, as_json: bool) -> "Reporter":
+    from densely.training import reporting
+
+    if quiet and as_json:
+        raise ConfigError("--quiet and --json exclude each other")
+    if quiet:
+        return reporting.Reporter()
+    if as_json:
+        return reporting.JsonReporter()
+    return reporting.BarReporter() if sys.stdout.isatty() else reporting.PlainReporter()
+
+
+def _evaluate(parser: _Parser, arguments: list[str]) -> None:
+    """Judge a run: accuracy, loss and a table of confusions, on its test split or other data."""
+    parser.add_argument("run", type=str, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        metavar="TEXT",
+        help="another data set or folder of images; null for what the run learned from",
+    )
+    parser.add_argument(
+        "--data-dir", type=str | None, metavar="TEXT", help="where a named data set is looked for"
+    )
+    parser.add_argument(
+        "--split",
+        type=Literal["train", "validation", "test"],
+        metavar="{train,validation,test}",
+        default="test",
+        help="part of the data; another folder without train/ is judged on as a whole",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    _add_hardware(parser)
+    chosen = parser.parse_args(arguments)
+
+    from densely.evaluation.evaluate import evaluate
+
+    result = evaluate(
+        chosen.run,
+        chosen.data,
+        split=chosen.split,
+        data_dir=chosen.data_dir,
+        device=chosen.device,
+        precision=chosen.precision,
+        memory_format=chosen.memory_format,
+    )
+    if chosen.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        _print_evaluation(result)
+
+
+def _print_evaluation(result: "Evaluation") -> None:
+    print(
+        f"accuracy {result.accuracy:.4f}, loss {result.loss:.4f} "
+        f"on {result.images:,} images ({result.data})"
+    )
+    table, names = result.confusion, result.classes
+    if len(names) <= 20:
+        width = max(len(str(table.max())), len(str(len(names)))) + 2
+        margin = max(map(len, names)) + 4
+        print("\nconfusions: rows are the true class, columns the class given")
+        print(" " * margin + "".join(f"{i:{width}}" for i in range(len(names))))
+        for i, row in enumerate(table):
+            print(f"{i:2} {names[i]:{margin - 3}}" + "".join(f"{n:{width}}" for n in row))
+        return
+    wrong = [(n, i, j) for i, row in enumerate(table) for j, n in enumerate(row) if i != j and n]
+    print("\nthe ten most frequent confusions:")
+    for n, i, j in sorted(wrong, reverse=True)[:10]:
+        print(f"{n:6}  {names[i]} taken for {names[j]}")
+
+
+def _predict(parser: _Parser, arguments: list[str]) -> None:
+    """Name what is in image files: class and probability (PNG, JPEG, BMP, WebP; any size)."""
+    parser.add_argument("run", type=str, metavar="RUN", help="run directory")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--top", type=int, metavar="N", default=1, help="classes to name for each image"
+    )
+    parser.add_argument("--json", action="store_true", help="a JSON object a line, all classes")
+    _add_hardware(parser)
+    chosen = parser.parse_args(arguments)
+    if chosen.top < 1:
+        raise ConfigError(f"--top {chosen.top}: must be at least 1")
+
+    from densely.evaluation.classifier import load
+
+    classifier = load(
+        chosen.run,
+        device=chosen.device,
+        precision=chosen.precision,
+        memory_format=chosen.memory_format,
+    )
+    margin = max(map(len, chosen.images))
+    for path, prediction in zip(chosen.images, classifier.predict(chosen.images), strict=True):
+        if chosen.json:
+            print(json.dumps({"image": path} | dataclasses.asdict(prediction)))
+            continue
+        ranked = list(prediction.probabilities.items())[: chosen.top]
+        for i, (label, probability) in enumerate(ranked):
+            print(f"{'' if i else path:{margin}}  {probability:6.4f}  {label}")
+
+
+def _doctor(parser: _Parser, arguments: list[str]) -> None:
+    """Print what a bug report needs: versions, hardware, what was chosen and why, data folders."""
+    parser.add_argument("--device", metavar="TEXT", default="auto", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    chosen = parser.parse_args(arguments)
+
+    from densely.doctor import diagnosis
+
+    facts = diagnosis(chosen.device)
+    if chosen.json:
+        print(json.dumps(facts))
+        return
+    reasons = facts.pop("reasons")
+    assert isinstance(reasons, dict)
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {text}" for name, text in value.items())
+        lines = value if isinstance(value, list) else [value]
+        because = f" ({reasons[key]})" if key in reasons else ""
+        print(f"{key.replace('_', ' ') + ':':26}{lines[0]}{because}")
+        for line in lines[1:]:
+            print(f"{'':26}{line}")
+
+
+_COMMANDS: dict[str, Callable[[_Parser, list[str]], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "doctor": _doctor,
+}

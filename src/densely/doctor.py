@@ -1,0 +1,41 @@
+"""What a bug report needs: versions, hardware, what was chosen on it and why, where data are."""
+
+import os
+import sys
+from pathlib import Path
+
+from densely.data.fashion_mnist import MD5, SUBFOLDER
+from densely.data.locations import VARIABLE, cache_folder
+from densely.environment import environment
+from densely.runtime import choose_runtime, keep_freed_memory
+
+
+def diagnosis(device: str = "auto") -> dict[str, object]:
+    """Facts about this installation, in the order in which they are printed."""
+    runtime = choose_runtime(device)
+    facts = environment(runtime)
+    facts.pop("command")
+    facts["python"] = f"{facts['python']} ({sys.executable})"
+    facts["keeps freed memory"] = (
+        "yes, while training or evaluating (glibc)" if keep_freed_memory() else "no (not glibc)"
+    )
+    facts["block backend"] = "plain PyTorch"
+    facts["data is looked for in"] = [
+        "--data-dir, if given",
+        f"{VARIABLE}: {_state(os.environ.get(VARIABLE))}",
+        f"cache: {_state(str(cache_folder()))}",
+    ]
+    return facts
+
+
+def _state(folder: str | None) -> str:
+    """A folder, and whether Fashion-MNIST is in it."""
+    if not folder:
+        return "not set"
+    top = Path(folder)
+    if not top.is_dir():
+        return f"{top} (not there)"
+    for place in (top, top / SUBFOLDER):
+        if all((place / name).exists() or (place / name[:-3]).exists() for name in MD5):
+            return f"{top} (Fashion-MNIST is there)"
+    return f"{top} (without Fashion-MNIST)"

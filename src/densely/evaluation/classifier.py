@@ -1,0 +1,112 @@
+"""A trained network with all that it needs to name what is in a picture."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from densely.data.images import decode, open_image
+from densely.data.preprocessing import resize
+from densely.errors import DataError
+from densely.runtime import MemoryFormat, Precision, Runtime, choose_runtime
+from densely.training.checkpoint import ModelInfo, load_model
+from densely.training.run import RunDirectory
+from densely.training.scoring import BATCH_SIZE, logits_of
+
+ImageLike = str | os.PathLike[str] | Image.Image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of one image.
+
+    Args:
+        label: name of the likeliest class.
+        probability: the network's probability of it, in [0, 1]; not calibrated.
+        probabilities: of every class, likeliest first.
+    """
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Classifier:
+    """A network, its classes and its preprocessing, placed on a device; made by `densely.load`."""
+
+    def __init__(self, model: torch.nn.Module, info: ModelInfo, runtime: Runtime) -> None:
+        self.model = runtime.place(model)
+        self.classes, self.preprocessing = info.classes, info.preprocessing
+        self.runtime = runtime
+
+    def predict(self, images: ImageLike | Iterable[ImageLike]) -> list[Prediction]:
+        """Name what is in each image.
+
+        Args:
+            images: paths of PNG, JPEG, BMP or WebP files, or Pillow images, of any size and mode;
+                one, or several.
+
+        Returns:
+            One prediction an image, in their order.
+
+        Raises:
+            DataError: an image cannot be read; it is named.
+        """
+        if isinstance(images, str | os.PathLike | Image.Image):
+            images = [images]
+        several = list(images)
+        predictions: list[Prediction] = []
+        for start in range(0, len(several), BATCH_SIZE):
+            pixels = torch.stack(
+                [self._pixels(image) for image in several[start : start + BATCH_SIZE]]
+            )
+            predictions += map(self._prediction, self.probabilities(pixels))
+        return predictions
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities of uint8 images [N, C, H, W]: float32 [N, classes] on the CPU."""
+        images = images.to(self.runtime.device)
+        return logits_of(self.model, images, self.preprocessing, self.runtime).softmax(dim=1).cpu()
+
+    def _pixels(self, image: ImageLike) -> Tensor:
+        channels, size = self.preprocessing.channels, self.preprocessing.image_size
+        if isinstance(image, Image.Image):
+            pixels = decode(image, channels, "image")
+        elif isinstance(image, str | os.PathLike):
+            with open_image(Path(image)) as opened:
+                pixels = decode(opened, channels, os.fspath(image))
+        else:
+            raise DataError(f"{type(image).__name__}: expected a path or a Pillow image")
+        return resize(pixels[None], size)[0]
+
+    def _prediction(self, probabilities: Tensor) -> Prediction:
+        order = probabilities.argsort(descending=True, stable=True).tolist()
+        ranked = {self.classes[i]: probabilities[i].item() for i in order}
+        label = self.classes[order[0]]
+        return Prediction(label, ranked[label], ranked)
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    memory_format: MemoryFormat = "auto",
+) -> Classifier:
+    """Load the network of a run, ready to predict.
+
+    Args:
+        run: a run directory; its best checkpoint is taken where there is one, else its last.
+        device: "auto", "cpu", "cuda", ...
+        precision: "auto", "float32" or "bfloat16".
+        memory_format: "auto", "contiguous" or "channels_last".
+
+    Raises:
+        RunError: no run, no checkpoint in it yet, or a damaged one.
+    """
+    model, info = load_model(RunDirectory.open(Path(run)).weights())
+    return Classifier(model, info, choose_runtime(device, precision, memory_format))
