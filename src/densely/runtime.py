@@ -10,13 +10,14 @@ import platform
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from densely.errors import ConfigError
 
+M = TypeVar("M", bound=nn.Module)
 Precision = Literal["auto", "float32", "bfloat16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 
@@ -36,7 +37,7 @@ class Runtime:
             self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
         )
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place(self, model: M) -> M:
         """Move `model` to the device and into the memory layout, in place."""
         model.to(self.device)
         return model.to(memory_format=self._torch_format)  # type: ignore[call-overload,no-any-return]

@@ -9,6 +9,8 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
     """Markdown that says what was trained, on what, how well, and how to use it."""
     config, prep = facts.config, info.preprocessing
     colour = "grey" if prep.channels == 1 else "RGB"
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (prep.mean, prep.std))
+    scaled = f"; mean {mean} subtracted, divided by {std}" if config.normalize else ""
     chosen = (
         f"epoch {summary.best_epoch}, chosen by the validation split"
         if facts.validation_images
@@ -27,8 +29,8 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
 | weights | {chosen} |
 | network | {config.model}, {facts.parameters:,} parameters |
 | classes | {len(info.classes)}: {names} |
-| input | {colour} images, scaled to {prep.image_size}x{prep.image_size} pixels in [0, 1], \
-then (x - {list(prep.mean)}) / {list(prep.std)} |
+| input | {colour} images, scaled to {prep.image_size}x{prep.image_size} pixels in [0, 1]\
+{scaled} |
 | training images | {facts.train_images:,}, and {facts.validation_images:,} for validation |
 | training | {config.epochs} epochs, batch {config.batch_size}, SGD lr {config.lr:g} \
 ({config.schedule}), momentum {config.momentum:g}, weight decay {config.weight_decay:g}, \

@@ -9,7 +9,8 @@ from densely.training.run import EpochMetrics
 def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     """Draw train loss, train accuracy and held-out accuracy into a PNG.
 
-    Colours and dashes are the chapter's. Losses above 2 are cut off, as there.
+    Colours and dashes are the chapter's, and the legend ends in the last epoch's values. Losses
+    above 2 are cut off.
     """
     # Not pyplot: it keeps global state and would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,24 +25,13 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     marker = "o" if len(rows) == 1 else None
-    axes.plot(
-        epochs, [row.train_loss for row in rows], "-", color="C0", marker=marker, label="train loss"
-    )
-    axes.plot(
-        epochs, [row.train_accuracy for row in rows], "--", color="m", marker=marker,
-        label="train acc",
-    )  # fmt: skip
-    axes.plot(epochs, accuracies, "-.", color="g", marker=marker, label=f"{held_out} acc")
-    best = max(range(len(rows)), key=lambda i: accuracies[i])
-    axes.annotate(
-        f"{accuracies[best]:.3f}",
-        (epochs[best], accuracies[best]),
-        textcoords="offset points",
-        xytext=(0, 6),
-        ha="center",
-        color="g",
-        fontsize=8,
-    )
+    for name, style, color, values in (
+        ("train loss", "-", "C0", [row.train_loss for row in rows]),
+        ("train acc", "--", "m", [row.train_accuracy for row in rows]),
+        (f"{held_out} acc", "-.", "g", accuracies),
+    ):
+        label = f"{name} {values[-1]:.3f}"
+        axes.plot(epochs, values, style, color=color, marker=marker, label=label)
     axes.set_ylim(0, min(2.0, max(1.08, 1.05 * max(row.train_loss for row in rows))))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")

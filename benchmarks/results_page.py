@@ -1,0 +1,142 @@
+"""Make docs/results.md from the files in benchmarks/results; nothing in it is typed by hand.
+
+python benchmarks/results_page.py
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "results.md"
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def machine(env: dict[str, Any]) -> str:
+    versions = env["versions"]
+    return (
+        f"{env['device_name']}, {env['threads']} threads, {env['precision']}, "
+        f"{env['memory_format']}; torch {versions['torch']}, Python {env['python']}, "
+        f"densely {versions['densely']}"
+    )
+
+
+def run_facts(name: str) -> str:
+    env = read(f"{name}/env.json")
+    config = yaml.safe_load((RESULTS / name / "config.yaml").read_text(encoding="utf-8"))
+    return (
+        f"Command: `{' '.join(env['command'])}`. Seed {config['seed']}, commit {env['commit']}. "
+        f"Machine: {machine(env)}."
+    )
+
+
+def epoch_table(name: str) -> str:
+    table = [
+        "| epoch | train loss | train acc | test acc | examples/s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows(name):
+        numbers = [f"{float(row[k]):.4f}" for k in ("train_loss", "train_accuracy")]
+        held_out = f"{float(row['test_accuracy']):.4f}" if row["test_accuracy"] else "-"
+        rate = f"{float(row['examples_per_s']):.0f}"
+        table.append(f"| {row['epoch']} | {' | '.join(numbers)} | {held_out} | {rate} |")
+    return "\n".join(table)
+
+
+def chapter() -> str:
+    last, every = rows("chapter-run")[-1], rows("chapter-run")
+    lag = read("chapter-run/bn_lag.json")
+    minutes = sum(float(row["epoch_s"]) for row in every) / 60
+    return f"""## The chapter, on the real Fashion-MNIST
+
+{run_facts("chapter-run")}
+
+| | loss | train acc | test acc |
+|---|---|---|---|
+| the chapter, as published | 0.144 | 0.947 | 0.881 |
+| densely | {float(last["train_loss"]):.4f} | {float(last["train_accuracy"]):.4f} | \
+{float(last["test_accuracy"]):.4f} |
+
+{len(every)} epochs took {minutes:.1f} minutes, evaluation included.
+
+{epoch_table("chapter-run")}
+
+![curves](../benchmarks/results/chapter-run/curves.png)
+
+The test accuracy of single epochs jumps about, as in the chapter's own picture: at a constant
+learning rate of 0.1 the weights move faster than the running statistics of batch normalisation
+follow. Weights of the same run after epoch {lag["epoch"]}, judged with the running statistics:
+{lag["running_statistics"]["accuracy"]:.4f}; with the statistics of the test batches themselves:
+{lag["batch_statistics"]["accuracy"]:.4f} (`python benchmarks/bn_lag.py RUN`)."""
+
+
+def quick_start() -> str:
+    result = read("quickstart.json")
+    table = ["| seed | test accuracy | seconds |", "|---|---|---|"]
+    table += [
+        f"| {run['seed']} | {run['test_accuracy']:.4f} | {run['wall_s']:.1f} |"
+        for run in result["runs"]
+    ]
+    table_text = "\n".join(table)
+    return f"""## The quick start
+
+Command: `{result["command"]}`, which runs `densely train --seed SEED` and takes the wall time of
+the whole command, start of Python included. Commit {result["commit"]}. Machine:
+{machine(result["environment"])}.
+
+{table_text}"""
+
+
+def speed() -> str:
+    result = read("chapter-cpu.json")
+    table = [
+        "| | examples/s (median) | of the fastest peer | round by round |",
+        "|---|---|---|---|",
+    ]
+    for name, values in result["variants"].items():
+        by_round = ", ".join(f"{ratio:.2f}" for ratio in values["ratio_by_round"])
+        ratio = f"{values['ratio_to_best_peer']:.2f}x"
+        table.append(f"| {name} | {values['median']:.0f} | {ratio} | {by_round} |")
+    table_text = "\n".join(table)
+    return f"""## Examples/s against a learner's plain loop
+
+Command: `{result["command"]}`. Commit {result["commit"]}. Machine:
+{machine(result["environment"])}. The peer is `benchmarks/plain_chapter.py`: the same net in plain
+PyTorch, float32, with a DataLoader that resizes each image. All run in turns, each in a process of
+its own; loading counts for all of them.
+
+{table_text}
+
+The data pipeline (picking, resizing from 28 to 96 pixels, scaling, layout) takes
+{result["pipeline_ms"]:.1f} ms of a step of {result["step_ms"]:.0f} ms:
+{100 * result["pipeline_share_of_step"]:.1f}%."""
+
+
+def page() -> str:
+    parts = [
+        "# Results",
+        "Made by `python benchmarks/results_page.py` from the files in `benchmarks/results/`. "
+        "Absolute speeds are one machine's on one day; ratios carry over. No figure on this page "
+        "was measured on a GPU: those wait for one.",
+        chapter(),
+        speed(),
+        quick_start(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written to {PAGE}")
