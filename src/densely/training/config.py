@@ -114,9 +114,9 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown recipe or field (the nearest are named), or a wrong value.
         """
-        name = values.get("recipe", "quickstart")
+        name = str(values.get("recipe", "quickstart"))
         if name not in RECIPES:
-            raise ConfigError(unknown_name("recipe", str(name), RECIPES))
+            raise ConfigError(unknown_name("recipe", name, RECIPES))
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [unknown_name("field", str(key), known) for key in values if key not in known]
         if unknown:

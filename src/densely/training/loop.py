@@ -56,7 +56,9 @@ def train(
 
 def generator_seed(*numbers: int) -> int:
     """A 64-bit seed from (seed, epoch, step, ...): different for different numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    # With their count before them, since a SeedSequence takes (1,) and (1, 0) for the same.
+    sequence = np.random.SeedSequence((len(numbers), *numbers))
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def batches(count: int, batch_size: int) -> list[tuple[int, int]]:
@@ -168,7 +170,8 @@ class _Trainer:
 
         self.model.train()
         for first, end in self.batches[progress.step :]:
-            self._set_learning_rate()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate(progress.step)
             torch.manual_seed(generator_seed(config.seed, progress.epoch, progress.step))
             index = order[first:end]
             loss, hits = self._step(self.train_set.images[index], self.train_set.labels[index])
@@ -205,15 +208,11 @@ class _Trainer:
         self.optimizer.step()
         return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
 
-    def _set_learning_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-
-    def _learning_rate(self) -> float:
-        config, progress = self.config, self.progress
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
         if config.schedule == "constant":
             return config.lr
-        done = (progress.epoch + progress.step / len(self.batches)) / config.epochs
+        done = (self.progress.epoch + step / len(self.batches)) / config.epochs
         return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def _finish_epoch(self) -> None:
@@ -222,7 +221,7 @@ class _Trainer:
         has_validation = self.validation_set is not None
         row = EpochMetrics(
             epoch=progress.epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self._learning_rate(len(self.batches) - 1),
             train_loss=progress.loss_sum / progress.seen,
             train_accuracy=progress.correct / progress.seen,
             validation_loss=held_out.loss if has_validation else None,

@@ -1,0 +1,53 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REAL_DATA = os.environ.get("DENSELY_DATA")
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test an empty cache folder, and no data but what it asks for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("DENSELY_DATA", raising=False)
+
+
+@pytest.fixture
+def fashion_mnist_dir() -> Path:
+    """Folder of the real Fashion-MNIST; the test skips where it is absent."""
+    if not REAL_DATA:
+        pytest.skip("DENSELY_DATA is not set: it names the folder that holds fashion-mnist/")
+    folder = Path(REAL_DATA).resolve() / "fashion-mnist"
+    if not (folder / "train-images-idx3-ubyte.gz").is_file():
+        pytest.skip(f"DENSELY_DATA={REAL_DATA} holds no fashion-mnist/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the quick start, two epochs long; tests must leave it as it is."""
+    from densely import TrainConfig, train
+
+    output = str(tmp_path_factory.mktemp("runs"))
+    return train(TrainConfig.from_values({"epochs": 2, "output": output})).run
+
+
+@pytest.fixture(scope="session")
+def digit_files(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
+    """PNG files of the quick start's test digits, two a class, with the class of each."""
+    from PIL import Image
+
+    from densely.data import load_data
+
+    test = load_data("digits").test
+    folder = tmp_path_factory.mktemp("digits")
+    files = []
+    for label in range(10):
+        for i in (test.labels == label).nonzero().flatten()[:2].tolist():
+            path = folder / f"{label}-{i}.png"
+            Image.fromarray(test.images[i, 0].numpy()).save(path)
+            files.append((path, test.classes[label]))
+    return files

@@ -1,0 +1,254 @@
+"""Training: it learns, twice the same, and goes on from where it was stopped to the same bits."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from densely.errors import ConfigError, RunError, Stopped, TrainingError
+from densely.training import loop
+from densely.training.config import TrainConfig
+from densely.training.loop import batches, generator_seed, train
+from densely.training.reporting import Reporter, RunFacts, Summary
+from densely.training.run import EpochMetrics
+
+
+def config(tmp_path: Path, **values: Any) -> TrainConfig:
+    return TrainConfig.from_values(
+        {"output": str(tmp_path / "runs"), "limit": 200, "epochs": 2} | values
+    )
+
+
+def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / which / "model.safetensors")
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class StopAt(Reporter):
+    """Sends this process a signal at a step of an epoch, as a person or a scheduler would."""
+
+    def __init__(self, epoch: int, step: int, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.at, self.number = (epoch, step), number
+
+    def step(self, epoch: int, done: int, total: int, loss: float, accuracy: float) -> None:
+        if (epoch, done) == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def test_the_quick_start_learns_the_digits(tmp_path: Path) -> None:
+    summary = train(TrainConfig.from_values({"output": str(tmp_path), "epochs": 5}))
+    assert summary.test.accuracy >= 0.97
+
+
+def test_a_run_directory_holds_all_that_it_should(digits_run: Path) -> None:
+    names = {path.relative_to(digits_run).as_posix() for path in digits_run.rglob("*")}
+    files = {"model.safetensors", "model.json", "optimizer.safetensors", "state.json"}
+    assert names == {
+        "config.yaml", "env.json", "metrics.csv", "curves.png", "README.md", "checkpoints",
+        "checkpoints/last", "checkpoints/best",
+        *(f"checkpoints/{which}/{file}" for which in ("last", "best") for file in files),
+    }  # fmt: skip
+    with (digits_run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert rows[0]["validation_accuracy"]
+    assert not rows[0]["test_accuracy"]  # the test split is left alone until the end
+    assert (digits_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((digits_run / "env.json").read_text())["versions"]["torch"]
+    assert f"densely predict {digits_run} IMAGE..." in (digits_run / "README.md").read_text()
+
+
+def test_the_same_command_gives_the_same_bits(tmp_path: Path) -> None:
+    first, second = (train(config(tmp_path)).run for _ in range(2))
+    assert (first.name, second.name) == ("quickstart-001", "quickstart-002")
+    assert same_bits(weights(first), weights(second))
+
+
+def test_another_seed_gives_another_network(tmp_path: Path) -> None:
+    first, second = (train(config(tmp_path, seed=seed)).run for seed in (0, 1))
+    assert not same_bits(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 3), (3, 4)])
+def test_stop_and_resume_give_the_bits_of_an_unbroken_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, number: int
+) -> None:
+    monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
+    settings = config(tmp_path, epochs=3, batch_size=50)
+    unbroken = train(settings)
+    with pytest.raises(Stopped, match="--resume") as caught:
+        train(settings, reporter=StopAt(epoch, step, number))
+    assert caught.value.exit_code == 128 + number
+    broken = tmp_path / "runs" / "quickstart-002"
+    resumed = train(settings, resume=broken)
+    assert resumed.test == unbroken.test
+    for which in ("last", "best"):
+        assert same_bits(weights(broken, which), weights(unbroken.run, which))
+    timings = {"examples_per_s", "epoch_s"}
+    tables = []
+    for run in (broken, unbroken.run):
+        with (run / "metrics.csv").open() as file:
+            tables.append([{k: v for k, v in row.items() if k not in timings}
+                           for row in csv.DictReader(file)])  # fmt: skip
+    assert tables[0] == tables[1]
+
+
+def test_a_stop_during_evaluation_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path)
+    unbroken = train(settings)
+    score_of = loop.score_of
+
+    def stopping(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score_of(*arguments)
+
+    monkeypatch.setattr(loop, "score_of", stopping)
+    with pytest.raises(Stopped):
+        train(settings)
+    monkeypatch.setattr(loop, "score_of", score_of)
+    broken = tmp_path / "runs" / "quickstart-002"
+    state = json.loads((broken / "checkpoints" / "last" / "state.json").read_text())
+    assert (state["epoch"], state["seen"]) == (0, 200)
+    train(settings, resume=broken)
+    assert same_bits(weights(broken), weights(unbroken.run))
+
+
+def test_a_crash_after_a_row_was_written_does_not_double_it(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = train(dataclasses.replace(settings, epochs=1)).run
+    row = (run / "metrics.csv").read_text().splitlines()[1]
+    with (run / "metrics.csv").open("a") as file:
+        file.write("2" + row[1:] + "\n")  # an epoch of which the checkpoint knows nothing
+    train(settings, resume=run)
+    with (run / "metrics.csv").open() as file:
+        assert [line["epoch"] for line in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    settings = config(tmp_path, schedule="constant")
+    longer = dataclasses.replace(settings, epochs=3)
+    run = train(settings).run
+    assert train(longer, resume=run).epochs == 3
+    assert same_bits(weights(run), weights(train(longer).run))
+
+
+def test_work_is_saved_within_a_long_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    saved = []
+    monkeypatch.setattr(
+        loop, "save_checkpoint", lambda *a: saved.append(dataclasses.replace(a[-1]))
+    )
+    with pytest.raises(RunError):  # nothing was really written: the best one is not there
+        train(config(tmp_path, epochs=1, batch_size=50))
+    assert [(p.epoch, p.step) for p in saved[:3]] == [(0, 1), (0, 2), (0, 3)]
+
+
+def test_diverging_training_ends_with_advice_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"diverged; try a smaller --lr") as caught:
+        train(config(tmp_path, lr=1e30, epochs=5))
+    assert caught.value.exit_code == 1
+
+
+def test_the_best_epoch_is_chosen_by_validation_and_judged_on_test(tmp_path: Path) -> None:
+    summary = train(config(tmp_path, epochs=4, lr=0.05))
+    with (summary.run / "metrics.csv").open() as file:
+        rows = [
+            (float(r["validation_accuracy"]), -float(r["validation_loss"]))
+            for r in csv.DictReader(file)
+        ]
+    assert summary.best_epoch == 1 + rows.index(max(rows))
+
+
+def test_without_validation_the_last_epoch_counts(tmp_path: Path) -> None:
+    summary = train(config(tmp_path, validation=0))
+    assert summary.best_epoch == summary.epochs
+    assert not (summary.run / "checkpoints" / "best").exists()
+    with (summary.run / "metrics.csv").open() as file:
+        assert float(list(csv.DictReader(file))[-1]["test_accuracy"]) == summary.test.accuracy
+
+
+def test_a_wrong_model_for_the_data_leaves_no_run_behind(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 29"):
+        train(config(tmp_path, model="d2l"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_refuses_other_data(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = train(settings).run
+    with pytest.raises(TrainingError, match="began with 200 training images"):
+        train(dataclasses.replace(settings, limit=100), resume=run)
+
+
+def test_cosine_falls_from_the_rate_to_nearly_zero(tmp_path: Path) -> None:
+    class Rates(Reporter):
+        def epoch(self, row: EpochMetrics) -> None:
+            rates.append(row.lr)
+
+    rates: list[float] = []
+    train(config(tmp_path, epochs=4, lr=0.1), reporter=Rates())
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] < 0.1
+    assert rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_every_precision_and_layout_trains(
+    tmp_path: Path, precision: str, memory_format: str
+) -> None:
+    settings = config(tmp_path, precision=precision, memory_format=memory_format, epochs=1)
+    assert train(settings).run.is_dir()
+
+
+def test_the_first_epoch_of_the_chapter_learns(tmp_path: Path, fashion_mnist_dir: Path) -> None:
+    class Rows(Reporter):
+        def started(self, facts: RunFacts) -> None:
+            started.append(facts)
+
+        def epoch(self, row: EpochMetrics) -> None:
+            rows.append(row)
+
+    class Done(Exception):
+        pass
+
+    started: list[RunFacts] = []
+    rows: list[EpochMetrics] = []
+    settings = TrainConfig.from_values(
+        {"recipe": "d2l", "data_dir": str(fashion_mnist_dir), "limit": 2560, "epochs": 1,
+         "output": str(tmp_path)}
+    )  # fmt: skip
+    trainer = loop._Trainer(settings, None, Rows())
+    trainer.test_set = trainer.test_set.subset(torch.arange(256))  # seconds, not half a minute
+    summary = trainer.fit()
+    assert isinstance(summary, Summary)
+    assert (started[0].parameters, started[0].image_size) == (758_226, 96)
+    assert rows[0].train_accuracy > 0.3  # of ten classes, after ten steps
+
+
+def test_batches_cover_all_images_once_and_none_is_single() -> None:
+    for count in range(2, 40):
+        for size in (2, 3, 7, 64):
+            bounds = batches(count, size)
+            assert [i for first, end in bounds for i in range(first, end)] == list(range(count))
+            assert all(end - first > 1 for first, end in bounds)
+            assert all(end - first <= size + 1 for first, end in bounds)
+
+
+def test_seeds_differ_between_epochs_steps_and_runs() -> None:
+    seeds = {generator_seed(*n) for n in [(0,), (1,), (0, 1), (1, 0), (0, 1, 2), (0, 2, 1)]}
+    assert len(seeds) == 6

@@ -1,0 +1,58 @@
+"""Run directories: numbered, never overwritten, damage named."""
+
+from pathlib import Path
+
+import pytest
+
+from densely.errors import RunError
+from densely.runtime import choose_runtime
+from densely.training.config import TrainConfig
+from densely.training.run import EpochMetrics, RunDirectory
+
+ROW = EpochMetrics(1, 0.1, 1.5, 0.25, None, None, 2.0, 0.125, 100.0, 3.0)
+
+
+def create(output: Path, **values: object) -> RunDirectory:
+    config = TrainConfig.from_values({"output": str(output), **values})
+    return RunDirectory.create(config, choose_runtime("cpu"))
+
+
+def test_numbers_go_up_and_gaps_are_not_filled(tmp_path: Path) -> None:
+    (tmp_path / "quickstart-007").mkdir(parents=True)
+    (tmp_path / "quickstart-x").mkdir()
+    assert create(tmp_path).path.name == "quickstart-008"
+    assert create(tmp_path).path.name == "quickstart-009"
+    assert create(tmp_path, name="mine").path.name == "mine-001"
+
+
+def test_an_output_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"--output .*file"):
+        create(tmp_path / "file" / "runs")
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    assert run.rows() == []
+    run.append(ROW)
+    assert run.rows() == [ROW]
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    run.append(ROW)
+    run.metrics_file.write_text(run.metrics_file.read_text().replace("1.5", "x"))
+    with pytest.raises(RunError, match=r"metrics\.csv"):
+        run.rows()
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run directory"):
+        RunDirectory.open(tmp_path)
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    (run.path / "config.yaml").write_text("epochs: -3\n")
+    with pytest.raises(RunError, match=r"config\.yaml: epochs=-3"):
+        run.config()
