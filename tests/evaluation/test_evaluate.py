@@ -1,0 +1,91 @@
+"""`densely.evaluate`: the run's own test split, or other data with the same classes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import densely
+from densely.data import load_data
+from densely.errors import ConfigError, DataError
+from densely.training.loop import train
+from densely.training.reporting import Summary
+
+
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Summary, Path]:
+    """A run on a folder of two kinds of coloured pictures, and the folder."""
+    top = tmp_path_factory.mktemp("own")
+    generator = torch.Generator().manual_seed(0)
+    for name, color in (("bluish", (40, 60, 220)), ("reddish", (220, 60, 40))):
+        (top / "data" / name).mkdir(parents=True)
+        for i in range(20):
+            noise = torch.randint(0, 30, (3,), generator=generator).tolist()
+            pixel = tuple(c + n for c, n in zip(color, noise, strict=True))
+            Image.new("RGB", (12, 12), pixel).save(top / "data" / name / f"{i}.png")
+    config = densely.TrainConfig.from_values(
+        {"data": str(top / "data"), "output": str(top / "runs"), "epochs": 3, "batch_size": 8}
+    )
+    return train(config), top / "data"
+
+
+def test_the_test_split_gives_what_training_said(tmp_path: Path) -> None:
+    config = densely.TrainConfig.from_values({"epochs": 1, "output": str(tmp_path)})
+    summary = train(config)
+    result = densely.evaluate(summary.run)
+    assert (result.accuracy, result.loss) == (summary.test.accuracy, summary.test.loss)
+
+
+def test_the_confusion_table_counts_every_image(digits_run: Path) -> None:
+    result = densely.evaluate(digits_run)
+    test = load_data("digits").test
+    assert result.images == 360
+    assert result.confusion.sum() == 360
+    assert result.confusion.sum(axis=1).tolist() == torch.bincount(test.labels).tolist()
+    assert result.confusion.trace() / 360 == pytest.approx(result.accuracy)
+
+
+def test_splits_are_the_runs_own(digits_run: Path) -> None:
+    sizes = [densely.evaluate(digits_run, split=s).images for s in ("train", "validation", "test")]
+    assert sum(sizes) == 1797
+    assert sizes[1:] == [144, 360]
+
+
+def test_a_run_on_a_folder_is_judged_on_its_own_test_split(
+    folder_run: tuple[Summary, Path],
+) -> None:
+    summary, folder = folder_run
+    assert densely.evaluate(summary.run).images == 8
+    assert densely.evaluate(summary.run, str(folder)).images == 8
+
+
+def test_another_folder_is_judged_on_as_a_whole(
+    folder_run: tuple[Summary, Path], tmp_path: Path
+) -> None:
+    summary, _ = folder_run
+    (tmp_path / "reddish").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 30), (230, 70, 50)).save(tmp_path / "reddish" / f"{i}.jpg")
+    result = densely.evaluate(summary.run, str(tmp_path))
+    assert (result.images, result.classes) == (3, ("bluish", "reddish"))
+    assert result.confusion.sum(axis=1).tolist() == [0, 3]
+
+
+def test_unknown_classes_are_named(folder_run: tuple[Summary, Path], tmp_path: Path) -> None:
+    (tmp_path / "green").mkdir()
+    Image.new("RGB", (12, 12)).save(tmp_path / "green" / "a.png")
+    with pytest.raises(DataError, match="unknown to the network: green"):
+        densely.evaluate(folder_run[0].run, str(tmp_path))
+
+
+def test_data_with_other_classes_are_refused(folder_run: tuple[Summary, Path]) -> None:
+    with pytest.raises(DataError, match="digits has the classes 0, 1, "):
+        densely.evaluate(folder_run[0].run, "digits")
+
+
+def test_no_validation_split_is_said(tmp_path: Path) -> None:
+    config = {"epochs": 1, "limit": 100, "validation": 0.0, "output": str(tmp_path)}
+    run = train(densely.TrainConfig.from_values(config)).run
+    with pytest.raises(ConfigError, match="no validation split"):
+        densely.evaluate(run, split="validation")

@@ -1,0 +1,246 @@
+"""The commands as people use them: help, output, exit codes, and no traceback for a mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from densely.cli import main
+
+COMMANDS = ["train", "evaluate", "predict", "doctor"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as leaving:  # how argparse ends --help
+        code = int(leaving.code or 0)
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_answers_within_300_ms(arguments: list[str]) -> None:
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "densely", *arguments], capture_output=True, text=True
+        )
+        seconds.append(time.perf_counter() - begin)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: densely")
+    assert min(seconds) < 0.3
+
+
+def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    _, text, _ = run(capsys, "train", "--recipe", "d2l", "--help")
+    assert "(default: 256)" in text
+    assert "(default: fashion-mnist)" in text
+
+
+def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys)
+    assert code == 0
+    assert all(f"  {name}" in text for name in COMMANDS)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    import densely
+
+    assert run(capsys, "--version")[1] == f"densely {densely.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "unknown command 'trian'; did you mean train?"),
+        ("train --recipe d3l", "unknown recipe 'd3l'; did you mean d2l?"),
+        ("train --model densnet121", "unknown model 'densnet121'; did you mean densenet121"),
+        ("train --data fashionmnist", "did you mean fashion-mnist?"),
+        ("train --data ./nowhere", "nor is there a folder ./nowhere"),
+        ("train --epochs -1", "epochs=-1: must be at least 1"),
+        ("train --epochs x", "--epochs: expected int, got 'x'"),
+        ("train --limit x", "--limit: expected int or null, got 'x'"),
+        ("train --precision half", "expected one of 'auto', 'float32', 'bfloat16', got 'half'"),
+        ("train --batch 3", "unknown flag '--batch'; did you mean --batch-size"),
+        ("train --lr", "expected one argument"),
+        ("train --recipe", "expected one argument"),
+        ("train digits", "unrecognized arguments: digits"),
+        ("train --device cuda:7", "device 'cuda:7' is not here"),
+        ("train --config nowhere.yaml", "nowhere.yaml: cannot be read"),
+        ("train --resume nowhere", "nowhere: no run directory"),
+        ("train --resume runs --recipe d2l", "leave them out"),
+        ("train --quiet --json", "exclude each other"),
+        ("train --recipe d2l --data digits --image-size 20", "needs images of at least 29"),
+        ("train --data digits --limit 5", "too few"),
+        ("train --data-dir nowhere --data fashion-mnist", "--data-dir: there is no folder nowhere"),
+        ("evaluate", "required: run"),
+        ("evaluate nowhere", "nowhere: no run directory"),
+        ("predict nowhere a.png", "nowhere: no run directory"),
+        ("predict nowhere", "required: images"),
+        ("doctor --device x", "device 'x' is not here"),
+    ],
+)
+def test_a_mistake_ends_in_one_or_two_lines_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments.split())
+    assert code == 2
+    assert message in err
+    assert err.startswith("densely")
+    assert len(err.splitlines()) <= 2
+    assert "Traceback" not in err + out
+    assert list(tmp_path.iterdir()) == []  # nothing half done is left
+
+
+def test_a_wrong_key_in_a_config_file_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("epoch: 3\nlearning_rate: 1\n")
+    code, _, err = run(capsys, "train", "--config", tmp_path / "mine.yaml")
+    assert code == 2
+    assert "unknown field 'epoch'; did you mean epochs" in err
+    assert "'learning_rate'" in err
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"epochs: 1\nlimit: 100\nlr: 0.03\noutput: {tmp_path}\n")
+    flags = ["--lr", "0.02", "--config", tmp_path / "mine.yaml", "--no-normalize"]
+    code, out, _ = run(capsys, "train", *flags, "--json")
+    assert code == 0
+    config = json.loads(out.splitlines()[0])["config"]
+    assert (config["lr"], config["epochs"], config["batch_size"]) == (0.02, 1, 64)
+    assert config["normalize"] is False
+
+
+def test_a_runs_own_config_file_gives_the_same_network(
+    capsys: pytest.CaptureFixture[str], digits_run: Path, tmp_path: Path
+) -> None:
+    config = digits_run / "config.yaml"
+    run(capsys, "train", "--config", config, "--output", tmp_path, "--quiet")
+    weights = "checkpoints/last/model.safetensors"
+    again = tmp_path / digits_run.name / weights
+    assert again.read_bytes() == (digits_run / weights).read_bytes()
+
+
+def test_resume_may_change_where_and_how_long_but_not_what(
+    capsys: pytest.CaptureFixture[str], digits_run: Path
+) -> None:
+    code, _, err = run(capsys, "train", "--resume", digits_run, "--lr", "1", "--seed", "5")
+    assert code == 2
+    assert "--lr, --seed: fixed by the run" in err
+
+
+def test_train_evaluate_and_predict_from_end_to_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, digit_files: list[tuple[Path, str]]
+) -> None:
+    code, out, _ = run(capsys, "train", "--epochs", "3", "--output", tmp_path)
+    assert code == 0
+    assert out.count("epoch  ") == 3
+    assert f"curves:    {tmp_path}/quickstart-001/curves.png" in out
+    path = tmp_path / "quickstart-001"
+
+    code, out, _ = run(capsys, "evaluate", path)
+    assert code == 0
+    assert out.startswith("accuracy 0.9")
+    assert len(out.splitlines()) == 14  # summary, blank, title, header, ten classes
+
+    image, label = digit_files[0]
+    code, out, _ = run(capsys, "predict", path, image)
+    assert code == 0
+    assert out.split() == [str(image), out.split()[1], label]
+    assert 0 < float(out.split()[1]) <= 1
+
+    code, out, _ = run(capsys, "predict", path, image, image, "--top", "3")
+    assert len(out.splitlines()) == 6
+
+    code, out, _ = run(capsys, "predict", path, image, "--json")
+    assert json.loads(out)["label"] == label
+    code, out, _ = run(capsys, "evaluate", path, "--json")
+    assert json.loads(out)["images"] == 360
+
+
+def test_an_unreadable_image_is_named(
+    capsys: pytest.CaptureFixture[str], digits_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    code, _, err = run(capsys, "predict", digits_run, tmp_path / "text.png")
+    assert code == 2
+    assert "text.png: not a readable" in err
+
+
+def test_many_classes_show_their_worst_confusions(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for i in range(25):
+        for part, n in (("train", 2), ("test", 1)):
+            folder = tmp_path / "data" / part / f"c{i:02}"
+            folder.mkdir(parents=True)
+            for j in range(n):
+                Image.new("L", (8, 8), 10 * i + j).save(folder / f"{j}.png")
+    flags = ["--epochs", "1", "--validation", "0", "--output", tmp_path, "--quiet"]
+    code, _, err = run(capsys, "train", "--data", tmp_path / "data", *flags)
+    assert (code, err) == (0, "")
+    _, out, _ = run(capsys, "evaluate", tmp_path / "quickstart-001")
+    assert "most frequent confusions" in out
+    assert "taken for" in out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
+    command = [sys.executable, "-m", "densely", "train", "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--epochs", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert f"go on with: densely train --resume {tmp_path}/quickstart-001" in err
+    assert "Traceback" not in err
+    done = [*command[:4], "--resume", f"{tmp_path}/quickstart-001", "--epochs", "2", "--quiet"]
+    assert subprocess.run(done, capture_output=True, text=True).returncode == 0
+
+
+def test_interrupting_before_training_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("densely.training.loop.load_data", interrupted)
+    code, _, err = run(capsys, "train")
+    assert (code, err) == (130, "densely train: interrupted\n")
+
+
+def test_doctor_tells_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for part in ("torch", "device", "precision", "memory format", "backend", "DENSELY_DATA"):
+        assert part in out
+    facts = json.loads(run(capsys, "doctor", "--json")[1])
+    assert set(facts["reasons"]) == {"device", "precision", "memory_format"}
+
+
+def test_doctor_sees_where_fashion_mnist_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fashion_mnist_dir: Path
+) -> None:
+    monkeypatch.setenv("DENSELY_DATA", str(fashion_mnist_dir.parent))
+    assert "(Fashion-MNIST is there)" in run(capsys, "doctor")[1]

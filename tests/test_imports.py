@@ -1,0 +1,84 @@
+"""The house: who may import whom, what the public names are, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import densely
+
+SOURCE = Path(densely.__file__).parent
+
+#: From the ground up; a part may import what stands on a line above it, and itself.
+LAYERS = [
+    {"errors", "_lazy"},
+    {"runtime", "models"},
+    {"data", "chapter", "environment"},
+    {"training"},
+    {"evaluation", "doctor"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "densely"
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of densely that a file imports at its top level, for types only left out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("densely."):
+            found.add(part_of(node.module or ""))
+        elif isinstance(node, ast.Import):
+            found |= {part_of(a.name) for a in node.names if a.name.startswith("densely.")}
+    return found
+
+
+def test_arrows_point_one_way() -> None:
+    level = {part: i for i, parts in enumerate(LAYERS) for part in parts}
+    seen = 0
+    for path in SOURCE.rglob("*.py"):
+        part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if part == "__init__":  # hands on public names of all parts
+            continue
+        for other in imports(path) - {part}:
+            assert level[other] < level[part], f"{path} imports densely.{other}, which stands above"
+            seen += 1
+    assert seen > 20
+
+
+def test_importing_densely_and_its_config_is_light() -> None:
+    code = (
+        "import sys, densely, densely.cli, densely.training.config;"
+        "heavy = {'torch', 'numpy', 'sklearn', 'matplotlib', 'PIL'} & set(sys.modules);"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_public_names_are_these_and_exist() -> None:
+    assert densely.__all__ == [
+        "Classifier",
+        "DenseNet",
+        "DenselyError",
+        "Prediction",
+        "TrainConfig",
+        "create_model",
+        "evaluate",
+        "load",
+        "model_names",
+        "train",
+    ]
+    assert all(callable(getattr(densely, name)) for name in densely.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(densely, "nonsense")
+
+
+def test_no_file_has_outgrown_its_subject() -> None:
+    for path in SOURCE.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
