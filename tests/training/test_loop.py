@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from densely.errors import ConfigError, RunError, Stopped, TrainingError
+from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.training import loop
 from densely.training.config import TrainConfig
 from densely.training.loop import batches, generator_seed, train
@@ -190,7 +190,7 @@ def test_a_wrong_model_for_the_data_leaves_no_run_behind(tmp_path: Path) -> None
 def test_resume_refuses_other_data(tmp_path: Path) -> None:
     settings = config(tmp_path)
     run = train(settings).run
-    with pytest.raises(TrainingError, match="began with 200 training images"):
+    with pytest.raises(DataError, match="began with 200 training images"):
         train(dataclasses.replace(settings, limit=100), resume=run)
 
 

@@ -16,13 +16,14 @@ from densely.data.dataset import ImageSet
 def resize(images: Tensor, size: int) -> Tensor:
     """Scale uint8 [N, C, H, W] images to `size` x `size` pixels: uint8 [N, C, size, size].
 
-    Bilinear, smoothed where it shrinks: bit for bit what Pillow's `Image.resize(..., BILINEAR)`
-    gives on a CPU, hence also torchvision's `Resize` of a Pillow image. The whole picture is kept;
-    one that is not square is stretched. On a GPU a pixel may differ by 1 of 255.
+    Bilinear, smoothed where it shrinks: what Pillow's `Image.resize(..., BILINEAR)` gives, and so
+    torchvision's `Resize` of a Pillow image. From 28 to 96 pixels, as in the chapter, it is so to
+    the bit on a CPU; for other sizes and on a GPU a pixel may differ by 1 of 255. The whole picture
+    is kept; one that is not square is stretched.
     """
     if images.shape[-2:] == (size, size):
         return images
-    if images.device.type == "cpu":
+    if images.device.type == "cpu" and size > 1:  # for one pixel PyTorch's uint8 path fails
         return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     scaled = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
     return scaled.round_().clamp_(0, 255).to(torch.uint8)

@@ -51,6 +51,7 @@ class Progress:
     `seen`, `loss_sum` and `correct` sum over the images of those steps; `seconds` is the time
     they took. The best epoch so far is by accuracy on the validation split, if there is one, and
     by loss between equals.
+    `total_s` is the time that the run took until it was saved, everything included.
     `train_images` tells whether the data are still those that the run began with.
     """
 
@@ -62,6 +63,7 @@ class Progress:
     loss_sum: float = 0.0
     correct: int = 0
     seconds: float = 0.0
+    total_s: float = 0.0
     best_epoch: int | None = None
     best_accuracy: float = 0.0
     best_loss: float = 1e9

@@ -84,7 +84,11 @@ class TrainConfig:
             ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
             ("validation", "at least 0 and below 1", 0 <= self.validation < 1),
             ("limit", "at least 2", self.limit is None or self.limit >= 2),
-            ("image_size", "from 1 to 4096", self.image_size is None or 0 < self.image_size < 4097),
+            (
+                "image_size",
+                "from 4 to 4096",
+                self.image_size is None or 4 <= self.image_size <= 4096,
+            ),
             ("seed", "from 0 to 2^32 - 1", 0 <= self.seed < 2**32),
             ("split_seed", "from 0 to 2^32 - 1", 0 <= self.split_seed < 2**32),
             (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densely.data import ImageSet, Preprocessing, limited, load_data, with_validation
 from densely.environment import device_name
-from densely.errors import Stopped, TrainingError
+from densely.errors import DataError, Stopped, TrainingError
 from densely.models import DenseNet
 from densely.runtime import choose_runtime, keep_freed_memory
 from densely.training.card import model_card
@@ -32,6 +32,8 @@ from densely.training.stopping import StopRequest
 #: A crash costs at most so much work; a stop by Ctrl-C or SIGTERM costs none.
 SAVE_SECONDS = 300.0
 REPORT_SECONDS = 0.25
+#: Drawing takes as long as an epoch of a small network: not each epoch of those.
+DRAW_SECONDS = 20.0
 
 
 def train(
@@ -74,11 +76,13 @@ def batches(count: int, batch_size: int) -> list[tuple[int, int]]:
 
 class _Trainer:
     def __init__(self, config: TrainConfig, resume: Path | None, reporter: Reporter) -> None:
+        self._began = time.monotonic()
         self.config, self.reporter = config, reporter
         self.runtime = choose_runtime(config.device, config.precision, config.memory_format)
         if self.runtime.device.type == "cpu":
             keep_freed_memory()
 
+        reporter.note(f"reading {config.data} ...")
         splits = load_data(
             config.data,
             data_dir=Path(config.data_dir) if config.data_dir else None,
@@ -117,12 +121,13 @@ class _Trainer:
         else:
             self.run = RunDirectory.open(resume)
             self._restore()
-        self._saved_at = time.monotonic()
+        self._spent_before = self.progress.total_s
+        self._saved_at = self._drawn_at = time.monotonic()
 
     def _restore(self) -> None:
         self.progress = load_progress(self.run.last, self.model, self.optimizer)
         if self.progress.train_images != len(self.train_set):
-            raise TrainingError(
+            raise DataError(
                 f"{self.run.path} began with {self.progress.train_images:,} training images, and "
                 f"{self.config.data} now gives {len(self.train_set):,}; start a new run"
             )
@@ -141,6 +146,7 @@ class _Trainer:
                 summary = self._summary(self._final_test())
         finally:
             self.reporter.stopped()
+        self._draw_curves()
         self.run.card_file.write_text(model_card(facts, self.info, summary), encoding="utf-8")
         self.reporter.finished(summary)
         return summary
@@ -246,8 +252,8 @@ class _Trainer:
         if improved:
             self._save(self.run.best)
         self._save_last()
-        rows = self.run.rows()
-        draw_curves(rows, self.run.curves_file, f"{self.config.model} on {self.config.data}")
+        if time.monotonic() - self._drawn_at > DRAW_SECONDS:
+            self._draw_curves()
         self.reporter.epoch(row)
         if progress.epoch < self.config.epochs:
             self._stop_if_asked()
@@ -270,7 +276,14 @@ class _Trainer:
 
         return score_of(model, data, self.info.preprocessing, self.runtime, before_batch)
 
+    def _draw_curves(self) -> None:
+        if rows := self.run.rows():
+            title = f"{self.config.model} on {self.config.data}"
+            draw_curves(rows, self.run.curves_file, title)
+        self._drawn_at = time.monotonic()
+
     def _save(self, folder: Path) -> None:
+        self.progress.total_s = self._spent_before + time.monotonic() - self._began
         save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)
 
     def _save_last(self) -> None:
@@ -279,6 +292,7 @@ class _Trainer:
 
     def _stop_if_asked(self) -> None:
         if self.stop.signal is not None:
+            self._draw_curves()
             raise Stopped(
                 f"stopped and saved; go on with: densely train --resume {self.run.path}",
                 self.stop.exit_code,
@@ -300,14 +314,13 @@ class _Trainer:
         )
 
     def _summary(self, test: Score) -> Summary:
-        rows = self.run.rows()
-        seconds = sum(row.epoch_s for row in rows)
+        seconds = self._spent_before + time.monotonic() - self._began
         return Summary(
             run=self.run.path,
             epochs=self.progress.epoch,
             best_epoch=self.progress.best_epoch or self.progress.epoch,
             test=test,
             seconds=seconds,
-            examples_per_s=len(self.train_set) * len(rows) / seconds,
+            examples_per_s=len(self.train_set) * self.progress.epoch / seconds,
             curves=self.run.curves_file,
         )

@@ -39,7 +39,7 @@ class RunFacts:
 class Summary:
     """How a run ended.
 
-    `seconds` and `examples_per_s` count everything: training, evaluation and saving.
+    `seconds` and `examples_per_s` count everything: reading, training, evaluation and saving.
     """
 
     run: Path

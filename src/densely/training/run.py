@@ -26,9 +26,10 @@ from densely.training.config import TrainConfig, read_yaml
 class EpochMetrics:
     """A row of `metrics.csv`; epochs count from 1, losses are in nats.
 
-    The learning rate is that of the epoch's last step. Training figures are means over the epoch, as the weights were while it went on. Examples/s
-    counts the training pass as a whole, loading and resizing included; `epoch_s` counts evaluation
-    as well. The test split is looked at each epoch only where no validation split is.
+    The learning rate is that of the epoch's last step. Training figures are means over the epoch,
+    as the weights were while it went on. Examples/s counts the training pass as a whole, loading
+    and resizing included; `epoch_s` counts evaluation as well. The test split is looked at each
+    epoch only where no validation split is.
     """
 
     epoch: int
