@@ -105,7 +105,6 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/bench_chapter.py --data-dir FOLDER "
         f"--images {options.images} --rounds {options.rounds}",
-        "commit": git_commit(),
         "environment": environment(choose_runtime()) | {"command": None},
         "best_peer": best_peer,
         "variants": {
@@ -130,19 +129,6 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result["variants"], indent=2))
     print(f"data pipeline: {result['pipeline_share_of_step']:.1%} of a step; written to {path}")
-
-
-def git_commit() -> str:
-    """Commit of the checkout, with a + where files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=HERE, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
-        "+" if git("status", "--porcelain", "--", "../src") else ""
-    )
 
 
 if __name__ == "__main__":

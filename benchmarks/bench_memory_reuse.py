@@ -48,7 +48,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         return child(sys.argv[1] == "keep", sys.argv[2])
 
-    from bench_chapter import git_commit, last_line
+    from bench_chapter import last_line
 
     from densely.environment import environment
     from densely.runtime import choose_runtime
@@ -62,7 +62,6 @@ def main() -> None:
             print(precision, keep, values, flush=True)
     result = {
         "command": "python benchmarks/bench_memory_reuse.py",
-        "commit": git_commit(),
         "environment": environment(choose_runtime("cpu")) | {"command": None},
         "cases": {
             name: {

@@ -12,8 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_chapter import git_commit
-
 from densely.environment import environment
 from densely.runtime import choose_runtime
 
@@ -36,7 +34,6 @@ def main() -> None:
         print(runs[-1], flush=True)
     result = {
         "command": "python benchmarks/bench_quickstart.py",
-        "commit": git_commit(),
         "environment": environment(choose_runtime()) | {"command": None},
         "runs": runs,
     }

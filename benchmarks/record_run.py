@@ -8,8 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench_chapter import git_commit
-
 from densely.training.run import RunDirectory
 
 HERE = Path(__file__).parent
@@ -26,7 +24,6 @@ def main() -> None:
     environment = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
     # Where a program or data lay on the machine says nothing about the run.
     environment["command"] = ["densely", *environment["command"][1:]]
-    environment["commit"] = git_commit()
     (target / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     config = run.config().to_yaml().splitlines()
     kept = [line for line in config if not line.startswith(("data_dir:", "output:"))]

@@ -93,7 +93,7 @@ def quick_start() -> str:
     return f"""## The quick start
 
 Command: `{result["command"]}`, which runs `densely train --seed SEED` and takes the wall time of
-the whole command, start of Python included. Commit {result["commit"]}. Machine:
+the whole command, start of Python included. Commit {result["environment"]["commit"]}. Machine:
 {machine(result["environment"])}.
 
 {table_text}"""
@@ -112,7 +112,7 @@ def speed() -> str:
     table_text = "\n".join(table)
     return f"""## Examples/s against a learner's plain loop
 
-Command: `{result["command"]}`. Commit {result["commit"]}. Machine:
+Command: `{result["command"]}`. Commit {result["environment"]["commit"]}. Machine:
 {machine(result["environment"])}. The peer is `benchmarks/plain_chapter.py`: the same net in plain
 PyTorch, float32, with a DataLoader that resizes each image. All run in turns, each in a process of
 its own; loading counts for all of them.
@@ -140,7 +140,7 @@ def memory_reuse() -> str:
     table_text = "\n".join(table)
     return f"""## Keeping freed memory (CPU)
 
-Command: `{result["command"]}`. Commit {result["commit"]}. Machine:
+Command: `{result["command"]}`. Commit {result["environment"]["commit"]}. Machine:
 {machine(result["environment"])}. The chapter's training step, batch 256, channels-last; memory
 that tensors free given back to the system, as glibc does by itself, or kept in the process
 (`densely.runtime.keep_freed_memory`, which the commands call).

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +34,31 @@ def device_name(device: torch.device) -> str:
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "unknown")
 
 
+def git_commit() -> str | None:
+    """Commit of the checkout that densely runs from, with a + where files differ; else None."""
+    folder = Path(densely.__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=False, timeout=10
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    # Only where the package itself is tracked: it may lie inside somebody else's repository.
+    try:
+        if not git("ls-files", "--", "__init__.py"):
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def environment(runtime: Runtime) -> dict[str, Any]:
     """Versions, hardware, what was chosen on it and why, and the command."""
     return {
         "versions": package_versions(),
+        "commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(runtime.device),

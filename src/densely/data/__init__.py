@@ -1,7 +1,7 @@
 """Where images come from, and how they reach the device."""
 
-from densely.data.dataset import ImageSet, Splits
+from densely.data.dataset import ImageSet, Splits, limited
 from densely.data.preprocessing import Preprocessing
-from densely.data.sources import limited, load_data, with_validation
+from densely.data.sources import load_data, with_validation
 
 __all__ = ["ImageSet", "Preprocessing", "Splits", "limited", "load_data", "with_validation"]

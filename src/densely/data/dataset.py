@@ -1,8 +1,12 @@
-"""A labelled set of images as uint8 tensors, and how one is split in two."""
+"""A labelled set of images as uint8 tensors, and how one is split in two.
 
+The splits are made here and not by scikit-learn, whose stratified split may leave a rare class out
+of a part without a word.
+"""
+
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,10 +68,8 @@ def stratified_split(
         Sorted int64 indices of the first and of the second part.
 
     Raises:
-        DataError: a class has a single image, or a part would not hold one image of each class.
+        DataError: a class has a single image, or there are too few for one of each in each part.
     """
-    from sklearn.model_selection import train_test_split
-
     counts = torch.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts.tolist(), strict=True):
         if count < 2:
@@ -75,13 +77,44 @@ def stratified_split(
                 f"class '{name}' has {count} image(s) to train from: at least 2 are needed to set "
                 f"some aside for {what}"
             )
-    try:
-        first_part, second_part = train_test_split(
-            np.arange(len(labels)), test_size=second, random_state=seed, stratify=labels.numpy()
-        )
-    except ValueError as error:
+    total = second if isinstance(second, int) else math.ceil(second * len(labels))
+    if not len(classes) <= total <= len(labels) - len(classes):
         raise DataError(
             f"{len(labels)} images of {len(classes)} classes are too few to set {second} of them "
             f"aside for {what}: add images, or change the share"
-        ) from error
-    return torch.from_numpy(np.sort(first_part)), torch.from_numpy(np.sort(second_part))
+        )
+    taken = _fair_shares(counts, total).clamp(torch.ones_like(counts), counts - 1)
+    return _chosen(labels, taken, seed)
+
+
+def limited(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
+    """Keep at most `limit` images, equal shares of each class and at least one of each.
+
+    Raises:
+        DataError: `limit` is less than the number of classes.
+    """
+    if limit is None or limit >= len(images):
+        return images
+    if limit < len(images.classes):
+        raise DataError(f"limit={limit} is too few for {len(images.classes)} classes")
+    counts = torch.bincount(images.labels, minlength=len(images.classes))
+    taken = _fair_shares(counts, limit).clamp(torch.ones_like(counts), counts)
+    return images.subset(_chosen(images.labels, taken, seed)[1])
+
+
+def _fair_shares(counts: Tensor, total: int) -> Tensor:
+    """Part `total` in proportion to `counts`, the rest of rounding to the largest remainders."""
+    exact = counts * total
+    shares = exact // counts.sum()
+    order = (exact % counts.sum()).argsort(descending=True, stable=True)
+    shares[order[: total - int(shares.sum())]] += 1
+    return shares
+
+
+def _chosen(labels: Tensor, taken: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices of the rest, and of `taken[c]` random images of each class c."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    second = torch.zeros(len(labels), dtype=torch.bool)
+    for c, number in enumerate(taken.tolist()):
+        second[order[labels[order] == c][:number]] = True
+    return (~second).nonzero().flatten(), second.nonzero().flatten()

@@ -33,7 +33,8 @@ def download(urls: Sequence[str], target: Path, md5: str) -> None:
     """Fetch `target` from the first of `urls` that gives the right file.
 
     Bytes gather in `TARGET.part`, from which a later call goes on; only a file whose MD5 is right
-    takes the place of `target`, and what stood there before is kept beside it as `TARGET.damaged`.
+    takes the place of `target`, and what stood there before is kept beside it as `TARGET.damaged`
+    (`.damaged-2`, ... where there are such).
 
     Raises:
         DataError: no mirror gave the file; each one's reason is named.
@@ -52,12 +53,20 @@ def download(urls: Sequence[str], target: Path, md5: str) -> None:
             continue
         if md5_of(part) == md5:
             if target.exists():
-                os.replace(target, target.with_name(target.name + ".damaged"))
+                os.replace(target, _free_name(target))
             os.replace(part, target)
             return
         part.unlink()  # no prefix of the right file: nothing to go on from
         reasons.append(f"{host}: sent a file with another MD5")
     raise DataError(f"{target.name} could not be downloaded ({'; '.join(reasons)})")
+
+
+def _free_name(target: Path) -> Path:
+    path, number = target.with_name(target.name + ".damaged"), 1
+    while path.exists():
+        number += 1
+        path = target.with_name(f"{target.name}.damaged-{number}")
+    return path
 
 
 def _fetch(url: str, part: Path, label: str, connect_seconds: float) -> None:
@@ -73,7 +82,7 @@ def _fetch(url: str, part: Path, label: str, connect_seconds: float) -> None:
         total = have + int(length) if length else None
         with _progress() as progress:
             task = progress.add_task(label, total=total, completed=have)
-            while chunk := response.read(CHUNK_BYTES):
+            while chunk := response.read1(CHUNK_BYTES):
                 file.write(chunk)
                 progress.advance(task, len(chunk))
         file.flush()
@@ -95,6 +104,7 @@ def _open(url: str, have: int, seconds: float) -> HTTPResponse | None:
         try:
             answers.put(urllib.request.urlopen(request, timeout=STALL_SECONDS))
         except urllib.error.HTTPError as error:
+            error.close()
             answers.put(None if error.code == 416 and have else error)
         except Exception as error:
             answers.put(error)

@@ -94,8 +94,8 @@ def _read(folder: Path, part: str) -> ImageSet:
     labels = _values(folder, f"{part}-labels-idx1-ubyte.gz", (count,))
     if int(labels.max()) >= len(CLASSES):
         raise DataError(
-            f"{folder}: {part}-labels has a label {int(labels.max())}, expected 0 to 9; is it "
-            "Fashion-MNIST?"
+            f"{_file(folder, f'{part}-labels-idx1-ubyte.gz')}: has a label {int(labels.max())}, "
+            "expected 0 to 9; is it Fashion-MNIST?"
         )
     return ImageSet(images[:, None], labels.to(torch.int64), CLASSES)
 

@@ -76,6 +76,8 @@ def load_labelled(
     Raises:
         DataError: no images, a class that is none of `classes`, or a corrupt image.
     """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
     listing = _labelled_files(folder)
     if not any(listing.values()):
         raise DataError(f"{folder}: no class folders with images ({', '.join(SUFFIXES)})")
@@ -93,7 +95,9 @@ def _labelled_files(part: Path) -> dict[str, list[Path]]:
             listing[entry.name] = sorted(
                 path
                 for path in entry.rglob("*")
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+                if path.suffix.lower() in SUFFIXES
+                and not any(name.startswith(".") for name in path.relative_to(entry).parts)
+                and not path.is_dir()
             )
     return listing
 

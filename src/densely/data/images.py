@@ -1,6 +1,5 @@
 """Reading one image file that anybody may have made: any mode, any size, nothing trusted."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from densely.errors import DataError
 #: Formats that are opened, whatever a file's name says, and the suffixes looked for in folders.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 89_000_000  # where Pillow begins to warn of decompression bombs
 
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I")
 
@@ -25,13 +24,13 @@ def open_image(path: Path) -> Image.Image:
         DataError: there is no such file, it is no image of an allowed format, or too large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning: ours is an error, below
-            image = Image.open(path, formats=FORMATS)
+        image = Image.open(path, formats=FORMATS)
     except FileNotFoundError as error:
         raise DataError(f"there is no image file {path}") from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder, an image file was expected") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: at most {MAX_PIXELS:,} pixels are read: {error}") from error
     except Exception as error:
         raise DataError(f"{path}: not a readable {', '.join(FORMATS)} image") from error
     if image.width * image.height > MAX_PIXELS:
@@ -64,11 +63,9 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
         DataError: the file is truncated or corrupt.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            pixels = np.array(_eight_bit(upright).convert("L" if channels == 1 else "RGB"))
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        pixels = np.array(_eight_bit(upright).convert("L" if channels == 1 else "RGB"))
     except Exception as error:
         raise DataError(f"{name}: corrupt image ({error})") from error
     planes = pixels[:, :, None] if channels == 1 else pixels
@@ -78,7 +75,10 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
 def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.array(image, dtype=np.int64).clip(0, 65535)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        eight_bit = ((values + 128) // 257).astype(np.uint8)
+        if "transparency" in image.info:
+            eight_bit[values == image.info["transparency"]] = 255
+        return Image.fromarray(eight_bit)
     if image.has_transparency_data:
         on_white = Image.new("RGBA", image.size, "white")
         on_white.alpha_composite(image.convert("RGBA"))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from densely.data.dataset import ImageSet, Splits, stratified_split
+from densely.data.dataset import Splits, stratified_split
 from densely.data.digits import load_digits
 from densely.data.fashion_mnist import load_fashion_mnist
 from densely.data.folder import load_folder
@@ -56,11 +56,3 @@ def with_validation(splits: Splits, share: float, split_seed: int) -> Splits:
     train = splits.train
     first, second = stratified_split(train.labels, train.classes, share, split_seed, "validation")
     return Splits(splits.name, train.subset(first), splits.test, train.subset(second))
-
-
-def limited(images: ImageSet, limit: int | None, split_seed: int) -> ImageSet:
-    """Keep at most `limit` images, equal shares of each class."""
-    if limit is None or limit >= len(images):
-        return images
-    _, kept = stratified_split(images.labels, images.classes, limit, split_seed, "this run")
-    return images.subset(kept)

@@ -1,0 +1,276 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from densely.data.dataset import ImageSet
+from densely.data.folder import load_folder, load_labelled
+from densely.errors import DataError
+
+
+def save(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8), mode: str = "L") -> Path:
+    """A picture of one shade, by which it is known again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, shade).convert(mode).save(path)
+    return path
+
+
+def save_classes(part: Path, classes: str = "ab", each: int = 1) -> Path:
+    for i, name in enumerate(classes):
+        for j in range(each):
+            save(part / name / f"{j}.png", shade=i * each + j)
+    return part
+
+
+def shades(images: ImageSet) -> list[int]:
+    return images.images[:, 0, 0, 0].tolist()
+
+
+def assert_refused(folder: Path, *words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_folder(folder, None, 0)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("second", ["test", "val"])
+def test_two_folders_are_train_and_test(photos: Path, second: str) -> None:
+    save_classes(photos / "train", each=3)
+    save(photos / second / "b" / "x.png", shade=77)
+    splits = load_folder(photos, None, 0)
+    assert splits.name == "photos"
+    assert splits.train.classes == splits.test.classes == ("a", "b")
+    assert (shades(splits.train), shades(splits.test)) == ([0, 1, 2, 3, 4, 5], [77])
+    assert splits.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert splits.test.labels.tolist() == [1]
+    assert splits.validation is None
+
+
+def test_val_beside_test_becomes_validation(photos: Path) -> None:
+    save_classes(photos / "train")
+    save(photos / "test" / "a" / "x.png", shade=77)
+    save(photos / "val" / "b" / "x.png", shade=88)
+    splits = load_folder(photos, None, 0)
+    assert splits.validation is not None
+    assert (shades(splits.test), shades(splits.validation)) == ([77], [88])
+    assert splits.validation.labels.tolist() == [1]
+
+
+def test_one_folder_is_split_80_to_20_in_each_class(photos: Path) -> None:
+    splits = load_folder(save_classes(photos, each=20), None, 0)
+    assert sorted(shades(splits.train) + shades(splits.test)) == list(range(40))
+    for part, each in ((splits.train, 16), (splits.test, 4)):
+        assert part.labels.bincount().tolist() == [each, each]
+        assert [shade // 20 for shade in shades(part)] == part.labels.tolist()
+
+
+def test_the_split_follows_its_seed(photos: Path) -> None:
+    save_classes(photos, each=20)
+    first = shades(load_folder(photos, None, 1).test)
+    assert shades(load_folder(photos, None, 1).test) == first
+    assert shades(load_folder(photos, None, 2).test) != first
+
+
+def test_a_rare_class_is_in_both_parts_of_a_split(photos: Path) -> None:
+    save_classes(photos, "a", each=40)
+    save(photos / "b" / "0.png")
+    save(photos / "b" / "1.png")
+    splits = load_folder(photos, None, 0)
+    assert set(splits.train.labels.tolist()) == set(splits.test.labels.tolist()) == {0, 1}
+
+
+def test_classes_are_sorted(photos: Path) -> None:
+    splits = load_folder(save_classes(photos, "cab", each=5), None, 0)
+    assert splits.train.classes == ("a", "b", "c")
+    assert [shade // 5 for shade in shades(splits.train)] == [
+        {"a": 1, "b": 2, "c": 0}[splits.train.classes[label]] for label in splits.train.labels
+    ]
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA"])
+def test_grey_images_have_one_channel(photos: Path, mode: str) -> None:
+    save_classes(photos / "train")
+    save(photos / "test" / "a" / "0.png", mode=mode)
+    assert load_folder(photos, None, 0).train.images.shape == (2, 1, 8, 8)
+
+
+def test_one_colour_image_makes_all_three_channels(photos: Path) -> None:
+    save_classes(photos / "train")
+    save(photos / "test" / "a" / "0.png", mode="RGB")
+    splits = load_folder(photos, None, 0)
+    assert splits.train.images.shape == (2, 3, 8, 8)
+    assert splits.test.images.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 1)])
+def test_channels_asked_for_win(photos: Path, mode: str, channels: int) -> None:
+    save_classes(photos / "train")
+    save(photos / "test" / "a" / "0.png", shade=90, mode=mode)
+    test = load_folder(photos, None, 0, channels).test
+    assert test.images.equal(torch.full((1, channels, 8, 8), 90, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "asked", "side"),
+    [
+        pytest.param([(8, 8)], None, 8, id="shared size kept"),
+        pytest.param([(96, 96)], None, 96, id="96 kept"),
+        pytest.param([(97, 97)], None, 96, id="larger"),
+        pytest.param([(8, 8), (9, 9)], None, 96, id="mixed"),
+        pytest.param([(8, 6)], None, 96, id="not square"),
+        pytest.param([(8, 8)], 5, 5, id="asked for, smaller"),
+        pytest.param([(8, 8), (9, 9)], 120, 120, id="asked for, larger"),
+    ],
+)
+def test_side_of_the_images(
+    photos: Path, sizes: list[tuple[int, int]], asked: int | None, side: int
+) -> None:
+    for part in ("train", "test"):
+        for name in "ab":
+            for i, size in enumerate(sizes):
+                save(photos / part / name / f"{i}.png", size=size)
+    splits = load_folder(photos, asked, 0)
+    assert splits.train.images.shape == (2 * len(sizes), 1, side, side)
+    assert splits.test.images.shape[-2:] == (side, side)
+
+
+def test_the_whole_picture_is_scaled_as_pillow_does(photos: Path) -> None:
+    save_classes(photos / "train")
+    noise = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
+    (photos / "test" / "a").mkdir(parents=True)
+    Image.fromarray(noise).save(photos / "test" / "a" / "0.png")
+    expected = Image.fromarray(noise).resize((12, 12), Image.Resampling.BILINEAR)
+    found = load_folder(photos, 12, 0).test.images[0].permute(1, 2, 0).numpy()
+    assert np.abs(found.astype(int) - np.array(expected).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["x.PNG", "x.jpg", "x.JPEG", "x.bmp", "x.webp", "deep/er/x.png"])
+def test_images_are_found_by_suffix_at_any_depth(photos: Path, name: str) -> None:
+    save_classes(photos / "train")
+    save(photos / "test" / "b" / name, shade=77)
+    assert np.abs(shades(load_folder(photos, None, 0).test)[0] - 77) <= 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt",
+        "a/notes.txt",
+        "a/Thumbs.db",
+        "a/.hidden.png",
+        "a/._0.png",
+        "a/.ipynb_checkpoints/0-checkpoint.png",
+        "stray.png",
+        ".git/0.png",
+    ],
+)
+def test_hidden_files_and_other_files_are_ignored(photos: Path, name: str) -> None:
+    save_classes(photos / "test")
+    ignored = save_classes(photos / "train") / name
+    ignored.parent.mkdir(exist_ok=True)
+    ignored.write_text("no image")
+    splits = load_folder(photos, None, 0)
+    assert splits.train.classes == ("a", "b")
+    assert shades(splits.train) == [0, 1]
+
+
+def test_folder_with_an_images_suffix_is_gone_into(photos: Path) -> None:
+    save_classes(photos / "train")
+    save(photos / "test" / "a" / "scans.png" / "0.png", shade=77)
+    assert shades(load_folder(photos, None, 0).test) == [77]
+
+
+def test_missing_folder_is_named(photos: Path) -> None:
+    assert_refused(photos, str(photos))
+
+
+def test_empty_folder_is_named(photos: Path) -> None:
+    photos.mkdir()
+    assert_refused(photos, str(photos), ".png")
+
+
+@pytest.mark.parametrize(
+    ("present", "missing"), [("train", "test"), ("test", "train"), ("val", "train")]
+)
+def test_part_without_its_counterpart_is_named(photos: Path, present: str, missing: str) -> None:
+    save_classes(photos / present)
+    assert_refused(photos, str(photos), missing)
+
+
+def test_test_folder_without_images_is_named(photos: Path) -> None:
+    save_classes(photos / "train")
+    (photos / "test").mkdir()
+    assert_refused(photos, str(photos / "test"))
+
+
+@pytest.mark.parametrize("part", ["", "train"])
+def test_one_class_is_too_few(photos: Path, part: str) -> None:
+    save_classes(photos / part, "a", each=5)
+    if part:
+        save_classes(photos / "test", "a")
+    assert_refused(photos, str(photos / part), "'a'")
+
+
+@pytest.mark.parametrize("part", ["", "train"])
+def test_class_folder_without_images_is_named(photos: Path, part: str) -> None:
+    (save_classes(photos / part, "ab", each=5) / "empty").mkdir()
+    if part:
+        save_classes(photos / "test", "ab")
+    assert_refused(photos, str(photos / part), "empty")
+
+
+def test_class_of_the_test_images_alone_is_named(photos: Path) -> None:
+    save_classes(photos / "train", "ab")
+    save_classes(photos / "test", "abz")
+    assert_refused(photos, str(photos / "test"), "z")
+
+
+@pytest.mark.parametrize("keep", [0, 20, 45])
+def test_corrupt_image_is_named(photos: Path, keep: int) -> None:
+    save_classes(photos, each=5)
+    corrupt = photos / "b" / "3.png"
+    corrupt.write_bytes(corrupt.read_bytes()[:keep])
+    assert_refused(photos, str(corrupt))
+
+
+def test_more_than_memory_holds_is_refused_before_it_is_taken(photos: Path) -> None:
+    save_classes(photos, each=5)
+    with pytest.raises(DataError, match="image-size"):
+        load_folder(photos, 1_000_000, 0)
+
+
+def test_labels_follow_the_classes_given(tmp_path: Path) -> None:
+    images = load_labelled(save_classes(tmp_path, "ab", each=2), ("b", "absent", "a"), 5, 3)
+    assert images.images.shape == (4, 3, 5, 5)
+    assert images.classes == ("b", "absent", "a")
+    label_of = dict(zip(shades(images), images.labels.tolist(), strict=True))
+    assert label_of == {0: 2, 1: 2, 2: 0, 3: 0}
+
+
+def test_classes_not_given_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="zebra") as caught:
+        load_labelled(save(tmp_path / "zebra" / "0.png").parent.parent, ("a", "b"), 8, 1)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_folder_to_label_needs_images(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "folder"
+    if exists:
+        (folder / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="folder"):
+        load_labelled(folder, ("a", "b"), 8, 1)
+
+
+def test_corrupt_image_to_label_is_named(tmp_path: Path) -> None:
+    save_classes(tmp_path)
+    (tmp_path / "b" / "0.png").write_text("no image")
+    with pytest.raises(DataError, match=r"b/0\.png"):
+        load_labelled(tmp_path, ("a", "b"), 8, 1)
