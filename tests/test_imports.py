@@ -11,7 +11,7 @@ SOURCE = Path(densely.__file__).parent
 
 #: From the ground up; a part may import what stands on a line above it, and itself.
 LAYERS = [
-    {"errors", "_lazy"},
+    {"errors"},
     {"runtime", "models"},
     {"data", "chapter", "environment"},
     {"training"},

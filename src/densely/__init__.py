@@ -6,9 +6,8 @@
 >>> densely.load(summary.run).predict(["digit.png"])
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from densely._lazy import lazy
 
 if TYPE_CHECKING:
     from densely.errors import DenselyError as DenselyError
@@ -24,21 +23,27 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__, __all__ = lazy(
-    __name__,
-    {
-        "Classifier": "densely.evaluation.classifier",
-        "DenseNet": "densely.models.densenet",
-        "DenselyError": "densely.errors",
-        "Prediction": "densely.evaluation.classifier",
-        "TrainConfig": "densely.training.config",
-        "create_model": "densely.models.registry",
-        "evaluate": "densely.evaluation.evaluate",
-        "load": "densely.evaluation.classifier",
-        "model_names": "densely.models.registry",
-        "train": "densely.training.loop",
-    },
-)
+# Where each public name lives; its module is imported when it is first used, so that
+# `import densely` and `densely --help` stay quick: torch alone takes a second.
+_PLACES = {
+    "Classifier": "densely.evaluation.classifier",
+    "DenseNet": "densely.models.densenet",
+    "DenselyError": "densely.errors",
+    "Prediction": "densely.evaluation.classifier",
+    "TrainConfig": "densely.training.config",
+    "create_model": "densely.models.registry",
+    "evaluate": "densely.evaluation.evaluate",
+    "load": "densely.evaluation.classifier",
+    "model_names": "densely.models.registry",
+    "train": "densely.training.loop",
+}
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> object:
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,7 @@ Exit codes: 0 fine, 1 failure, 2 usage or configuration, 130 Ctrl-C, 143 SIGTERM
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,24 +18,11 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 import densely
 from densely.errors import ConfigError, DenselyError, unknown_name
-from densely.training.config import RECIPES, TrainConfig, read_yaml
+from densely.training.config import FREE_ON_RESUME, HARDWARE, RECIPES, TrainConfig, read_yaml
 
 if TYPE_CHECKING:
     from densely.evaluation.evaluate import Evaluation
     from densely.training.reporting import Reporter
-
-#: What may differ when a run goes on: how long, where and how fast, not what.
-_FREE_ON_RESUME = {"epochs", "data_dir", "device", "precision", "memory_format"}
-
-_GROUPS = {
-    "what to learn": ["model", "data", "data_dir", "image_size", "normalize"],
-    "which images": ["validation", "limit", "split_seed"],
-    "how to learn": [
-        "epochs", "batch_size", "lr", "schedule", "momentum", "weight_decay", "seed",
-    ],
-    "on which hardware": ["device", "precision", "memory_format"],
-    "where it goes": ["output", "name"],
-}  # fmt: skip
 
 
 class _Parser(ArgumentParser):
@@ -53,7 +41,7 @@ class _Parser(ArgumentParser):
 
 def _in_plain_words(reason: str) -> str:
     """What jsonargparse says of a value of the wrong type, without Python's names for types."""
-    value = reason.rpartition("alue: ")[2]
+    value = re.sub(r".*[Vv]alue: ?", "", reason)
     if choices := re.search(r"Literal\[(.*?)\]", reason):
         return f"expected one of {choices[1]}, got '{value}'"
     kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", reason.partition("Errors:")[0]))
@@ -66,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no text at all
+        sys.stdout.reconfigure(errors="backslashreplace")
     prog = f"densely {command}" if command in _COMMANDS else "densely"
     try:
         if command in ("-h", "--help"):
@@ -79,12 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DenselyError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a folder that may not be read, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{prog}: {where}{error.strerror or error}", file=sys.stderr)
+        return 2 if error.filename else 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -162,10 +156,10 @@ def _train(parser: _Parser, arguments: list[str]) -> None:
         for field in dataclasses.fields(base)
         if field.name != "recipe" and getattr(chosen, field.name) != getattr(base, field.name)
     }
-    if early.resume is not None and (fixed := sorted(set(changed) - _FREE_ON_RESUME)):
+    if early.resume is not None and (fixed := sorted(set(changed) - {*FREE_ON_RESUME})):
         raise ConfigError(
             f"{', '.join(map(_flag, fixed))}: fixed by the run {early.resume}; with --resume only "
-            f"{', '.join(map(_flag, sorted(_FREE_ON_RESUME)))} may change"
+            f"{', '.join(map(_flag, sorted(FREE_ON_RESUME)))} may change"
         )
     config = dataclasses.replace(base, **changed)
 
@@ -178,20 +172,22 @@ def _train(parser: _Parser, arguments: list[str]) -> None:
     )
 
 
-def _add_fields(parser: _Parser, base: TrainConfig) -> None:
-    """Give each field of the config its flag, with `base` as defaults."""
+def _add_fields(parser: _Parser, base: TrainConfig, groups: Sequence[str] = ()) -> None:
+    """Give each field of the config its flag, with `base` as defaults; all groups, or some."""
     hints = get_type_hints(TrainConfig)
-    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(TrainConfig)}
-    for title, names in _GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name in names:
-            options: dict[str, Any] = {"default": getattr(base, name), "help": helps[name]}
-            if hints[name] is bool:
-                group.add_argument(_flag(name), action=ActionYesNo(no_prefix="no-"), **options)
-            else:
-                group.add_argument(
-                    _flag(name), type=hints[name], metavar=_metavar(hints[name]), **options
-                )
+    titled: dict[str, Any] = {}
+    for field in dataclasses.fields(base):
+        title = field.metadata["group"]
+        if field.name == "recipe" or (groups and title not in groups):
+            continue
+        if title not in titled:
+            titled[title] = parser.add_argument_group(title)
+        hint, flag = hints[field.name], _flag(field.name)
+        options = {"default": getattr(base, field.name), "help": field.metadata["help"]}
+        if hint is bool:
+            titled[title].add_argument(flag, action=ActionYesNo(no_prefix="no-"), **options)
+        else:
+            titled[title].add_argument(flag, type=hint, metavar=_metavar(hint), **options)
 
 
 def _metavar(hint: Any) -> str:
@@ -205,17 +201,6 @@ def _add_voices(parser: _Parser) -> None:
     group = parser.add_argument_group("what it prints")
     group.add_argument("--quiet", action="store_true", help="only the run directory, at the end")
     group.add_argument("--json", action="store_true", help="a JSON object a line")
-
-
-def _add_hardware(parser: _Parser) -> None:
-    hints = get_type_hints(TrainConfig)
-    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(TrainConfig)}
-    group = parser.add_argument_group("on which hardware")
-    for name in _GROUPS["on which hardware"]:
-        hint = hints[name]
-        group.add_argument(
-            _flag(name), type=hint, metavar=_metavar(hint), default="auto", help=helps[name]
-        )
 
 
 def _reporter(quiet: bool, as_json: bool) -> "Reporter":
@@ -250,7 +235,7 @@ def _evaluate(parser: _Parser, arguments: list[str]) -> None:
         help="part of the data; another folder without train/ is judged on as a whole",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    _add_hardware(parser)
+    _add_fields(parser, TrainConfig(), [HARDWARE])
     chosen = parser.parse_args(arguments)
 
     from densely.evaluation.evaluate import evaluate
@@ -298,7 +283,7 @@ def _predict(parser: _Parser, arguments: list[str]) -> None:
         "--top", type=int, metavar="N", default=1, help="classes to name for each image"
     )
     parser.add_argument("--json", action="store_true", help="a JSON object a line, all classes")
-    _add_hardware(parser)
+    _add_fields(parser, TrainConfig(), [HARDWARE])
     chosen = parser.parse_args(arguments)
     if chosen.top < 1:
         raise ConfigError(f"--top {chosen.top}: must be at least 1")

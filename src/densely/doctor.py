@@ -4,10 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-from densely.data.fashion_mnist import MD5, SUBFOLDER
+from densely.data.fashion_mnist import complete_folder
 from densely.data.locations import VARIABLE, cache_folder
 from densely.environment import environment
-from densely.runtime import choose_runtime, keep_freed_memory
+from densely.runtime import can_keep_freed_memory, choose_runtime
 
 
 def diagnosis(device: str = "auto") -> dict[str, object]:
@@ -17,9 +17,9 @@ def diagnosis(device: str = "auto") -> dict[str, object]:
     facts.pop("command")
     facts["python"] = f"{facts['python']} ({sys.executable})"
     facts["keeps freed memory"] = (
-        "yes, while training or evaluating (glibc)" if keep_freed_memory() else "no (not glibc)"
+        "yes, while training or evaluating (glibc)" if can_keep_freed_memory() else "no (not glibc)"
     )
-    facts["block backend"] = "plain PyTorch"
+    facts["block backend"] = "plain PyTorch (the only one so far)"
     facts["data is looked for in"] = [
         "--data-dir, if given",
         f"{VARIABLE}: {_state(os.environ.get(VARIABLE))}",
@@ -35,7 +35,6 @@ def _state(folder: str | None) -> str:
     top = Path(folder)
     if not top.is_dir():
         return f"{top} (not there)"
-    for place in (top, top / SUBFOLDER):
-        if all((place / name).exists() or (place / name[:-3]).exists() for name in MD5):
-            return f"{top} (Fashion-MNIST is there)"
-    return f"{top} (without Fashion-MNIST)"
+    return (
+        f"{top} ({'Fashion-MNIST is there' if complete_folder(top) else 'without Fashion-MNIST'})"
+    )

@@ -6,7 +6,7 @@
     ├── RunError            a run directory is missing, damaged or unfit        (exit 2)
     ├── ShapeError          a tensor does not fit the model                     (exit 2)
     ├── TrainingError       training itself went wrong, as when it diverges     (exit 1)
-    └── Stopped             the user or the system ended it      (exit 130 or 143)
+    └── Stopped             the user or the system ended it      (exit 130, 143 or 129)
 
 A message says what was given, what is allowed and what to do, in one or two lines: it is
 printed as it is, without a traceback.
@@ -45,7 +45,7 @@ class TrainingError(DenselyError):
 
 
 class Stopped(DenselyError):
-    """Ctrl-C (exit code 130) or SIGTERM (143) ended the work, after saving."""
+    """Ctrl-C (exit code 130), SIGTERM (143) or SIGHUP (129) ended the work, after saving."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

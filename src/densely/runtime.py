@@ -77,7 +77,6 @@ def choose_runtime(
         reasons["precision"] = "as asked"
 
     if memory_format == "auto":
-        # On a CPU the gain was measured for oneDNN's convolutions alone (docs/results.md).
         fast = chosen.type == "cuda" or (chosen.type == "cpu" and _has_onednn())
         memory_format = "channels_last" if fast else "contiguous"
         library = "cuDNN" if chosen.type == "cuda" else "oneDNN"
@@ -92,6 +91,8 @@ def choose_runtime(
 def _existing_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise NotImplementedError(device.type)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -117,6 +118,11 @@ def _bfloat16_is_fast(device: torch.device) -> tuple[bool, str]:
     return False, f"bfloat16 is not tried on {device.type}"
 
 
+def can_keep_freed_memory() -> bool:
+    """Whether `keep_freed_memory` has a way to do so here: on Linux with glibc."""
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that tensors free, for the next ones.
 
@@ -128,7 +134,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it took effect (Linux with glibc).
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+    if not can_keep_freed_memory():
         return False
     mallopt = ctypes.CDLL("libc.so.6").mallopt
     trim_threshold, mmap_max = -1, -4  # names and numbers of glibc's malloc.h

@@ -101,12 +101,23 @@ def test_grey_images_have_one_channel(photos: Path, mode: str) -> None:
     assert load_folder(photos, None, 0).train.images.shape == (2, 1, 8, 8)
 
 
-def test_one_colour_image_makes_all_three_channels(photos: Path) -> None:
+def test_one_colour_training_image_makes_all_three_channels(photos: Path) -> None:
     save_classes(photos / "train")
-    save(photos / "test" / "a" / "0.png", mode="RGB")
+    save(photos / "train" / "a" / "1.png", mode="RGB")
+    save_classes(photos / "test")
     splits = load_folder(photos, None, 0)
-    assert splits.train.images.shape == (2, 3, 8, 8)
-    assert splits.test.images.shape == (1, 3, 8, 8)
+    assert splits.train.images.shape == (3, 3, 8, 8)
+    assert splits.test.images.shape == (2, 3, 8, 8)
+
+
+def test_test_images_decide_neither_size_nor_channels(photos: Path) -> None:
+    save_classes(photos / "train")
+    noise = np.random.default_rng(0).integers(0, 256, (30, 8, 3), dtype=np.uint8)
+    (photos / "test" / "a").mkdir(parents=True)
+    Image.fromarray(noise).save(photos / "test" / "a" / "0.png")
+    splits = load_folder(photos, None, 0)
+    assert splits.train.images.shape == (2, 1, 8, 8)
+    assert splits.test.images.shape == (1, 1, 8, 8)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 1)])
@@ -147,7 +158,7 @@ def test_the_whole_picture_is_scaled_as_pillow_does(photos: Path) -> None:
     (photos / "test" / "a").mkdir(parents=True)
     Image.fromarray(noise).save(photos / "test" / "a" / "0.png")
     expected = Image.fromarray(noise).resize((12, 12), Image.Resampling.BILINEAR)
-    found = load_folder(photos, 12, 0).test.images[0].permute(1, 2, 0).numpy()
+    found = load_folder(photos, 12, 0, channels=3).test.images[0].permute(1, 2, 0).numpy()
     assert np.abs(found.astype(int) - np.array(expected).astype(int)).max() <= 1
 
 

@@ -30,7 +30,7 @@ def test_asking_for_the_cache_folder_makes_none() -> None:
 
 
 def test_no_folder_is_looked_in_where_none_is_named() -> None:
-    assert user_folders(None) == []
+    assert list(user_folders(None)) == []
 
 
 def test_data_dir_comes_before_the_variable(
@@ -39,13 +39,13 @@ def test_data_dir_comes_before_the_variable(
     (tmp_path / "flag").mkdir()
     (tmp_path / "variable").mkdir()
     monkeypatch.setenv("DENSELY_DATA", str(tmp_path / "variable"))
-    assert user_folders(tmp_path / "flag") == [tmp_path / "flag", tmp_path / "variable"]
-    assert user_folders(None) == [tmp_path / "variable"]
+    assert list(user_folders(tmp_path / "flag")) == [tmp_path / "flag", tmp_path / "variable"]
+    assert list(user_folders(None)) == [tmp_path / "variable"]
 
 
 def test_missing_data_dir_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data-dir.*/nowhere"):
-        user_folders(tmp_path / "nowhere")
+        list(user_folders(tmp_path / "nowhere"))
 
 
 def test_missing_folder_of_the_variable_is_named(
@@ -53,4 +53,4 @@ def test_missing_folder_of_the_variable_is_named(
 ) -> None:
     monkeypatch.setenv("DENSELY_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"DENSELY_DATA.*/nowhere"):
-        user_folders(None)
+        list(user_folders(None))

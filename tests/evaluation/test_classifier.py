@@ -1,5 +1,6 @@
 """`densely.load(RUN).predict(...)`: pictures of any kind, named by class and probability."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,20 @@ def test_an_unreadable_file_is_named(
 def test_something_else_than_an_image_is_refused(classifier: densely.Classifier) -> None:
     with pytest.raises(DataError, match="int: expected a path"):
         classifier.predict([3])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="int: expected paths"):
+        classifier.predict(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_unknown_range_are_refused(classifier: densely.Classifier, mode: str) -> None:
+    with pytest.raises(DataError, match=f"mode '{mode}' has no known range"):
+        classifier.predict(Image.new(mode, (8, 8)))
+
+
+def test_a_pipe_is_not_waited_for(classifier: densely.Classifier, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"no image file .*pipe\.png"):
+        classifier.predict(tmp_path / "pipe.png")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`densely.evaluate`: the run's own test split, or other data with the same classes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,40 @@ def test_a_run_on_a_folder_is_judged_on_its_own_test_split(
     assert densely.evaluate(summary.run, str(folder)).images == 8
 
 
+@pytest.mark.parametrize("spelling", ["data", "./data/", "../own0/data"])
+def test_the_runs_own_folder_is_known_by_any_spelling(
+    folder_run: tuple[Summary, Path], monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    summary, folder = folder_run
+    monkeypatch.chdir(folder.parent)
+    spelling = spelling.replace("own0", folder.parent.name)
+    assert densely.evaluate(summary.run, spelling).images == 8
+
+
+def test_a_folder_that_has_changed_is_refused(
+    folder_run: tuple[Summary, Path], tmp_path: Path
+) -> None:
+    _, folder = folder_run
+    data = Path(shutil.copytree(folder, tmp_path / "data"))
+    config = {"data": str(data), "output": str(tmp_path), "epochs": 1, "batch_size": 8}
+    run = train(densely.TrainConfig.from_values(config)).run
+    assert densely.evaluate(run).images == 8
+    Image.new("RGB", (12, 12), (200, 60, 60)).save(data / "reddish" / "new.png")
+    with pytest.raises(DataError, match="has changed since"):
+        densely.evaluate(run)
+
+
+def test_the_train_split_keeps_to_the_limit(tmp_path: Path) -> None:
+    config = {"epochs": 1, "limit": 100, "output": str(tmp_path)}
+    run = train(densely.TrainConfig.from_values(config)).run
+    assert densely.evaluate(run, split="train").images == 100
+
+
+def test_grey_data_do_not_fit_a_run_in_colour(folder_run: tuple[Summary, Path]) -> None:
+    with pytest.raises(DataError, match="digits has images of 1 channel"):
+        densely.evaluate(folder_run[0].run, "digits")
+
+
 def test_another_folder_is_judged_on_as_a_whole(
     folder_run: tuple[Summary, Path], tmp_path: Path
 ) -> None:
@@ -79,9 +114,13 @@ def test_unknown_classes_are_named(folder_run: tuple[Summary, Path], tmp_path: P
         densely.evaluate(folder_run[0].run, str(tmp_path))
 
 
-def test_data_with_other_classes_are_refused(folder_run: tuple[Summary, Path]) -> None:
-    with pytest.raises(DataError, match="digits has the classes 0, 1, "):
-        densely.evaluate(folder_run[0].run, "digits")
+def test_data_with_other_classes_are_refused(
+    digits_run: Path, folder_run: tuple[Summary, Path], tmp_path: Path
+) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(folder_run[1], tmp_path / "data" / part)
+    with pytest.raises(DataError, match=r"has the classes bluish, reddish, and .* knows 0, 1"):
+        densely.evaluate(digits_run, str(tmp_path / "data"))
 
 
 def test_no_validation_split_is_said(tmp_path: Path) -> None:

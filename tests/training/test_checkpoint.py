@@ -15,8 +15,10 @@ from densely.training.checkpoint import (
     Progress,
     load_model,
     load_progress,
+    load_state,
     save_checkpoint,
 )
+from densely.training.run import RunDirectory
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_optimizer_and_progress_come_back(tmp_path: Path) -> None:
     )
     model(torch.rand(4, 1, 8, 8)).sum().backward()
     optimizer.step()
-    progress = Progress(seed=7, train_images=4, epoch=3, step=2, loss_sum=0.1 + 0.2, correct=1)
+    progress = Progress({"seed": 7}, "abc", epoch=3, step=2, loss_sum=0.1 + 0.2, correct=1)
     save_checkpoint(tmp_path / "last", model, info, optimizer, progress)
     assert load_progress(tmp_path / "last", other, blank) == progress
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
@@ -54,7 +56,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     model = info.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for epoch in (1, 2):
-        progress = Progress(seed=0, train_images=4, epoch=epoch)
+        progress = Progress({}, "abc", epoch=epoch)
         save_checkpoint(tmp_path / "last", model, info, optimizer, progress)
     assert load_progress(tmp_path / "last", model, optimizer).epoch == 2
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
@@ -71,6 +73,38 @@ def test_a_process_that_died_while_writing_left_the_old_one(saved: Path) -> None
     new.mkdir()
     (new / "model.safetensors").write_bytes(b"half")
     assert load_model(saved)[0].num_classes == 10
+
+
+def test_saving_after_such_a_death_loses_nothing(saved: Path) -> None:
+    model, info = load_model(saved)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saved.rename(saved.with_name("last.new"))  # died after the old one had moved to last.old
+    save_checkpoint(saved, model, info, optimizer, Progress({}, "abc", epoch=9))
+    assert load_state(saved).epoch == 9
+    assert [path.name for path in saved.parent.iterdir()] == ["last"]
+
+
+def test_the_old_one_is_found_where_only_it_is_whole(saved: Path) -> None:
+    saved.rename(saved.with_name("last.old"))
+    saved.with_name("last.new").mkdir()
+    assert load_model(saved)[0].num_classes == 10
+
+
+def test_the_best_checkpoint_is_used_wherever_it_was_left(digits_run: Path, tmp_path: Path) -> None:
+    run = RunDirectory(Path(shutil.copytree(digits_run, tmp_path / "run")))
+    run.best.rename(run.best.with_name("best.new"))
+    assert run.weights() == run.best
+    assert load_model(run.weights())[0].num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("epoch", "3"), ("loss_sum", None), ("settings", []), ("nonsense", 1)]
+)
+def test_a_state_of_wrong_types_is_named(saved: Path, key: str, value: object) -> None:
+    path = saved / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(RunError, match=r"state\.json: damaged.*" + key):
+        load_state(saved)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
@@ -92,6 +126,7 @@ def test_a_damaged_file_is_named(saved: Path, name: str, damage: str) -> None:
         ("classes", 3),
         ("preprocessing", {}),
         ("preprocessing", {"image_size": "x", "channels": 1, "mean": [0], "std": [1]}),
+        ("preprocessing", {"image_size": 8, "channels": 1, "mean": [0], "std": []}),
     ],
 )
 def test_wrong_facts_about_the_model_are_named(saved: Path, key: str, value: object) -> None:

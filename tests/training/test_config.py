@@ -17,6 +17,7 @@ def test_the_d2l_recipe_is_the_chapters() -> None:
     assert (config.schedule, config.momentum, config.weight_decay) == ("constant", 0, 0)
     assert config.validation == 0
     assert not config.normalize
+    assert config.norm_batches == 20  # the one thing that is not the chapter's
 
 
 def test_each_recipe_knows_its_name() -> None:
@@ -47,6 +48,7 @@ def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
         ({"weight_decay": float("inf")}, "weight_decay=inf"),
         ({"validation": 1.0}, "validation=1.0"),
         ({"limit": 1}, "limit=1"),
+        ({"norm_batches": -1}, "norm_batches=-1"),
         ({"image_size": 0}, "image_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),

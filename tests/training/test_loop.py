@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
@@ -18,6 +19,7 @@ from densely.training.config import TrainConfig
 from densely.training.loop import batches, generator_seed, train
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics
+from densely.training.splits import splits_of
 
 
 def config(tmp_path: Path, **values: Any) -> TrainConfig:
@@ -187,11 +189,48 @@ def test_a_wrong_model_for_the_data_leaves_no_run_behind(tmp_path: Path) -> None
     assert not (tmp_path / "runs").exists()
 
 
-def test_resume_refuses_other_data(tmp_path: Path) -> None:
+def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path)
     run = train(settings).run
-    with pytest.raises(DataError, match="began with 200 training images"):
-        train(dataclasses.replace(settings, limit=100), resume=run)
+    monkeypatch.setattr(loop, "splits_of", lambda config: splits_of(
+        dataclasses.replace(config, split_seed=1)))  # fmt: skip
+    with pytest.raises(DataError, match="began with other training images than digits"):
+        train(settings, resume=run)
+
+
+def test_resume_refuses_a_config_that_was_edited(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = train(settings).run
+    with pytest.raises(RunError, match="began with another batch_size, lr"):
+        train(dataclasses.replace(settings, lr=0.9, batch_size=16), resume=run)
+
+
+def test_resume_refuses_fewer_epochs_than_are_done(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = train(settings).run
+    with pytest.raises(ConfigError, match="epochs=1: 2 are already done"):
+        train(dataclasses.replace(settings, epochs=1), resume=run)
+
+
+def test_odd_folder_names_do_not_matter(tmp_path: Path) -> None:
+    for name, shade in (("a $_$", 10), ("b", 200)):
+        (tmp_path / "c$_$ d" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("L", (8, 8), shade + i).save(tmp_path / "c$_$ d" / name / f"{i}.png")
+    data = str(tmp_path / "c$_$ d")
+    summary = train(config(tmp_path, data=data, validation=0, limit=None, epochs=1))
+    assert summary.curves.is_file()
+
+
+def test_too_little_memory_is_said_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop._Trainer, "_step", full)
+    with pytest.raises(TrainingError, match="smaller --batch-size"):
+        train(config(tmp_path))
 
 
 def test_cosine_falls_from_the_rate_to_nearly_zero(tmp_path: Path) -> None:

@@ -46,6 +46,40 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
         run.rows()
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_missing_rows_are_named(tmp_path: Path, kept: int) -> None:
+    run = create(tmp_path)
+    for _ in range(kept):
+        run.append(ROW)
+    with pytest.raises(RunError, match=r"metrics\.csv: damaged: it lacks rows"):
+        run.keep_rows(2)
+
+
+def test_an_empty_file_of_metrics_gets_its_header(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    run.metrics_file.touch()
+    run.append(ROW)
+    assert run.rows() == [ROW]
+
+
+def test_two_processes_cannot_train_one_run(tmp_path: Path) -> None:
+    run, other = create(tmp_path), RunDirectory(tmp_path / "quickstart-001")
+    run.lock()
+    with pytest.raises(RunError, match="another process is training this run"):
+        other.lock()
+    run.unlock()
+    other.lock()
+    other.unlock()
+
+
+@pytest.mark.parametrize("content", ["", "recipe: d2l\n"])
+def test_a_config_that_lacks_fields_is_named(tmp_path: Path, content: str) -> None:
+    run = create(tmp_path)
+    (run.path / "config.yaml").write_text(content)
+    with pytest.raises(RunError, match=r"config\.yaml: damaged: .*epochs"):
+        run.config()
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run directory"):
         RunDirectory.open(tmp_path)

@@ -2,6 +2,14 @@
 
 from densely.data.dataset import ImageSet, Splits, limited
 from densely.data.preprocessing import Preprocessing
-from densely.data.sources import load_data, with_validation
+from densely.data.sources import absolute, load_data, with_validation
 
-__all__ = ["ImageSet", "Preprocessing", "Splits", "limited", "load_data", "with_validation"]
+__all__ = [
+    "ImageSet",
+    "Preprocessing",
+    "Splits",
+    "absolute",
+    "limited",
+    "load_data",
+    "with_validation",
+]

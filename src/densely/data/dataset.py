@@ -4,8 +4,10 @@ The splits are made here and not by scikit-learn, whose stratified split may lea
 of a part without a word.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,15 @@ class ImageSet:
     def to(self, device: torch.device) -> "ImageSet":
         """Copy to `device`."""
         return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+
+    def digest(self) -> str:
+        """Short name of these very images, labels and classes: others have another."""
+        hasher = hashlib.blake2b(digest_size=16)
+        hasher.update(repr((tuple(self.images.shape), self.classes)).encode(errors="replace"))
+        for tensor in (self.images, self.labels):
+            values: Any = tensor.cpu().contiguous().numpy()
+            hasher.update(values)
+        return hasher.hexdigest()
 
     def subset(self, indices: Tensor) -> "ImageSet":
         """Take the images at `indices` (int64 [M])."""

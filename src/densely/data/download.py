@@ -18,7 +18,7 @@ from densely.errors import DataError
 
 #: All mirrors together may take so long to answer, so that a machine without a network hears
 #: about it soon; once bytes flow, only a pause of STALL_SECONDS ends an attempt.
-CONNECT_SECONDS = 8.0
+CONNECT_SECONDS = 5.0
 STALL_SECONDS = 30.0
 CHUNK_BYTES = 1 << 18
 

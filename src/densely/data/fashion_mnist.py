@@ -43,19 +43,27 @@ def load_fashion_mnist(data_dir: Path | None = None) -> Splits:
     Raises:
         DataError: a file is missing, damaged, swapped or not the official one; it is named.
     """
-    folder = _complete_folder(data_dir) or _downloaded()
+    folder = _named_by_user(data_dir) or _downloaded()
     return Splits("fashion-mnist", _read(folder, "train"), _read(folder, "t10k"))
 
 
-def _complete_folder(data_dir: Path | None) -> Path | None:
+def complete_folder(top: Path) -> Path | None:
+    """`top` or `top/fashion-mnist`, whichever holds all four files; their content is not read."""
+    for folder in (top, top / SUBFOLDER):
+        if all(_file(folder, name) for name in MD5):
+            return folder
+    return None
+
+
+def _named_by_user(data_dir: Path | None) -> Path | None:
     for top in user_folders(data_dir):
-        for folder in (top, top / SUBFOLDER):
-            missing = [name for name in MD5 if _file(folder, name) is None]
-            if not missing:
-                return folder
+        if folder := complete_folder(top):
+            return folder
+        for place in (top, top / SUBFOLDER):
+            missing = [name for name in MD5 if _file(place, name) is None]
             if len(missing) < len(MD5):
                 raise DataError(
-                    f"{folder}: Fashion-MNIST is not complete there, {', '.join(missing)} missing"
+                    f"{place}: Fashion-MNIST is not complete there, {', '.join(missing)} missing"
                 )
     return None
 
@@ -63,7 +71,7 @@ def _complete_folder(data_dir: Path | None) -> Path | None:
 def _downloaded() -> Path:
     """Folder in the cache with all four files, those missing or damaged fetched."""
     top = cache_folder()
-    folder = top if all(_file(top, name) for name in MD5) else top / SUBFOLDER
+    folder = complete_folder(top) or top / SUBFOLDER
     for name, md5 in MD5.items():
         path = _file(folder, name)
         if path is not None and (path.suffix != ".gz" or md5_of(path) == md5):
@@ -104,7 +112,7 @@ def _values(folder: Path, name: str, sizes: tuple[int, ...]) -> torch.Tensor:
     path = _file(folder, name)
     assert path is not None, name
     # The structure first: "swapped" or "truncated" says more than a digest that differs.
-    values = torch.from_numpy(read_idx(path, len(sizes), sizes))
+    values = torch.from_numpy(read_idx(path, sizes))
     if path.suffix == ".gz" and md5_of(path) != MD5[name]:
         raise DataError(
             f"{path}: not the official file (MD5 {md5_of(path)}, expected {MD5[name]}); fetch it "

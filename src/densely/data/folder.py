@@ -7,7 +7,7 @@ PNG, JPEG, BMP and WebP; grey or colour; any sizes.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,11 +52,10 @@ def load_folder(
     for name, listing in files.items():
         _check_classes(folder / name if parts else folder, listing, classes, name == "train")
 
-    reader = _Reader(
-        (path for listing in files.values() for paths in listing.values() for path in paths),
-        image_size,
-        channels,
-    )
+    # Size and channels follow the training images: what is set aside for testing decides nothing.
+    deciding = [path for paths in files["train"].values() for path in paths]
+    total = sum(len(paths) for listing in files.values() for paths in listing.values())
+    reader = _Reader(deciding, total, image_size, channels)
     sets = {name: reader.read(listing, classes) for name, listing in files.items()}
     if not parts:
         train, test = stratified_split(
@@ -84,7 +83,7 @@ def load_labelled(
     if unknown := sorted(set(listing) - set(classes)):
         raise DataError(f"{folder}: classes unknown to the network: {', '.join(unknown)}")
     paths = [path for files in listing.values() for path in files]
-    return _Reader(paths, image_size, channels).read(listing, classes)
+    return _Reader(paths, len(paths), image_size, channels).read(listing, classes)
 
 
 def _labelled_files(part: Path) -> dict[str, list[Path]]:
@@ -92,14 +91,19 @@ def _labelled_files(part: Path) -> dict[str, list[Path]]:
     listing = {}
     for entry in sorted(part.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
-            listing[entry.name] = sorted(
-                path
-                for path in entry.rglob("*")
-                if path.suffix.lower() in SUFFIXES
-                and not any(name.startswith(".") for name in path.relative_to(entry).parts)
-                and not path.is_dir()
-            )
+            listing[entry.name] = sorted(_image_files(entry))
     return listing
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error  # a folder that cannot be read must not be left out without a word
+
+    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(top, name)
 
 
 def _check_classes(
@@ -117,9 +121,14 @@ def _check_classes(
 
 
 class _Reader:
-    """Reads files into tensors of one size and number of channels, decided over all of them."""
+    """Reads files into tensors of one size and number of channels.
 
-    def __init__(self, paths: Iterable[Path], image_size: int | None, channels: int | None) -> None:
+    Both follow `paths` where they are None; `total` is the number of files that will be read.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], total: int, image_size: int | None, channels: int | None
+    ) -> None:
         # Threads, since decoding releases the interpreter's lock.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             headers = list(pool.map(_header, paths))
@@ -132,12 +141,12 @@ class _Reader:
             image_size = width if shared else DEFAULT_SIZE
         self.channels, self.image_size = channels, image_size
 
-        needed = len(headers) * channels * image_size**2
+        needed = 2 * total * channels * image_size**2  # twice: splits are copies
         if hasattr(os, "sysconf"):
             installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             if needed > 0.7 * installed:
                 raise DataError(
-                    f"{len(headers):,} images of {image_size}x{image_size} take "
+                    f"{total:,} images of {image_size}x{image_size} take "
                     f"{needed / 2**30:.1f} GiB, and this machine has {installed / 2**30:.1f} GiB; "
                     "choose a smaller --image-size"
                 )

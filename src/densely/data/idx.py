@@ -23,15 +23,14 @@ from densely.errors import DataError
 UINT8 = 8
 
 
-def read_idx(path: Path, dimensions: int, sizes: tuple[int, ...]) -> NDArray[np.uint8]:
+def read_idx(path: Path, sizes: tuple[int, ...]) -> NDArray[np.uint8]:
     """Read a uint8 IDX file whose sizes are known beforehand.
 
     No more than the expected number of bytes is ever unpacked, whatever the file claims.
 
     Args:
         path: the file; gzipped where its name ends in `.gz`.
-        dimensions: 3 for images, 1 for labels.
-        sizes: what the file must hold, such as (60000, 28, 28).
+        sizes: what the file must hold: (60000, 28, 28) for images, (60000,) for labels.
 
     Raises:
         DataError: the file is truncated, no IDX file, or holds something else; it is named.
@@ -39,7 +38,7 @@ def read_idx(path: Path, dimensions: int, sizes: tuple[int, ...]) -> NDArray[np.
     try:
         with path.open("rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            return _read(file, path, dimensions, sizes)
+            return _read(file, path, sizes)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: truncated or damaged ({error}); fetch it again") from error
     except OSError as error:
@@ -47,8 +46,9 @@ def read_idx(path: Path, dimensions: int, sizes: tuple[int, ...]) -> NDArray[np.
 
 
 def _read(
-    file: gzip.GzipFile | BufferedReader, path: Path, dimensions: int, sizes: tuple[int, ...]
+    file: gzip.GzipFile | BufferedReader, path: Path, sizes: tuple[int, ...]
 ) -> NDArray[np.uint8]:
+    dimensions = len(sizes)
     magic = file.read(4)
     expected = bytes((0, 0, UINT8, dimensions))
     if len(magic) < 4:

@@ -14,7 +14,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_PIXELS = 89_000_000  # where Pillow begins to warn of decompression bombs
 
-_GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I")
+_GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def open_image(path: Path) -> Image.Image:
@@ -23,12 +23,14 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: there is no such file, it is no image of an allowed format, or too large.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, an image file was expected")
+    if not path.is_file():  # nothing, a broken link, or a pipe, which would never end
+        raise DataError(f"there is no image file {path}")
     try:
         image = Image.open(path, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no image file {path}") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder, an image file was expected") from error
+    except PermissionError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: at most {MAX_PIXELS:,} pixels are read: {error}") from error
     except Exception as error:
@@ -60,8 +62,11 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
         name: for messages.
 
     Raises:
-        DataError: the file is truncated or corrupt.
+        DataError: the file is truncated or corrupt, or the pixels have no known range (Pillow's
+            modes "I" and "F").
     """
+    if image.mode in ("I", "F"):
+        raise DataError(f"{name}: Pillow mode '{image.mode}' has no known range; convert it to 'L'")
     try:
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -73,8 +78,8 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.array(image, dtype=np.int64).clip(0, 65535)
+    if image.mode.startswith("I;16"):
+        values = np.array(image, dtype=np.int64)
         eight_bit = ((values + 128) // 257).astype(np.uint8)
         if "transparency" in image.info:
             eight_bit[values == image.info["transparency"]] = 255

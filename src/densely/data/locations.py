@@ -1,6 +1,7 @@
 """Where data is looked for: a folder given by the user, DENSELY_DATA, and the cache folder."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from densely.errors import DataError
@@ -14,7 +15,7 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "densely"
 
 
-def user_folders(data_dir: Path | None) -> list[Path]:
+def user_folders(data_dir: Path | None) -> Iterator[Path]:
     """Folders that the user named, in order: `data_dir`, then DENSELY_DATA.
 
     Raises:
@@ -23,11 +24,9 @@ def user_folders(data_dir: Path | None) -> list[Path]:
     named = [("--data-dir", data_dir)]
     if value := os.environ.get(VARIABLE):
         named.append((VARIABLE, Path(value)))
-    folders = []
     for origin, folder in named:
         if folder is None:
             continue
         if not folder.is_dir():
             raise DataError(f"{origin}: there is no folder {folder}")
-        folders.append(folder)
-    return folders
+        yield folder

@@ -82,9 +82,12 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
         """Build from the values of `to_dict`."""
-        return cls(
+        made = cls(
             int(values["image_size"]),
             int(values["channels"]),
             tuple(float(v) for v in values["mean"]),
             tuple(float(v) for v in values["std"]),
         )
+        if not len(made.mean) == len(made.std) == made.channels or made.image_size < 1:
+            raise ValueError(f"preprocessing does not fit together: {made}")
+        return made

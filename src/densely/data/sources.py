@@ -18,7 +18,7 @@ _NAMED: dict[str, Callable[[Path | None, int], Splits]] = {
 def load_data(
     data: str,
     *,
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     image_size: int | None = None,
     channels: int | None = None,
     split_seed: int = 0,
@@ -30,17 +30,27 @@ def load_data(
         data_dir: where the files of a named data set are looked for first.
         image_size: side that the images of a folder are scaled to; named data sets come as they
             are, and are scaled batch by batch.
-        channels: 1 or 3, for a folder; None to follow its images.
+        channels: 1 or 3; None to follow the images. Those of a folder are converted.
         split_seed: of splits that the source does not make itself.
 
     Raises:
         DataError: no such data set or folder, or it is damaged.
     """
     if data in _NAMED:
-        return _NAMED[data](data_dir, split_seed)
+        splits = _NAMED[data](Path(data_dir) if data_dir else None, split_seed)
+        found = splits.train.images.shape[1]
+        if channels not in (None, found):
+            raise DataError(f"{data} has images of {found} channel(s), not of {channels}")
+        return splits
     if not Path(data).is_dir():
         raise DataError(f"{unknown_name('data set', data, _NAMED)}; nor is there a folder {data}")
     return load_folder(Path(data), image_size, split_seed, channels)
+
+
+def absolute(data: str) -> str:
+    """The same data set; a folder by its full path, so that it is found from elsewhere."""
+    is_folder = data not in _NAMED and Path(data).is_dir()
+    return str(Path(data).resolve()) if is_folder else data
 
 
 def with_validation(splits: Splits, share: float, split_seed: int) -> Splits:

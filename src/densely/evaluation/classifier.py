@@ -58,6 +58,8 @@ class Classifier:
         """
         if isinstance(images, str | os.PathLike | Image.Image):
             images = [images]
+        if not isinstance(images, Iterable):
+            raise DataError(f"{type(images).__name__}: expected paths or Pillow images")
         several = list(images)
         predictions: list[Prediction] = []
         for start in range(0, len(several), BATCH_SIZE):

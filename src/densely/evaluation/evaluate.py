@@ -1,5 +1,6 @@
 """Accuracy, loss and confusions of a run on images that it did not learn from."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from densely.data import ImageSet, Splits, load_data, with_validation
+from densely.data import ImageSet, Splits, absolute, load_data
 from densely.data.folder import load_labelled
 from densely.errors import ConfigError, DataError
 from densely.evaluation.classifier import Classifier, load
 from densely.runtime import MemoryFormat, Precision, keep_freed_memory
+from densely.training.checkpoint import load_state
 from densely.training.run import RunDirectory
 from densely.training.scoring import logits_of, score
+from densely.training.splits import splits_of
 
 Split = Literal["train", "validation", "test"]
 
@@ -99,23 +102,28 @@ def _images(
     run: RunDirectory, classifier: Classifier, data: str | None, split: Split, data_dir: str | None
 ) -> tuple[str, ImageSet]:
     """Name and images of what the run is judged on, labelled by the run's own classes."""
-    config = run.config()
-    prep = classifier.preprocessing
-    own = data is None or data == config.data
-    source = config.data if data is None else data
-    folder = Path(source)
-    if not own and folder.is_dir() and not (folder / "train").is_dir():
-        whole = load_labelled(folder, classifier.classes, prep.image_size, prep.channels)
-        return source, whole
-    data_dir = data_dir or config.data_dir
-    splits = load_data(
-        source,
-        data_dir=Path(data_dir) if data_dir else None,
-        image_size=prep.image_size,
-        channels=prep.channels,
-        split_seed=config.split_seed,
-    )
-    splits = with_validation(splits, config.validation, config.split_seed) if own else splits
+    config, prep = run.config(), classifier.preprocessing
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=data_dir)
+    source = config.data if data is None else absolute(data)
+    if source == config.data:
+        splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
+        if splits.train.digest() != load_state(run.weights()).data_digest:
+            raise DataError(
+                f"{source} has changed since {run.path} learned from it: which of its images are "
+                "unseen cannot be told; name a folder of new images with --data"
+            )
+    elif Path(source).is_dir() and not (Path(source) / "train").is_dir():
+        folder = Path(source)
+        return source, load_labelled(folder, classifier.classes, prep.image_size, prep.channels)
+    else:
+        splits = load_data(
+            source,
+            data_dir=config.data_dir,
+            image_size=prep.image_size,
+            channels=prep.channels,
+            split_seed=config.split_seed,
+        )
     images = _part(splits, split)
     if images.classes != classifier.classes:
         raise DataError(

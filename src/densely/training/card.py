@@ -1,5 +1,7 @@
 """The model card: the README.md of a run, for whoever finds it later."""
 
+import shlex
+
 from densely.environment import package_versions
 from densely.training.checkpoint import ModelInfo
 from densely.training.reporting import RunFacts, Summary
@@ -11,6 +13,11 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
     colour = "grey" if prep.channels == 1 else "RGB"
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (prep.mean, prep.std))
     scaled = f"; mean {mean} subtracted, divided by {std}" if config.normalize else ""
+    averaged = (
+        f"; statistics of batch norms averaged over {config.norm_batches} batches"
+        if config.norm_batches
+        else ""
+    )
     chosen = (
         f"epoch {summary.best_epoch}, chosen by the validation split"
         if facts.validation_images
@@ -34,20 +41,20 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
 | training images | {facts.train_images:,}, and {facts.validation_images:,} for validation |
 | training | {config.epochs} epochs, batch {config.batch_size}, SGD lr {config.lr:g} \
 ({config.schedule}), momentum {config.momentum:g}, weight decay {config.weight_decay:g}, \
-seed {config.seed} |
+seed {config.seed}{averaged} |
 | computed on | {facts.device}, {facts.precision}, {facts.memory_format} |
 | time | {summary.seconds:.0f} s in all, {summary.examples_per_s:,.0f} examples/s |
 | versions | {versions} |
 
 Use it:
 
-    densely predict {summary.run} IMAGE...
-    densely evaluate {summary.run}
+    densely predict {shlex.quote(str(summary.run))} IMAGE...
+    densely evaluate {shlex.quote(str(summary.run))}
 
 or in Python:
 
     import densely
-    densely.load("{summary.run}").predict(["IMAGE"])
+    densely.load({str(summary.run)!r}).predict(["IMAGE"])
 
 Limits: it knows nothing but the classes above, and gives one of them to any picture at all. Its
 probabilities are not calibrated. It was judged on one test split of the same source as its

@@ -7,14 +7,18 @@
 
 There is no state of random numbers to keep: each derives from (seed, epoch, step), and `state.json`
 holds all three.
+
+A checkpoint is written beside the old one as FOLDER.new and then takes its place, by way of
+FOLDER.old: whenever the process ends, one of the three is whole, and `find_checkpoint` knows which.
 """
 
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -52,11 +56,12 @@ class Progress:
     they took. The best epoch so far is by accuracy on the validation split, if there is one, and
     by loss between equals.
     `total_s` is the time that the run took until it was saved, everything included.
-    `train_images` tells whether the data are still those that the run began with.
+    `settings` are the fields of the config that may not change when the run goes on, the seed
+    among them, and `data_digest` tells whether the training images are still the same.
     """
 
-    seed: int
-    train_images: int
+    settings: dict[str, Any]
+    data_digest: str
     epoch: int = 0
     step: int = 0
     seen: int = 0
@@ -76,8 +81,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> None:
-    """Write a checkpoint so that `folder` holds the old one or the new one, whole, at any time."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    """Write a checkpoint; at any time the old one or the new one is there, whole."""
+    new, old = _beside(folder)
+    if not folder.exists() and (left := find_checkpoint(folder)):
+        os.replace(left, folder)  # what an earlier end of the process left undone
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -86,11 +93,22 @@ def save_checkpoint(
     _write_json(new / "model.json", described)
     save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
     _write_json(new / "state.json", asdict(progress))
+    for path in (*new.iterdir(), new):
+        _sync(path)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """`folder`, or where it was left when a process ended in the midst of saving; else None."""
+    new, old = _beside(folder)
+    for path in (folder, new, old):
+        if (path / "state.json").exists():
+            return path
+    return None
 
 
 def load_model(folder: Path) -> tuple[DenseNet, ModelInfo]:
@@ -99,7 +117,7 @@ def load_model(folder: Path) -> tuple[DenseNet, ModelInfo]:
     Raises:
         RunError: something is missing, damaged or does not fit; it is named.
     """
-    folder = _whole(folder)
+    folder = _found(folder)
     values = _read_json(folder / "model.json")
     try:
         info = ModelInfo(
@@ -122,7 +140,7 @@ def load_progress(folder: Path, model: DenseNet, optimizer: torch.optim.Optimize
     Raises:
         RunError: something is missing, damaged or does not fit; it is named.
     """
-    folder = _whole(folder)
+    folder = _found(folder)
     _load_weights(model, folder / "model.safetensors")
     parameters = _optimizer_parameters(optimizer)
     for key, value in _read_tensors(folder / "optimizer.safetensors").items():
@@ -131,22 +149,51 @@ def load_progress(folder: Path, model: DenseNet, optimizer: torch.optim.Optimize
             raise RunError(f"{folder / 'optimizer.safetensors'}: unexpected key '{key}'")
         parameter = parameters[int(index)]
         optimizer.state[parameter][name] = value.to(parameter.device)
+    return load_state(folder)
+
+
+def load_state(folder: Path) -> Progress:
+    """Read where a run stands.
+
+    Raises:
+        RunError: `state.json` is missing or damaged.
+    """
+    folder = _found(folder)
+    values = _read_json(folder / "state.json")
+    hints = get_type_hints(Progress)
     try:
-        return Progress(**_read_json(folder / "state.json"))
+        progress = Progress(**values)
+        for name, hint in hints.items():
+            allowed = get_args(hint) if get_origin(hint) is not dict else (dict,)
+            if not isinstance(getattr(progress, name), allowed or hint):
+                raise TypeError(f"{name} is {getattr(progress, name)!r}")
     except TypeError as error:
         raise RunError(
             f"{folder / 'state.json'}: damaged or of another version: {error}"
         ) from error
+    return progress
 
 
-def _whole(folder: Path) -> Path:
-    """`folder`, or the new one beside it if the process ended just as it took its place."""
-    new = folder.with_name(folder.name + ".new")
-    if not folder.exists() and (new / "state.json").exists():
-        return new
-    if not folder.is_dir():
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+
+
+def _found(folder: Path) -> Path:
+    found = find_checkpoint(folder)
+    if found is None:
         raise RunError(f"{folder}: there is no checkpoint")
-    return folder
+    return found
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or the list of names in a folder, on disk."""
+    if sys.platform == "win32":  # which has no such call for folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -35,7 +35,7 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     axes.set_ylim(0, min(2.0, max(1.08, 1.05 * max(row.train_loss for row in rows))))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)  # it may hold a folder's name
     axes.grid(alpha=0.3)
     axes.legend()
     # Beside, then in its place: a picture that is being looked at is never half written.

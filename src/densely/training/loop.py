@@ -1,17 +1,20 @@
 """The training loop: plain PyTorch, one step after another, and nothing lost when it is stopped."""
 
+import dataclasses
 import math
+import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densely.data import ImageSet, Preprocessing, limited, load_data, with_validation
+from densely.data import ImageSet, Preprocessing, absolute
 from densely.environment import device_name
-from densely.errors import DataError, Stopped, TrainingError
+from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.models import DenseNet
 from densely.runtime import choose_runtime, keep_freed_memory
 from densely.training.card import model_card
@@ -22,11 +25,13 @@ from densely.training.checkpoint import (
     load_progress,
     save_checkpoint,
 )
-from densely.training.config import TrainConfig
+from densely.training.config import FREE_ON_RESUME, TrainConfig
 from densely.training.curves import draw_curves
+from densely.training.norm_statistics import average_norm_statistics
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics, RunDirectory
 from densely.training.scoring import Score, score_of
+from densely.training.splits import splits_of
 from densely.training.stopping import StopRequest
 
 #: A crash costs at most so much work; a stop by Ctrl-C or SIGTERM costs none.
@@ -50,10 +55,30 @@ def train(
         Where the run is, and how well it does on the test split.
 
     Raises:
-        DenselyError: wrong data or settings; training diverged; or (`Stopped`) a signal ended it
-            after saving.
+        DenselyError: wrong data or settings; training diverged; memory was too small; or
+            (`Stopped`) a signal ended it after saving.
     """
-    return _Trainer(config, resume, reporter or Reporter()).fit()
+    config = dataclasses.replace(
+        config,
+        data=absolute(config.data),
+        data_dir=absolute(config.data_dir) if config.data_dir else None,
+    )
+    try:
+        return _Trainer(config, resume, reporter or Reporter()).fit()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+            "can't allocate memory" in str(error)
+        ):
+            raise TrainingError(
+                "not enough memory: choose a smaller --batch-size, --image-size or --model"
+            ) from error
+        raise
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Fields that may not change when a run goes on; where it is kept is no matter of the run's."""
+    free = {*FREE_ON_RESUME, "output", "name", "recipe"}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
 
 
 def generator_seed(*numbers: int) -> int:
@@ -83,14 +108,8 @@ class _Trainer:
             keep_freed_memory()
 
         reporter.note(f"reading {config.data} ...")
-        splits = load_data(
-            config.data,
-            data_dir=Path(config.data_dir) if config.data_dir else None,
-            image_size=config.image_size,
-            split_seed=config.split_seed,
-        )
-        splits = with_validation(splits, config.validation, config.split_seed)
-        train_set = limited(splits.train, config.limit, config.split_seed)
+        splits = splits_of(config)
+        train_set = splits.train
         image_size = config.image_size or train_set.images.shape[-1]
         channels = train_set.images.shape[1]
         self.info = ModelInfo(
@@ -116,23 +135,35 @@ class _Trainer:
         )
         # Only now: what is wrong with data or model has shown, and left nothing behind.
         if resume is None:
-            self.progress = Progress(seed=config.seed, train_images=len(train_set))
+            self.progress = Progress(_settings(config), train_set.digest())
             self.run = RunDirectory.create(config, self.runtime)
+            self.run.lock()
         else:
             self.run = RunDirectory.open(resume)
-            self._restore()
+            self.run.lock()
+            self._restore(train_set.digest())
         self._spent_before = self.progress.total_s
         self._saved_at = self._drawn_at = time.monotonic()
 
-    def _restore(self) -> None:
+    def _restore(self, data_digest: str) -> None:
         self.progress = load_progress(self.run.last, self.model, self.optimizer)
-        if self.progress.train_images != len(self.train_set):
+        now = _settings(self.config)
+        if other := [name for name, value in self.progress.settings.items() if now[name] != value]:
+            raise RunError(
+                f"{self.run.path} began with another {', '.join(other)}; put the old value back "
+                "into its config.yaml, or start a new run"
+            )
+        if self.progress.data_digest != data_digest:
             raise DataError(
-                f"{self.run.path} began with {self.progress.train_images:,} training images, and "
-                f"{self.config.data} now gives {len(self.train_set):,}; start a new run"
+                f"{self.run.path} began with other training images than {self.config.data} now "
+                "gives; start a new run"
+            )
+        if self.config.epochs < self.progress.epoch:
+            raise ConfigError(
+                f"epochs={self.config.epochs}: {self.progress.epoch} are already done"
             )
         self.run.keep_rows(self.progress.epoch)
-        (self.run.path / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        self.run.write_config(self.config)
         self.run.write_environment(self.runtime)
 
     def fit(self) -> Summary:
@@ -146,6 +177,7 @@ class _Trainer:
                 summary = self._summary(self._final_test())
         finally:
             self.reporter.stopped()
+            self.run.unlock()
         self._draw_curves()
         self.run.card_file.write_text(model_card(facts, self.info, summary), encoding="utf-8")
         self.reporter.finished(summary)
@@ -153,10 +185,7 @@ class _Trainer:
 
     def _train_epoch(self) -> None:
         progress, config, device = self.progress, self.config, self.runtime.device
-        order = torch.randperm(
-            len(self.train_set),
-            generator=torch.Generator().manual_seed(generator_seed(config.seed, progress.epoch)),
-        ).to(device)
+        order = self._order()
         # Sums stay on the device, so that no step waits for a number to be read.
         loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
         correct = torch.tensor(progress.correct, dtype=torch.int64, device=device)
@@ -180,7 +209,7 @@ class _Trainer:
                 group["lr"] = self._learning_rate(progress.step)
             torch.manual_seed(generator_seed(config.seed, progress.epoch, progress.step))
             index = order[first:end]
-            loss, hits = self._step(self.train_set.images[index], self.train_set.labels[index])
+            loss, hits = self._step(self._inputs(index), self.train_set.labels[index])
             loss_sum += loss.double() * (end - first)
             correct += hits
             progress.step += 1
@@ -202,9 +231,18 @@ class _Trainer:
                 self._stop_if_asked()
         take_stock()
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _order(self) -> Tensor:
+        """Indices of all training images, in the order of this epoch."""
+        seed = generator_seed(self.config.seed, self.progress.epoch)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(self.train_set), generator=generator).to(self.runtime.device)
+
+    def _inputs(self, index: Tensor) -> Tensor:
+        """The training images at `index`, as the network takes them."""
+        return self.runtime.layout(self.info.preprocessing(self.train_set.images[index]))
+
+    def _step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one gradient step; returns the mean loss and the number of right answers."""
-        inputs = self.runtime.layout(self.info.preprocessing(images))
         with self.runtime.autocast():
             logits = self.model(inputs)
         logits = logits.float()
@@ -223,6 +261,10 @@ class _Trainer:
 
     def _finish_epoch(self) -> None:
         progress, begin = self.progress, time.monotonic()
+        if self.config.norm_batches:
+            order, bounds = self._order(), self.batches[: self.config.norm_batches]
+            inputs = (self._inputs(order[first:end]) for first, end in bounds)
+            average_norm_statistics(self.model, inputs, self.runtime)
         held_out = self._score(self.model, self.validation_set or self.test_set)
         has_validation = self.validation_set is not None
         row = EpochMetrics(
@@ -294,7 +336,8 @@ class _Trainer:
         if self.stop.signal is not None:
             self._draw_curves()
             raise Stopped(
-                f"stopped and saved; go on with: densely train --resume {self.run.path}",
+                "stopped and saved; go on with: densely train --resume "
+                + shlex.quote(str(self.run.path)),
                 self.stop.exit_code,
             )
 

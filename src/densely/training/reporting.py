@@ -4,7 +4,9 @@ One interface, four voices: a progress bar on a terminal, plain lines when piped
 programs, and almost nothing when asked to be quiet.
 """
 
+import io
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,8 +79,11 @@ class Reporter:
         self.say(str(summary.run))
 
     def say(self, line: str) -> None:
-        """Print a line at once."""
-        print(line, file=self.out, flush=True)
+        """Print a line at once; if whoever read has gone, as `head` does, say no more."""
+        try:
+            print(line, file=self.out, flush=True)
+        except BrokenPipeError:
+            self.out = io.StringIO()
 
 
 class JsonReporter(Reporter):
@@ -146,7 +151,7 @@ class PlainReporter(Reporter):
             f"{summary.seconds:.0f} s, {summary.examples_per_s:,.0f} examples/s everything included"
         )
         self.say(f"curves:    {summary.curves}")
-        self.say(f"use it:    densely predict {summary.run} IMAGE...")
+        self.say(f"use it:    densely predict {shlex.quote(str(summary.run))} IMAGE...")
 
 
 class BarReporter(PlainReporter):

@@ -1,4 +1,4 @@
-"""A run directory: all that one training run leaves behind, never overwritten.
+"""A run directory: all that one training run leaves behind; no other run ever writes into it.
 
 runs/NAME-NNN/config.yaml          the resolved configuration
               env.json             versions, hardware, command
@@ -10,15 +10,19 @@ runs/NAME-NNN/config.yaml          the resolved configuration
 """
 
 import csv
+import io
 import json
 import os
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from densely.environment import environment
 from densely.errors import DenselyError, RunError
 from densely.runtime import Runtime
+from densely.training.checkpoint import find_checkpoint
 from densely.training.config import TrainConfig, read_yaml
 
 
@@ -54,6 +58,7 @@ class RunDirectory:
         self.metrics_file = path / "metrics.csv"
         self.curves_file = path / "curves.png"
         self.card_file = path / "README.md"
+        self._lock: int | None = None
 
     @classmethod
     def create(cls, config: TrainConfig, runtime: Runtime) -> "RunDirectory":
@@ -78,7 +83,7 @@ class RunDirectory:
                 except FileExistsError:  # another run, started at the same moment
                     number += 1
             run = cls(path)
-            (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            run.write_config(config)
             run.write_environment(runtime)
         except OSError as error:
             raise RunError(f"--output {output}: cannot be written: {error.strerror}") from error
@@ -101,28 +106,56 @@ class RunDirectory:
         Raises:
             RunError: `config.yaml` is damaged.
         """
+        path = self.path / "config.yaml"
         try:
-            return TrainConfig.from_values(read_yaml(self.path / "config.yaml"))
+            values = read_yaml(path)
+            config = TrainConfig.from_values(values)
         except DenselyError as error:
-            raise RunError(f"{self.path / 'config.yaml'}: {error}") from error
+            raise RunError(f"{path}: {error}") from error
+        if missing := [field.name for field in fields(config) if field.name not in values]:
+            raise RunError(f"{path}: damaged: {', '.join(missing)} missing")
+        return config
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write `config.yaml`, the old one standing until the new one is whole."""
+        self._replace(self.path / "config.yaml", config.to_yaml())
+
+    def lock(self) -> None:
+        """Keep other processes from training this run, until this one ends.
+
+        Raises:
+            RunError: another process is at it.
+        """
+        if sys.platform == "win32":  # which cannot lock a folder
+            return
+        import fcntl
+
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.unlock()
+            raise RunError(f"{self.path}: another process is training this run") from error
+
+    def unlock(self) -> None:
+        """Let other processes train this run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def weights(self) -> Path:
         """Checkpoint to use: the best one where a validation split chose it, else the last."""
-        return self.best if self.best.exists() else self.last
+        return self.best if find_checkpoint(self.best) else self.last
 
     def write_environment(self, runtime: Runtime) -> None:
         """Write `env.json`."""
-        text = json.dumps(environment(runtime), indent=2)
-        (self.path / "env.json").write_text(text + "\n", encoding="utf-8")
+        self._replace(self.path / "env.json", json.dumps(environment(runtime), indent=2) + "\n")
 
     def append(self, row: EpochMetrics) -> None:
         """Add a row to `metrics.csv`, on disk when this returns."""
-        is_new = not self.metrics_file.exists()
+        is_new = not self.metrics_file.exists() or self.metrics_file.stat().st_size == 0
         with self.metrics_file.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(EpochMetrics)])
-            if is_new:
-                writer.writeheader()
-            writer.writerow(asdict(row))
+            file.write(_csv([row], header=is_new))
             file.flush()
             os.fsync(file.fileno())
 
@@ -147,9 +180,29 @@ class RunDirectory:
             raise RunError(f"{self.metrics_file}: damaged: {error}") from error
 
     def keep_rows(self, epochs: int) -> None:
-        """Drop rows of epochs after the first `epochs`, of which the checkpoint knows nothing."""
+        """Drop rows of epochs after the first `epochs`, of which the checkpoint knows nothing.
+
+        Raises:
+            RunError: rows of earlier epochs are missing.
+        """
         rows = self.rows()
+        if [row.epoch for row in rows[:epochs]] != list(range(1, epochs + 1)):
+            raise RunError(f"{self.metrics_file}: damaged: it lacks rows of epochs 1 to {epochs}")
         if len(rows) > epochs:
-            self.metrics_file.unlink()
-            for row in rows[:epochs]:
-                self.append(row)
+            self._replace(self.metrics_file, _csv(rows[:epochs], header=True))
+
+    def _replace(self, path: Path, text: str) -> None:
+        beside = path.with_name(path.name + ".new")
+        beside.write_text(text, encoding="utf-8", newline="")
+        os.replace(beside, path)
+
+
+def _csv(rows: Sequence[EpochMetrics], *, header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(
+        text, [field.name for field in fields(EpochMetrics)], lineterminator="\n"
+    )
+    if header:
+        writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()

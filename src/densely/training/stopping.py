@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, turned into a question that the loop asks between steps."""
+"""Ctrl-C, SIGTERM and a closed terminal, as a question that the loop asks between steps."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, notes SIGINT and SIGTERM in `signal` in place of dying of them.
+    """While entered, notes SIGINT, SIGTERM and SIGHUP in `signal` in place of dying of them.
 
     A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python allows
     no handlers, nothing is noted.
@@ -19,7 +19,12 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is None:
+                    continue
+                if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # under nohup a closed terminal is no reason to stop
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -39,5 +44,5 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What the shell expects of a process that such a signal ended: 130 or 143."""
+        """What the shell expects of a process that such a signal ended: 130, 143 or 129."""
         return 128 + (self.signal or 0)
