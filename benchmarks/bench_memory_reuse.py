@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ROUNDS, STEPS, WARM_UP = 5, 8, 3
+ROUNDS, STEPS, WARM_UP = 3, 8, 3
 
 
 def child(keep: bool, precision: str) -> None:

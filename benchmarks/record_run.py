@@ -25,7 +25,7 @@ def main() -> None:
     # Where a program or data lay on the machine says nothing about the run.
     environment["command"] = ["densely", *environment["command"][1:]]
     (target / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    config = run.config().to_yaml().splitlines()
+    config = (run.path / "config.yaml").read_text(encoding="utf-8").splitlines()
     kept = [line for line in config if not line.startswith(("data_dir:", "output:"))]
     (target / "config.yaml").write_text("\n".join(kept) + "\n", encoding="utf-8")
     print(f"kept in {target}")
