@@ -1,6 +1,7 @@
 """The commands. Nothing heavy is imported before a command needs it, so that help answers at once.
 
-Exit codes: 0 fine, 1 failure, 2 usage or configuration, 130 Ctrl-C, 143 SIGTERM after saving.
+Exit codes: 0 fine, 1 failure, 2 usage or configuration; after saving, 130 for Ctrl-C, 143 for
+SIGTERM, 129 for a closed terminal.
 """
 
 import argparse

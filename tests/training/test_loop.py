@@ -203,6 +203,7 @@ def test_resume_refuses_a_config_that_was_edited(tmp_path: Path) -> None:
     run = train(settings).run
     with pytest.raises(RunError, match="began with another batch_size, lr"):
         train(dataclasses.replace(settings, lr=0.9, batch_size=16), resume=run)
+    assert train(settings, resume=run).epochs == 2  # and the run is free for the right one
 
 
 def test_resume_refuses_fewer_epochs_than_are_done(tmp_path: Path) -> None:

@@ -141,14 +141,20 @@ class _Trainer:
         else:
             self.run = RunDirectory.open(resume)
             self.run.lock()
-            self._restore(train_set.digest())
+            try:
+                self._restore(train_set.digest())
+            except BaseException:
+                self.run.unlock()
+                raise
         self._spent_before = self.progress.total_s
         self._saved_at = self._drawn_at = time.monotonic()
 
     def _restore(self, data_digest: str) -> None:
         self.progress = load_progress(self.run.last, self.model, self.optimizer)
         now = _settings(self.config)
-        if other := [name for name, value in self.progress.settings.items() if now[name] != value]:
+        if other := [
+            name for name, value in self.progress.settings.items() if now.get(name) != value
+        ]:
             raise RunError(
                 f"{self.run.path} began with another {', '.join(other)}; put the old value back "
                 "into its config.yaml, or start a new run"
