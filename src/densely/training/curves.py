@@ -37,7 +37,7 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     axes.set_xlabel("epoch")
     axes.set_title(title, fontsize=10, parse_math=False)  # it may hold a folder's name
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center right")
     # Beside, then in its place: a picture that is being looked at is never half written.
     beside = path.with_name(path.name + ".new")
     figure.savefig(beside, format="png")
