@@ -134,7 +134,10 @@ def test_an_empty_value_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_training_goes_on_when_its_reader_has_gone(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "densely", "train", "--epochs", "3", "--output", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    buffered = {key: text for key, text in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered
+    ) as process:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(timeout=120) == 0

@@ -4,8 +4,8 @@ One interface, four voices: a progress bar on a terminal, plain lines when piped
 programs, and almost nothing when asked to be quiet.
 """
 
-import io
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -82,8 +82,8 @@ class Reporter:
         """Print a line at once; if whoever read has gone, as `head` does, say no more."""
         try:
             print(line, file=self.out, flush=True)
-        except BrokenPipeError:
-            self.out = io.StringIO()
+        except BrokenPipeError:  # the stream itself, which is flushed once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
 
 
 class JsonReporter(Reporter):
