@@ -12,8 +12,10 @@ SOURCE = Path(densely.__file__).parent
 #: From the ground up; a part may import what stands on a line above it, and itself.
 LAYERS = [
     {"errors"},
-    {"runtime", "models"},
+    {"runtime", "fused"},
+    {"models"},
     {"data", "chapter", "environment"},
+    {"weights"},
     {"training"},
     {"evaluation", "doctor"},
     {"cli"},
@@ -61,15 +63,24 @@ def test_importing_densely_and_its_config_is_light() -> None:
 
 def test_public_names_are_these_and_exist() -> None:
     assert densely.__all__ == [
+        "Acceleration",
         "Classifier",
         "DenseNet",
         "DenselyError",
+        "FCDenseNet",
+        "LoadReport",
         "Prediction",
         "TrainConfig",
+        "accelerate",
+        "convert_weights",
         "create_model",
         "evaluate",
+        "list_models",
         "load",
-        "model_names",
+        "load_weights",
+        "model_facts",
+        "restore",
+        "save_weights",
         "train",
     ]
     assert all(callable(getattr(densely, name)) for name in densely.__all__)

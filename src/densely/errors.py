@@ -4,6 +4,7 @@
     ├── ConfigError         a flag, a field or a name is wrong                  (exit 2)
     ├── DataError           data is missing, damaged or of the wrong kind       (exit 2)
     ├── RunError            a run directory is missing, damaged or unfit        (exit 2)
+    ├── WeightsError        a file of weights is missing, damaged or does not fit   (exit 2)
     ├── ShapeError          a tensor does not fit the model                     (exit 2)
     ├── TrainingError       training itself went wrong, as when it diverges     (exit 1)
     └── Stopped             the user or the system ended it      (exit 130, 143 or 129)
@@ -32,6 +33,10 @@ class DataError(DenselyError):
 
 class RunError(DenselyError):
     """A run directory is missing, damaged or unfit for what was asked."""
+
+
+class WeightsError(DenselyError):
+    """A file of weights is missing, damaged, unsafe, or does not fit the model."""
 
 
 class ShapeError(DenselyError, ValueError):

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from densely.data import download as module
-from densely.data.download import download, md5_of
+from densely.data.download import download, has_digest
 from densely.errors import DataError
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB: several chunks
-MD5 = hashlib.md5(CONTENT).hexdigest()
+MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
 HALF = len(CONTENT) // 2
 
 
@@ -114,9 +114,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_md5_of_a_file(tmp_path: Path) -> None:
+def test_digests_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
-    assert md5_of(tmp_path / "file") == "900150983cd24fb0d6963f7d28e17f72"  # RFC 1321
+    path = tmp_path / "file"
+    for right in ("md5:900150983cd24fb0d6963f7d28e17f72", "sha256:ba7816bf8f01cfea", "sha256:b"):
+        assert has_digest(path, right)  # RFC 1321, FIPS 180-2
+    for wrong in ("md5:900150983cd24fb0d6963f7d28e17f73", "sha256:ba7816bf8f01cfeb", "sha256:"):
+        assert not has_digest(path, wrong)
 
 
 def test_file_arrives_and_nothing_else(server: Server, target: Path) -> None:

@@ -23,18 +23,36 @@ STALL_SECONDS = 30.0
 CHUNK_BYTES = 1 << 18
 
 
-def md5_of(path: Path) -> str:
-    """MD5 of a file, as hexadecimal digits. It finds damage; it is no defence against malice."""
+def digest_of(path: Path, algorithm: str) -> str:
+    """Digest of a file by "md5" or "sha256", as hexadecimal digits."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
+    return digest.hexdigest()
 
 
-def download(urls: Sequence[str], target: Path, md5: str) -> None:
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether a file is the right one.
+
+    Args:
+        path: the file.
+        digest: "md5:..." or "sha256:...", hexadecimal; only its first digits where no more are
+            published. MD5 finds damage; it is no defence against malice.
+    """
+    algorithm, _, digits = digest.partition(":")
+    return bool(digits) and digest_of(path, algorithm).startswith(digits)
+
+
+def download(urls: Sequence[str], target: Path, digest: str | None) -> None:
     """Fetch `target` from the first of `urls` that gives the right file.
 
-    Bytes gather in `TARGET.part`, from which a later call goes on; only a file whose MD5 is right
-    takes the place of `target`, and what stood there before is kept beside it as `TARGET.damaged`
-    (`.damaged-2`, ... where there are such).
+    Bytes gather in `TARGET.part`, from which a later call goes on; only a file whose digest is
+    right takes the place of `target`, and what stood there before is kept beside it as
+    `TARGET.damaged` (`.damaged-2`, ... where there are such).
+
+    Args:
+        urls: mirrors, tried in turn.
+        target: where the file goes.
+        digest: as `has_digest` takes it; None where none is published.
 
     Raises:
         DataError: no mirror gave the file; each one's reason is named.
@@ -51,13 +69,14 @@ def download(urls: Sequence[str], target: Path, md5: str) -> None:
         except (OSError, HTTPException) as error:
             reasons.append(f"{host}: {getattr(error, 'reason', None) or error}")
             continue
-        if md5_of(part) == md5:
+        if digest is None or has_digest(part, digest):
             if target.exists():
                 os.replace(target, _free_name(target))
             os.replace(part, target)
             return
+        kind = digest.partition(":")[0].upper()
         part.unlink()  # no prefix of the right file: nothing to go on from
-        reasons.append(f"{host}: sent a file with another MD5")
+        reasons.append(f"{host}: sent a file with another {kind}")
     raise DataError(f"{target.name} could not be downloaded ({'; '.join(reasons)})")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from densely.data.dataset import ImageSet, Splits
-from densely.data.download import download, md5_of
+from densely.data.download import digest_of, download, has_digest
 from densely.data.idx import read_idx
 from densely.data.locations import cache_folder, user_folders
 from densely.errors import DataError
@@ -74,10 +74,10 @@ def _downloaded() -> Path:
     folder = complete_folder(top) or top / SUBFOLDER
     for name, md5 in MD5.items():
         path = _file(folder, name)
-        if path is not None and (path.suffix != ".gz" or md5_of(path) == md5):
+        if path is not None and (path.suffix != ".gz" or has_digest(path, f"md5:{md5}")):
             continue
         try:
-            download([mirror + name for mirror in MIRRORS], folder / name, md5)
+            download([mirror + name for mirror in MIRRORS], folder / name, f"md5:{md5}")
         except (DataError, OSError) as error:
             problem = f"{path} is damaged" if path else "Fashion-MNIST is not here"
             raise DataError(
@@ -113,9 +113,9 @@ def _values(folder: Path, name: str, sizes: tuple[int, ...]) -> torch.Tensor:
     assert path is not None, name
     # The structure first: "swapped" or "truncated" says more than a digest that differs.
     values = torch.from_numpy(read_idx(path, sizes))
-    if path.suffix == ".gz" and md5_of(path) != MD5[name]:
+    if path.suffix == ".gz" and (found := digest_of(path, "md5")) != MD5[name]:
         raise DataError(
-            f"{path}: not the official file (MD5 {md5_of(path)}, expected {MD5[name]}); fetch it "
+            f"{path}: not the official file (MD5 {found}, expected {MD5[name]}); fetch it "
             "again, or unpack it with gunzip if it is meant to differ"
         )
     return values

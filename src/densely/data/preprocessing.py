@@ -3,8 +3,8 @@
 x = (resize(image) / 255 - mean) / std
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +13,25 @@ from torch import Tensor
 from densely.data.dataset import ImageSet
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Scale uint8 [N, C, H, W] images to `size` x `size` pixels: uint8 [N, C, size, size].
+Interpolation = Literal["bilinear", "bicubic"]
 
-    Bilinear, smoothed where it shrinks: what Pillow's `Image.resize(..., BILINEAR)` gives, and so
+
+def resize(
+    images: Tensor, size: int | tuple[int, int], interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Scale uint8 [N, C, H, W] images to `size` x `size` (or height x width) pixels: uint8.
+
+    By default bilinear; smoothed where it shrinks: what Pillow's `Image.resize(..., BILINEAR)` gives, and so
     torchvision's `Resize` of a Pillow image. From 28 to 96 pixels, as in the chapter, it is so to
     the bit on a CPU; for other sizes and on a GPU a pixel may differ by 1 of 255. The whole picture
     is kept; one that is not square is stretched.
     """
-    if images.shape[-2:] == (size, size):
+    sides = (size, size) if isinstance(size, int) else size
+    if images.shape[-2:] == sides:
         return images
-    if images.device.type == "cpu" and size > 1:  # for one pixel PyTorch's uint8 path fails
-        return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-    scaled = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    if images.device.type == "cpu" and min(sides) > 1:  # for one pixel its uint8 path fails
+        return F.interpolate(images, size=sides, mode=interpolation, antialias=True)
+    scaled = F.interpolate(images.float(), size=sides, mode=interpolation, antialias=True)
     return scaled.round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -38,12 +44,17 @@ class Preprocessing:
         channels: 1 for grey, 3 for RGB.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
+        crop: share of the shorter side that the square in the middle shows, as weights trained
+            with such crops want it; None stretches the whole picture.
+        interpolation: how pictures are scaled.
     """
 
     image_size: int
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: float | None = None
+    interpolation: Interpolation = "bilinear"
 
     @classmethod
     def identity(cls, image_size: int, channels: int) -> "Preprocessing":
@@ -66,9 +77,32 @@ class Preprocessing:
             stds.append(round(max(std.item(), 1 / 255), 6))  # a constant image has no spread
         return cls(image_size, channels, tuple(means), tuple(stds))
 
+    def fit(self, images: Tensor) -> Tensor:
+        """Scale uint8 [N, C, H, W] to [N, C, image_size, image_size], and crop if it is to be."""
+        size, (height, width) = self.image_size, images.shape[-2:]
+        if self.crop is None or (height, width) == (size, size):
+            return resize(images, size, self.interpolation)
+        # As torchvision has it: the shorter side to a whole number, the longer one cut to one.
+        short = max(size, int(size / self.crop))
+        sides = (
+            (short, int(short * width / height))
+            if height <= width
+            else (int(short * height / width), short)
+        )
+        scaled = resize(images, sides, self.interpolation)
+        top, left = (round((side - size) / 2) for side in sides)
+        return scaled[..., top : top + size, left : left + size]
+
+    def for_channels(self, channels: int) -> "Preprocessing":
+        """The same for images of another number of channels: means of mean and deviation."""
+        if channels == self.channels:
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return replace(self, channels=channels, mean=(mean,) * channels, std=(std,) * channels)
+
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 [N, C, H, W] into float32 [N, C, image_size, image_size], on the device."""
-        scaled = resize(images, self.image_size).float()
+        scaled = self.fit(images).float()
         if self.channels == 1:
             return scaled.sub_(255 * self.mean[0]).div_(255 * self.std[0])
         mean = torch.tensor(self.mean, device=images.device).mul_(255).view(-1, 1, 1)
@@ -87,6 +121,8 @@ class Preprocessing:
             int(values["channels"]),
             tuple(float(v) for v in values["mean"]),
             tuple(float(v) for v in values["std"]),
+            None if values.get("crop") is None else float(values["crop"]),
+            "bicubic" if values.get("interpolation") == "bicubic" else "bilinear",
         )
         if not len(made.mean) == len(made.std) == made.channels or made.image_size < 1:
             raise ValueError(f"preprocessing does not fit together: {made}")

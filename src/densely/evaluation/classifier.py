@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from densely.data.images import decode, open_image
-from densely.data.preprocessing import resize
 from densely.errors import DataError
 from densely.runtime import MemoryFormat, Precision, Runtime, choose_runtime
 from densely.training.checkpoint import ModelInfo, load_model
@@ -75,7 +74,7 @@ class Classifier:
         return logits_of(self.model, images, self.preprocessing, self.runtime).softmax(dim=1).cpu()
 
     def _pixels(self, image: ImageLike) -> Tensor:
-        channels, size = self.preprocessing.channels, self.preprocessing.image_size
+        channels = self.preprocessing.channels
         if isinstance(image, Image.Image):
             pixels = decode(image, channels, "image")
         elif isinstance(image, str | os.PathLike):
@@ -83,7 +82,7 @@ class Classifier:
                 pixels = decode(opened, channels, os.fspath(image))
         else:
             raise DataError(f"{type(image).__name__}: expected a path or a Pillow image")
-        return resize(pixels[None], size)[0]
+        return self.preprocessing.fit(pixels[None])[0]
 
     def _prediction(self, probabilities: Tensor) -> Prediction:
         order = probabilities.argsort(descending=True, stable=True).tolist()

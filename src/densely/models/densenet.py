@@ -11,45 +11,30 @@ channels ("C" where that is below 1) and 2x2 AVERAGE pooling.
 
     stem -> block -> transition -> block -> ... -> block -> BN-ReLU -> global average -> linear
 
-Names of modules, and so the keys of `state_dict`, are torchvision's.
+The same code makes the whole family: plain and bottleneck layers, large and small images, one to
+three dimensions (`Parts`), any strides (`Geometry`). Names of modules, and so the keys of
+`state_dict`, are torchvision's.
 
 Sources: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks"
 (CVPR 2017), section 3 and tables 1 and 2; Dive into Deep Learning, chapter 8.7, "Densely
 Connected Networks (DenseNet)".
 """
 
-import warnings
 from collections import OrderedDict
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from densely.errors import ConfigError, ShapeError
+from densely.models.geometry import Stride, plan
 from densely.models.init import INITS, InitName, initialize
+from densely.models.parts import POOLS, Activation, DropPath, Norm, Parts, PoolName
 
-Stem = Literal["large", "small"]
-
-
-def batch_norm(channels: int | None) -> nn.Module:
-    """Batch normalisation of `channels` channels; None learns the number from the first input."""
-    if channels is not None:
-        return nn.BatchNorm2d(channels)
-    with warnings.catch_warnings():  # that lazy modules may change is our concern, not the user's
-        warnings.simplefilter("ignore", UserWarning)
-        return nn.LazyBatchNorm2d()
-
-
-def conv(
-    in_channels: int | None, out_channels: int, kernel_size: int, *, stride: int = 1, bias: bool
-) -> nn.Module:
-    """Convolution padded to keep the size; `in_channels=None` learns it from the first input."""
-    padding = kernel_size // 2
-    if in_channels is not None:
-        return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return nn.LazyConv2d(out_channels, kernel_size, stride, padding, bias=bias)
+Stem = Literal["large", "small", "deep"]
+STEMS: tuple[str, ...] = get_args(Stem)
+_BATCH_NORM_RELU_2D = Parts()
 
 
 class DenseLayer(nn.Sequential):
@@ -62,23 +47,38 @@ class DenseLayer(nn.Sequential):
         in_channels: channels read; None learns the number from the first input.
         growth_rate: channels made, `k` in the paper.
         bn_size: width of the bottleneck in multiples of `growth_rate`; None for a plain layer.
-        bias: whether convolutions have a bias (the chapter's have, the paper's have not).
+        parts: dimensions, norm, activation, bias, and dropout after each convolution.
+        dilation: of the 3x3 convolution.
+        drop_path_rate: share of images for which the layer adds nothing while training.
     """
 
     def __init__(
-        self, in_channels: int | None, growth_rate: int, *, bn_size: int | None, bias: bool
+        self,
+        in_channels: int | None,
+        growth_rate: int,
+        *,
+        bn_size: int | None,
+        parts: Parts = _BATCH_NORM_RELU_2D,
+        dilation: int = 1,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = batch_norm(in_channels)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.norm1 = parts.make_norm(in_channels)
+        self.relu1 = parts.make_activation()
         if bn_size is None:
-            self.conv1 = conv(in_channels, growth_rate, 3, bias=bias)
+            self.conv1 = parts.make_conv(in_channels, growth_rate, 3, dilation=dilation)
         else:
             width = bn_size * growth_rate
-            self.conv1 = conv(in_channels, width, 1, bias=bias)
-            self.norm2 = batch_norm(width)
-            self.relu2 = nn.ReLU(inplace=True)
-            self.conv2 = conv(width, growth_rate, 3, bias=bias)
+            self.conv1 = parts.make_conv(in_channels, width, 1)
+            if dropout := parts.make_dropout():
+                self.drop1 = dropout
+            self.norm2 = parts.make_norm(width)
+            self.relu2 = parts.make_activation()
+            self.conv2 = parts.make_conv(width, growth_rate, 3, dilation=dilation)
+        if dropout := parts.make_dropout():
+            self.drop2 = dropout
+        if drop_path_rate > 0:
+            self.drop_path = DropPath(drop_path_rate)
 
 
 class DenseBlock(nn.ModuleDict):
@@ -89,7 +89,9 @@ class DenseBlock(nn.ModuleDict):
         in_channels: channels of the block's input; None learns the number from the first input.
         growth_rate: channels that each layer adds, `k`.
         bn_size: width of the bottleneck in multiples of `growth_rate`; None for plain layers.
-        bias: whether convolutions have a bias.
+        parts: dimensions, norm, activation, bias, and dropout after each convolution.
+        dilation: of the 3x3 convolutions.
+        drop_path_rates: of each layer; None for 0.
     """
 
     def __init__(
@@ -99,13 +101,19 @@ class DenseBlock(nn.ModuleDict):
         growth_rate: int,
         *,
         bn_size: int | None,
-        bias: bool,
+        parts: Parts = _BATCH_NORM_RELU_2D,
+        dilation: int = 1,
+        drop_path_rates: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         for i in range(num_layers):
-            channels = None if in_channels is None else in_channels + i * growth_rate
             self[f"denselayer{i + 1}"] = DenseLayer(
-                channels, growth_rate, bn_size=bn_size, bias=bias
+                None if in_channels is None else in_channels + i * growth_rate,
+                growth_rate,
+                bn_size=bn_size,
+                parts=parts,
+                dilation=dilation,
+                drop_path_rate=drop_path_rates[i] if drop_path_rates else 0.0,
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,26 +126,75 @@ class DenseBlock(nn.ModuleDict):
 class Transition(nn.Sequential):
     """Fewer channels, half the size: BN - ReLU - Conv1x1 - 2x2 average pooling.
 
+    Average, since a transition hands on what all layers before it have made: a mean keeps a
+    trace of every value and gives each a gradient, where a maximum keeps one in four.
+
     The pooling runs before the convolution here: both are linear, and a 1x1 convolution works
     on each pixel alone, so the function is the same and the convolution has a quarter of the
-    pixels to do. Maximum pooling would not commute so.
+    pixels to do. Maximum pooling, and dropout between the two, would not commute so: with them
+    the order is the paper's.
 
     Args:
         in_channels: channels of the input; None learns the number from the first input.
         out_channels: channels of the output.
-        bias: whether the convolution has a bias.
+        parts: dimensions, norm, activation, bias, and dropout after the convolution.
+        pool: "avg" or "max".
+        stride: of the pooling, an axis each; None for 2, and 1 everywhere for no pooling.
     """
 
-    def __init__(self, in_channels: int | None, out_channels: int, *, bias: bool) -> None:
+    def __init__(
+        self,
+        in_channels: int | None,
+        out_channels: int,
+        *,
+        parts: Parts = _BATCH_NORM_RELU_2D,
+        pool: PoolName = "avg",
+        stride: Stride | None = None,
+    ) -> None:
         super().__init__()
-        self.norm = batch_norm(in_channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
-        self.conv = conv(in_channels, out_channels, 1, bias=bias)
+        stride = stride or (2,) * parts.spatial_dims
+        shrinks = max(stride) > 1
+        dropout = parts.make_dropout()
+        pools_first = pool == "avg" and dropout is None
+        self.norm = parts.make_norm(in_channels)
+        self.relu = parts.make_activation()
+        if shrinks and pools_first:
+            self.pool = parts.make_pool(pool, stride)
+        self.conv = parts.make_conv(in_channels, out_channels, 1)
+        if dropout:
+            self.drop = dropout
+        if shrinks and not pools_first:
+            self.pool = parts.make_pool(pool, stride)
+
+
+def stem_parts(
+    stem: Stem, in_channels: int, width: int, growth_rate: int, strides: Sequence[Stride], p: Parts
+) -> "OrderedDict[str, nn.Module]":
+    """Modules from the image to `width` channels; see `DenseNet` for the three stems."""
+    if stem == "small":
+        return OrderedDict(conv0=p.make_conv(in_channels, width, 3))
+    if stem == "large":
+        parts = OrderedDict(
+            conv0=p.make_conv(in_channels, width, 7, stride=strides[0]),
+            norm0=p.make_norm(width),
+            relu0=p.make_activation(),
+        )
+    else:
+        parts = OrderedDict()
+        widths = (in_channels, growth_rate, growth_rate, width)
+        for i in range(3):
+            stride = strides[0] if i == 0 else 1
+            parts[f"conv{i}"] = p.make_conv(widths[i], widths[i + 1], 3, stride=stride)
+            parts[f"norm{i}"] = p.make_norm(widths[i + 1])
+            parts[f"relu{i}"] = p.make_activation()
+    parts["pool0"] = p.make_max_pool(strides[1])
+    return parts
 
 
 class DenseNet(nn.Module):
-    """A densely connected network for images: [N, in_channels, H, W] to [N, num_classes] logits.
+    """A densely connected network: [N, in_channels, H, W] to [N, num_classes] logits.
+
+    In one or three dimensions [N, in_channels, L] or [N, in_channels, D, H, W].
 
     Args:
         growth_rate: channels that each layer adds, `k`.
@@ -146,23 +203,44 @@ class DenseNet(nn.Module):
         bn_size: width of bottlenecks in multiples of `growth_rate`; None for plain layers.
         compression: share of channels that a transition keeps, `theta`, in (0, 1].
         stem: "large", 7x7/2 convolution - BN - ReLU - 3x3/2 max pooling (ImageNet, the chapter);
-            "small", one 3x3 convolution (the paper's CIFAR and SVHN nets).
+            "small", one 3x3 convolution (the paper's CIFAR and SVHN nets);
+            "deep", three 3x3 convolutions, the first /2, in place of the 7x7 (timm's).
         bias: whether convolutions have a bias (the chapter's have, the paper's have not).
         in_channels: channels of the images: 1 for grey, 3 for colour.
-        num_classes: outputs of the classifier.
+        num_classes: outputs of the classifier; 0 for none: the pooled features come out.
         init: how weights start: "fan_out" (the authors'), "torchvision" or "xavier" (the chapter).
+        spatial_dims: 1 for signals, 2 for images, 3 for volumes.
+        strides: of each step that shrinks, an axis each, the stem's convolution and pooling first,
+            then the transitions; None for 2 everywhere. `[(1, 2, 2), (1, 2, 2), (2, 2, 2), ...]`
+            suits volumes with thick slices.
+        output_stride: shrink no further than this; later blocks are dilated instead.
+        norm: "batch", "sync_batch", "group" (32 groups, or as many as divide the channels),
+            "layer" (over channels), or a function from channels to a module.
+        activation: "relu", "leaky_relu", "elu", "gelu", "silu", "mish", or a function.
+        transition_pool: "avg" (the paper's) or "max".
+        drop_rate: dropout after each convolution but the first, as the paper has it; torchvision,
+            timm and MONAI drop after the last convolution of a layer only.
+        classifier_drop_rate: dropout before the classifier (timm's `drop_rate`).
+        drop_path_rate: stochastic depth; the rate of the last layer, which earlier ones approach
+            linearly from 0.
+        norm_eps: epsilon of the norms; None for each one's own (1e-5; Keras has 1.001e-5).
+
+    Attributes:
+        feature_channels: channels of each block's output, as `forward_features` gives them.
+        feature_strides: their strides against the input, an axis each.
+        min_input: smallest input, an axis each; `min_image_size` is the largest of these.
 
     Raises:
         ConfigError: an argument is out of range; all faults are named at once.
         ShapeError: (forward) the images have other channels, or are smaller than
-            `min_image_size` and would shrink to nothing.
+            `min_input` and would shrink to nothing.
     """
 
     def __init__(
         self,
         *,
         growth_rate: int = 32,
-        block_config: tuple[int, ...] = (6, 12, 24, 16),
+        block_config: Sequence[int] = (6, 12, 24, 16),
         num_init_features: int = 64,
         bn_size: int | None = 4,
         compression: float = 0.5,
@@ -171,18 +249,29 @@ class DenseNet(nn.Module):
         in_channels: int = 3,
         num_classes: int = 1000,
         init: InitName = "fan_out",
+        spatial_dims: int = 2,
+        strides: Sequence[Sequence[int]] | None = None,
+        output_stride: int | None = None,
+        norm: Norm = "batch",
+        activation: Activation = "relu",
+        transition_pool: PoolName = "avg",
+        drop_rate: float = 0.0,
+        classifier_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
+        parts = Parts(spatial_dims, norm, activation, bias, drop_rate)
         faults = [
-            f"{name}={value}: must be at least 1"
-            for name, value in [
-                ("growth_rate", growth_rate),
-                ("num_init_features", num_init_features),
-                ("bn_size", 1 if bn_size is None else bn_size),
-                ("in_channels", in_channels),
-                ("num_classes", num_classes),
+            f"{name}={value}: must be at least {least}"
+            for name, value, least in [
+                ("growth_rate", growth_rate, 1),
+                ("num_init_features", num_init_features, 1),
+                ("bn_size", 1 if bn_size is None else bn_size, 1),
+                ("in_channels", in_channels, 1),
+                ("num_classes", num_classes, 0),
             ]
-            if value < 1
+            if value < least
         ]
         if not block_config:
             faults.append("block_config is empty: at least one block is needed")
@@ -193,55 +282,140 @@ class DenseNet(nn.Module):
         ]
         if not 0 < compression <= 1:
             faults.append(f"compression={compression}: must be above 0 and at most 1")
-        if stem not in ("large", "small"):
-            faults.append(f"stem='{stem}': must be 'large' or 'small'")
-        if init not in INITS:
-            faults.append(f"init='{init}': must be one of {', '.join(INITS)}")
-        if faults:
+        faults += [
+            f"{name}={value}: must be at least 0 and below 1"
+            for name, value in [
+                ("drop_rate", drop_rate),
+                ("classifier_drop_rate", classifier_drop_rate),
+                ("drop_path_rate", drop_path_rate),
+            ]
+            if not 0 <= value < 1
+        ]
+        faults += [
+            f"{name}='{value}': must be one of {', '.join(known)}"
+            for name, value, known in [
+                ("stem", stem, STEMS),
+                ("init", init, INITS),
+                ("transition_pool", transition_pool, POOLS),
+            ]
+            if value not in known
+        ]
+        if norm_eps is not None and not norm_eps > 0:
+            faults.append(f"norm_eps={norm_eps}: must be above 0")
+        faults += parts.faults()
+        geometry, wrong = plan(
+            spatial_dims,
+            max(1, len(block_config)),
+            stem_steps=0 if stem == "small" else 2,
+            strides=strides,
+            output_stride=output_stride,
+        )
+        if faults := faults + wrong:
             raise ConfigError("; ".join(faults))
 
         self.in_channels = in_channels
         self.num_classes = num_classes
-        # The large stem divides by 4, rounding up; each transition by 2, rounding down.
-        self.min_image_size = 2 ** (len(block_config) - 1)
-        if stem == "large":
-            self.min_image_size = 4 * self.min_image_size - 3
+        self.spatial_dims = spatial_dims
+        self.min_input = geometry.smallest_input
+        self.min_image_size = max(self.min_input)
+        self.feature_strides = geometry.block_strides
 
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        if stem == "large":
-            parts["conv0"] = conv(in_channels, num_init_features, 7, stride=2, bias=bias)
-            parts["norm0"] = batch_norm(num_init_features)
-            parts["relu0"] = nn.ReLU(inplace=True)
-            parts["pool0"] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        else:
-            parts["conv0"] = conv(in_channels, num_init_features, 3, bias=bias)
-
-        channels = num_init_features
+        modules = stem_parts(
+            stem, in_channels, num_init_features, growth_rate, geometry.stem, parts
+        )
+        layers, channels = 0, num_init_features
+        feature_channels = []
         for b, num_layers in enumerate(block_config, start=1):
-            parts[f"denseblock{b}"] = DenseBlock(
-                num_layers, channels, growth_rate, bn_size=bn_size, bias=bias
+            depths = range(layers + 1, layers + num_layers + 1)
+            modules[f"denseblock{b}"] = DenseBlock(
+                num_layers,
+                channels,
+                growth_rate,
+                bn_size=bn_size,
+                parts=parts,
+                dilation=geometry.dilations[b - 1],
+                drop_path_rates=[drop_path_rate * depth / sum(block_config) for depth in depths],
             )
+            layers += num_layers
             channels += num_layers * growth_rate
+            feature_channels.append(channels)
             if b < len(block_config):
                 kept = max(1, int(channels * compression))
-                parts[f"transition{b}"] = Transition(channels, kept, bias=bias)
+                modules[f"transition{b}"] = Transition(
+                    channels,
+                    kept,
+                    parts=parts,
+                    pool=transition_pool,
+                    stride=geometry.transitions[b - 1],
+                )
                 channels = kept
-        parts["norm5"] = batch_norm(channels)
+        modules["norm5"] = parts.make_norm(channels)
+        self.feature_channels = tuple(feature_channels)
 
-        self.features = nn.Sequential(parts)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.features = nn.Sequential(modules)
+        self.activation = parts.make_activation()
+        self.classifier_drop = nn.Dropout(classifier_drop_rate)
+        self.classifier = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         initialize(self, init)
+        if norm_eps is not None:
+            set_norm_eps(self, norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch: [N, in_channels, H, W] to [N, num_classes]."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        """Logits of a batch: [N, in_channels, ...] to [N, num_classes]."""
+        self._check(x)
+        maps = self.activation(self.features(x))
+        pooled = maps.mean(dim=tuple(range(2, maps.dim())))
+        return self.classifier(self.classifier_drop(pooled))  # type: ignore[no-any-return]
+
+    def forward_features(self, x: Tensor, levels: Sequence[int] | None = None) -> list[Tensor]:
+        """Maps of several scales, for heads that detect or segment.
+
+        Args:
+            x: [N, in_channels, ...].
+            levels: dense blocks, from 1 on, whose output is wanted; None for all of them.
+
+        Returns:
+            The blocks' outputs [N, feature_channels[level - 1], ...] in the order of `levels`.
+            The last block's comes normalised and activated, as the classifier sees it; the others
+            are the bare concatenations, of which each reader takes its own norm.
+
+        Raises:
+            ConfigError: there is no such block.
+            ShapeError: as `forward`.
+        """
+        last = len(self.feature_channels)
+        wanted = list(range(1, last + 1)) if levels is None else list(levels)
+        if not wanted or not all(1 <= level <= last for level in wanted):
+            raise ConfigError(f"levels={wanted}: must be blocks from 1 to {last}")
+        self._check(x)
+        blocks = {f"denseblock{level}": level for level in range(1, last)}
+        maps: dict[int, Tensor] = {}
+        for name, part in self.features.named_children():
+            x = part(x)
+            if blocks.get(name) in wanted:
+                maps[blocks[name]] = x
+            if blocks.get(name) == max(wanted):
+                break
+        else:
+            maps[last] = self.activation(x)
+        return [maps[level] for level in wanted]
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 2 + self.spatial_dims or x.shape[1] != self.in_channels:
+            axes = {1: "L", 2: "H, W", 3: "D, H, W"}[self.spatial_dims]
             raise ShapeError(
-                f"input of shape {list(x.shape)}: expected [N, {self.in_channels}, H, W]"
+                f"input of shape {list(x.shape)}: expected [N, {self.in_channels}, {axes}]"
             )
-        if min(x.shape[2:]) < self.min_image_size:
+        if any(size < least for size, least in zip(x.shape[2:], self.min_input, strict=True)):
+            given, least = ("x".join(map(str, sizes)) for sizes in (x.shape[2:], self.min_input))
             raise ShapeError(
-                f"images of {x.shape[2]}x{x.shape[3]} pixels would shrink to nothing: "
-                f"this model needs at least {self.min_image_size}x{self.min_image_size}"
+                f"images of {given} pixels would shrink to nothing: this model needs at least "
+                f"{least}"
             )
-        maps = torch.relu(self.features(x))
-        return self.classifier(maps.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def set_norm_eps(model: nn.Module, eps: float) -> None:
+    """Set the epsilon of every norm in `model`, in place."""
+    for module in model.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            module.eps = eps  # type: ignore[assignment]

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from densely.models.parts import CONVS, TRANSPOSED_CONVS
+
 InitName = Literal["fan_out", "torchvision", "xavier"]
 INITS: tuple[str, ...] = get_args(InitName)
 
@@ -33,12 +35,12 @@ def initialize(model: nn.Module, name: InitName) -> None:
 
 
 def _xavier(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    if isinstance(module, (*CONVS, *TRANSPOSED_CONVS, nn.Linear)):
         nn.init.xavier_uniform_(module.weight)
 
 
 def _he(module: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVS + TRANSPOSED_CONVS):
         nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+    if isinstance(module, (*CONVS, *TRANSPOSED_CONVS, nn.Linear)) and module.bias is not None:
         nn.init.zeros_(module.bias)

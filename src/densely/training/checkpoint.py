@@ -16,35 +16,41 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from densely.data import Preprocessing
 from densely.errors import RunError
-from densely.models import DenseNet, create_model
+from densely.models import build_model
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a file of weights holds: the network's name, its classes, and its preprocessing."""
+    """What a file of weights holds: the network's name, its classes, and its preprocessing.
+
+    `options` are further arguments of the network, where it was started from weights that want
+    them.
+    """
 
     model: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> DenseNet:
+    def build(self) -> nn.Module:
         """Make the network, with fresh weights."""
-        return create_model(
+        return build_model(
             self.model,
             num_classes=len(self.classes),
             in_channels=self.preprocessing.channels,
             image_size=self.preprocessing.image_size,
+            **self.options,
         )
 
 
@@ -76,7 +82,7 @@ class Progress:
 
 def save_checkpoint(
     folder: Path,
-    model: DenseNet,
+    model: nn.Module,
     info: ModelInfo,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
@@ -111,22 +117,36 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_model(folder: Path) -> tuple[DenseNet, ModelInfo]:
+def load_info(folder: Path) -> ModelInfo:
+    """Read what a checkpoint holds the weights of.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    path = _found(folder) / "model.json"
+    values = _read_json(path)
+    try:
+        return ModelInfo(
+            str(values["model"]),
+            tuple(str(name) for name in values["classes"]),
+            Preprocessing.from_dict(values["preprocessing"]),
+            dict(values.get("options", {})),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged or of another version: {error}") from error
+
+
+def load_model(folder: Path) -> tuple[nn.Module, ModelInfo]:
     """Read a saved network, in eval mode on the CPU.
 
     Raises:
         RunError: something is missing, damaged or does not fit; it is named.
     """
     folder = _found(folder)
-    values = _read_json(folder / "model.json")
+    info = load_info(folder)
     try:
-        info = ModelInfo(
-            str(values["model"]),
-            tuple(str(name) for name in values["classes"]),
-            Preprocessing.from_dict(values["preprocessing"]),
-        )
         model = info.build()
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise RunError(
             f"{folder / 'model.json'}: damaged or of another version: {error}"
         ) from error
@@ -134,7 +154,7 @@ def load_model(folder: Path) -> tuple[DenseNet, ModelInfo]:
     return model.eval(), info
 
 
-def load_progress(folder: Path, model: DenseNet, optimizer: torch.optim.Optimizer) -> Progress:
+def load_progress(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Read weights, optimizer and progress back into a run's own objects.
 
     Raises:
@@ -209,7 +229,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _load_weights(model: DenseNet, path: Path) -> None:
+def _load_weights(model: nn.Module, path: Path) -> None:
     tensors = _read_tensors(path)
     expected = model.state_dict()
     faults = [f"{key} is missing" for key in expected if key not in tensors]

@@ -42,6 +42,12 @@ class TrainConfig:
 
     recipe: str = _option("quickstart", _SOURCE, "the recipe that gave all values not set by hand")
     model: str = _option("densenet_bc_22_12", _WHAT, "network, such as d2l or densenet121")
+    weights: str | None = _option(
+        None,
+        _WHAT,
+        "where to start: imagenet or another tag of published weights, or a file of weights of any "
+        "dialect; null for fresh ones",
+    )
     data: str = _option(
         "digits", _WHAT, "digits, fashion-mnist, or a folder of images sorted by class"
     )
@@ -130,7 +136,7 @@ class TrainConfig:
             ),
             *(
                 (field, "text that is not empty and can be part of a path", _is_path(text))
-                for field in ("model", "data", "data_dir", "output", "name")
+                for field in ("model", "weights", "data", "data_dir", "output", "name")
                 if (text := getattr(self, field)) is not None
             ),
         ]

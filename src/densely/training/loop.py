@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from densely.data import ImageSet, Preprocessing, absolute
+from densely.data import ImageSet, absolute
 from densely.environment import device_name
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
-from densely.models import DenseNet
 from densely.runtime import choose_runtime, keep_freed_memory
 from densely.training.card import model_card
 from densely.training.checkpoint import (
-    ModelInfo,
     Progress,
+    load_info,
     load_model,
     load_progress,
     save_checkpoint,
@@ -32,6 +31,7 @@ from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics, RunDirectory
 from densely.training.scoring import Score, score_of
 from densely.training.splits import splits_of
+from densely.training.start import begin, check_start
 from densely.training.stopping import StopRequest
 
 #: A crash costs at most so much work; a stop by Ctrl-C or SIGTERM costs none.
@@ -62,6 +62,7 @@ def train(
         config,
         data=absolute(config.data),
         data_dir=absolute(config.data_dir) if config.data_dir else None,
+        weights=_file_from_anywhere(config.weights),
     )
     try:
         return _Trainer(config, resume, reporter or Reporter()).fit()
@@ -73,6 +74,11 @@ def train(
                 "not enough memory: choose a smaller --batch-size, --image-size or --model"
             ) from error
         raise
+
+
+def _file_from_anywhere(weights: str | None) -> str | None:
+    """A file of weights by its full path; the name of published ones as it is."""
+    return str(Path(weights).resolve()) if weights and Path(weights).is_file() else weights
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -107,20 +113,16 @@ class _Trainer:
         if self.runtime.device.type == "cpu":
             keep_freed_memory()
 
+        check_start(config)
         reporter.note(f"reading {config.data} ...")
         splits = splits_of(config)
         train_set = splits.train
-        image_size = config.image_size or train_set.images.shape[-1]
-        channels = train_set.images.shape[1]
-        self.info = ModelInfo(
-            config.model,
-            train_set.classes,
-            Preprocessing.standardizing(train_set, image_size)
-            if config.normalize
-            else Preprocessing.identity(image_size, channels),
-        )
         torch.manual_seed(generator_seed(config.seed))
-        self.model = self.info.build()
+        if resume is None:
+            self.info, self.model = begin(config, train_set)
+        else:
+            self.info = load_info(RunDirectory.open(resume).last)
+            self.model = self.info.build()
         self.runtime.place(self.model)
         device = self.runtime.device
         self.train_set, self.test_set = train_set.to(device), splits.test.to(device)
@@ -316,7 +318,7 @@ class _Trainer:
         self.runtime.place(best)
         return self._score(best, self.test_set)
 
-    def _score(self, model: DenseNet, data: ImageSet) -> Score:
+    def _score(self, model: nn.Module, data: ImageSet) -> Score:
         def before_batch() -> None:
             if self.stop.signal is not None:
                 self._save_last()

@@ -1,0 +1,92 @@
+"""A module gets densely's forward by a change of its class, and its own back by another.
+
+The new class stands between the module and its original class, so `isinstance`, parameters,
+buffers, hooks and names are as before. It is made once for each original class and never pickled:
+a pickle holds the original class, and makes the new one again.
+"""
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from densely.fused.calls import ATTRIBUTE, Accelerated, calls_of, note, original_class
+from densely.fused.parts import Obstacle, everything_watched
+from densely.fused.units import Plan, Unit, unit_of
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def swap_in(module: nn.Module) -> None:
+    """Give a module densely's forward."""
+    module.__class__ = accelerated_class(type(module))
+    calls_of(module)
+
+
+def swap_out(module: nn.Module) -> None:
+    """Give an accelerated module its own forward back."""
+    module.__class__ = original_class(module)
+    module.__dict__.pop(ATTRIBUTE, None)
+
+
+def accelerated_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class that stands in for an original one: the same object each time.
+
+    The original one itself where it is no unit (any more, as may be when an old pickle is read).
+    """
+    if original not in _classes:
+        unit = unit_of(original)
+        if not isinstance(unit, Unit):
+            return original
+        _classes[original] = type(
+            f"Accelerated{original.__name__}",
+            (Accelerated, original),
+            {
+                "__module__": original.__module__,
+                "__doc__": original.__doc__,
+                "_densely_kind": unit.kind,
+                "forward": _forward(original, unit),
+                "__reduce_ex__": _reduce_ex(original),
+            },
+        )
+    return _classes[original]
+
+
+def _forward(original: type[nn.Module], unit: Unit) -> Any:
+    @functools.wraps(original.forward)  # its signature is what export and fx go by
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plan = _plan(self, unit, args, kwargs)
+        if isinstance(plan, Obstacle):
+            note(self, plan)
+            return original.forward(self, *args, **kwargs)
+        note(self, None)
+        return plan.run(args[0])
+
+    return forward
+
+
+def _plan(module: nn.Module, unit: Unit, args: Any, kwargs: Any) -> Plan | Obstacle:
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # torch.fx sends its proxies
+        return Obstacle("was called with something else than one tensor", passing=True)
+    obstacle = everything_watched()
+    if obstacle is not None:
+        return obstacle
+    plan = unit.plan(module)
+    if isinstance(plan, Plan) and args[0].dim() != plan.dims + 2:
+        return Obstacle(f"was called with a tensor of {args[0].dim()} dimensions", passing=True)
+    return plan
+
+
+def _reduce_ex(original: type[nn.Module]) -> Any:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if original_class(self) is not original:  # someone made a class of theirs from ours
+            return object.__reduce_ex__(self, protocol)
+        return _rebuild, (original,), self.__getstate__()
+
+    return __reduce_ex__
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    """The first half of copying or unpickling an accelerated module; its state comes after."""
+    cls = accelerated_class(original)
+    return cls.__new__(cls)

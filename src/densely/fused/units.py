@@ -1,0 +1,195 @@
+"""The four units that are replaced, and how each runs as one step of densely's.
+
+A plan is made in each call: it looks at the inner modules, takes their tensors, and so knows
+what to run; or it meets an obstacle.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from densely.fused import backend, parts
+from densely.fused.calls import Accelerated, note, original_class
+from densely.fused.dialects import Dialect, Kind, known_class
+from densely.fused.heads import Head
+from densely.fused.parts import Obstacle, qualified_name
+from densely.fused.plain import Layer, Norm
+
+
+class Plan(NamedTuple):
+    """What to run on an input with that many dimensions of space."""
+
+    dims: int
+    run: Callable[[Tensor], Tensor]
+
+
+class Unit(NamedTuple):
+    """A kind of module that is replaced, and how a call of it is planned."""
+
+    kind: Kind
+    plan: Callable[[nn.Module], Plan | Obstacle]
+
+
+class Stem(NamedTuple):
+    """Where the stem stands among a net's features: from child `start` up to, not with, `stop`."""
+
+    start: int
+    stop: int
+    norm: Norm
+    dims: int
+
+
+def unit_of(cls: type[nn.Module]) -> Unit | str | None:
+    """How to replace modules of this class; text says why not to; None: it is no unit."""
+    if cls is nn.Sequential:
+        return Unit("stem", plan_features)
+    known = known_class(cls)
+    if known is None or isinstance(known, str):
+        return known
+    if known.kind == "dense block":
+        return Unit(known.kind, partial(plan_block, dialect=known.dialect))
+    if known.kind == "transition":
+        return Unit(known.kind, partial(plan_transition, dialect=known.dialect))
+    return Unit(known.kind, partial(plan_net, dialect=known.dialect))
+
+
+def plan_block(block: nn.Module, dialect: Dialect) -> Plan | Obstacle:
+    """All layers of a dense block as one step."""
+    layers: list[Layer] = []
+    dims = 0  # the first layer says how many
+    for name, module in block._modules.items():
+        layer = _read_layer(module, dialect, dims)
+        if isinstance(layer, Obstacle):
+            return layer.inside(name)
+        layers.append(layer)
+        dims = layer.conv1.weight.dim() - 2
+    if not layers:
+        return Obstacle("has no layers")
+    return Plan(dims, partial(backend.dense_block, layers=tuple(layers)))
+
+
+def plan_transition(transition: nn.Module, dialect: Dialect) -> Plan | Obstacle:
+    """A whole transition as one step."""
+    modules = transition._modules
+    dims = parts.dims_of(modules.get("norm"))
+    obstacle = parts.examine(modules, dialect.transition_parts, dims)
+    if obstacle is not None:
+        return obstacle
+    norm, conv = parts.read_norm(modules["norm"]), parts.read_conv(modules["conv"])
+    return Plan(dims, partial(backend.transition, norm=norm, conv=conv))
+
+
+def plan_features(features: nn.Module) -> Plan | Obstacle:
+    """A net's features, with the stem as one step among its children."""
+    stem = _read_stem(features)
+    if isinstance(stem, Obstacle):
+        return stem
+    modules = tuple(features._modules.values())
+    return Plan(stem.dims, partial(_run_features, modules=modules, stem=stem))
+
+
+def plan_net(net: nn.Module, dialect: Dialect) -> Plan | Obstacle:
+    """A whole net, with its last norm, the ReLU and the global average as one step."""
+    features = net._modules.get("features")
+    if features is None or original_class(features) is not nn.Sequential:
+        return Obstacle(f"is of type {type(features).__name__}", where="features")
+    name, norm = next(reversed(features._modules.items()), ("", None))
+    dims = parts.dims_of(norm)
+    obstacle = parts.examine({name: norm}, {name: dialect.transition_parts["norm"]}, dims)
+    obstacle = obstacle or parts.watched(features)
+    if obstacle is not None:
+        return obstacle.inside("features")
+    head = dialect.read_head(net, dims)
+    if isinstance(head, Obstacle):
+        return head
+    obstacle = parts.patched(net, dialect.net_methods)
+    if obstacle is not None:
+        return obstacle
+    run = partial(_run_net, features=features, norm=parts.read_norm(norm), head=head)
+    return Plan(dims, run)
+
+
+def _read_layer(layer: nn.Module | None, dialect: Dialect, dims: int) -> Layer | Obstacle:
+    if layer is None or qualified_name(type(layer)) != dialect.layer:
+        return Obstacle(f"is of type {type(layer).__name__}")
+    obstacle = parts.watched(layer) or parts.patched(layer, dialect.layer_methods)
+    if obstacle is not None:
+        return obstacle
+    if dialect.checkpointing and getattr(layer, dialect.checkpointing) and torch.is_grad_enabled():
+        return Obstacle(f"saves memory by {dialect.checkpointing}", passing=True)
+    modules: Mapping[str, nn.Module | None] = layer._modules
+    if dialect.layer_child:
+        holder = modules.get(dialect.layer_child)
+        if type(holder) is not nn.Sequential:
+            return Obstacle(f"is of type {type(holder).__name__}", where=dialect.layer_child)
+        obstacle = parts.watched(holder)
+        modules = holder._modules
+    dropout = modules.get(dialect.layer_dropout)
+    checks = dialect.layer_parts
+    if dropout is not None:
+        checks = {**checks, dialect.layer_dropout: parts.dropout}
+    dims = dims or parts.dims_of(modules.get("norm1"))
+    obstacle = obstacle or parts.examine(modules, checks, dims)
+    if obstacle is not None:
+        return obstacle.inside(dialect.layer_child)
+    return Layer(
+        norm1=parts.read_norm(modules["norm1"]),
+        conv1=parts.read_conv(modules["conv1"]),
+        norm2=parts.read_norm(modules["norm2"]),
+        conv2=parts.read_conv(modules["conv2"]),
+        drop_rate=_drop_rate(layer, dropout),
+        drop_maps=dropout is not None and type(dropout) is not nn.Dropout,
+    )
+
+
+def _drop_rate(layer: Any, dropout: Any) -> float:
+    """Share of values that drop now: MONAI has a module for it, the others do it in the layer."""
+    if dropout is not None:
+        return float(dropout.p) if dropout.training else 0.0
+    return float(layer.drop_rate) if layer.training and hasattr(layer, "drop_rate") else 0.0
+
+
+def _read_stem(features: nn.Module) -> Stem | Obstacle:
+    names, modules = list(features._modules), list(features._modules.values())
+    stop = 1 + next((i for i, module in enumerate(modules) if parts.is_max_pool(module)), -1)
+    checks: tuple[parts.Check, ...] = (parts.norm, parts.relu, parts.max_pool)
+    if stop > 1 and parts.is_timm_norm(modules[stop - 2]):
+        checks = (parts.norm_act, parts.max_pool)
+    start = stop - len(checks)
+    if start < 0:
+        return Obstacle("has no norm, ReLU and max pooling in a row")
+    dims = parts.dims_of(modules[start])
+    obstacle = parts.examine(
+        dict(zip(names[start:stop], modules[start:stop], strict=True)),
+        dict(zip(names[start:stop], checks, strict=True)),
+        dims,
+    )
+    return obstacle or Stem(start, stop, parts.read_norm(modules[start]), dims)
+
+
+def _run_features(x: Tensor, modules: tuple[Any, ...], stem: Stem) -> Tensor:
+    x = _run_in_turn(x, modules[: stem.start])
+    x = backend.stem(x, stem.norm)
+    return _run_in_turn(x, modules[stem.stop :])
+
+
+def _run_net(x: Tensor, features: nn.Module, norm: Norm, head: Head) -> Tensor:
+    modules = tuple(features._modules.values())[:-1]
+    stem = _read_stem(features) if isinstance(features, Accelerated) else None
+    if isinstance(stem, Stem):
+        note(features, None)
+        x = _run_features(x, modules, stem)
+    else:
+        if stem is not None:
+            note(features, stem)
+        x = _run_in_turn(x, modules)
+    return _run_in_turn(backend.final(x, norm), head)
+
+
+def _run_in_turn(x: Tensor, modules: Iterable[Any]) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x

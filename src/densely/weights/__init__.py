@@ -1,0 +1,1 @@
+"""Dialects of DenseNet weights, read and written."""

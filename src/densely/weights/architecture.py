@@ -1,0 +1,107 @@
+"""Which DenseNet a set of weights belongs to, read off their shapes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from densely.errors import WeightsError
+from densely.models import DenseNet, list_models
+from densely.models.densenet import Stem
+from densely.models.registry import preset
+from densely.weights.dialects import OURS, Place
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Arguments of `DenseNet` that weights tell of."""
+
+    growth_rate: int
+    block_config: tuple[int, ...]
+    num_init_features: int
+    bn_size: int | None
+    compression: float
+    stem: Stem
+    bias: bool
+    in_channels: int
+    num_classes: int
+    spatial_dims: int
+
+    def build(self, **options: Any) -> DenseNet:
+        """Make the network, with fresh weights; `options` are other arguments of `DenseNet`."""
+        return DenseNet(**asdict(self), **options)
+
+    @property
+    def name(self) -> str | None:
+        """Name of the preset that has these blocks, if there is one."""
+        for name in list_models("d*"):
+            given = getattr(preset(name).build, "keywords", {})
+            if "growth_rate" in given and all(
+                given.get(key, default) == getattr(self, key)
+                for key, default in (
+                    ("growth_rate", 32),
+                    ("block_config", None),
+                    ("num_init_features", 64),
+                    ("bn_size", 4),
+                )
+            ):
+                return name
+        return None
+
+
+def architecture(weights: Mapping[Place, Tensor], where: str) -> Architecture:
+    """Read the architecture off weights in PyTorch's layout.
+
+    Args:
+        weights: tensors by place; values are not looked at.
+        where: what to call them in an error.
+
+    Raises:
+        WeightsError: a part is missing, or the shapes fit no DenseNet.
+    """
+    shapes = {place[:4]: tuple(t.shape) for place, t in weights.items() if place[4] == "weight"}
+
+    def shape(*place: object) -> tuple[int, ...]:
+        found = shapes.get(place)  # type: ignore[call-overload]
+        if found is None or len(found) < 2:
+            key = OURS.name_of(Place(*place, "weight"))  # type: ignore[arg-type]
+            raise WeightsError(f"{where}: no DenseNet: {key} is {'missing' if found is None else 'no kernel'}")
+        return found  # type: ignore[no-any-return]
+
+    blocks = sorted({place.block for place in weights if place.kind == "layer"})
+    if not blocks or blocks != list(range(1, len(blocks) + 1)):
+        raise WeightsError(f"{where}: no DenseNet: its dense blocks are numbered {blocks}")
+    config = []
+    for b in blocks:
+        layers = sorted({p.layer for p in weights if p.kind == "layer" and p.block == b})
+        if layers != list(range(1, len(layers) + 1)):
+            raise WeightsError(f"{where}: no DenseNet: block {b} has the layers {layers}")
+        config.append(len(layers))
+
+    stem_conv = shape("stem", 0, 0, "conv0")
+    first = shape("layer", 1, 1, "conv1")
+    bottleneck = ("layer", 1, 1, "conv2") in shapes
+    growth = shape("layer", 1, 1, "conv2")[0] if bottleneck else first[0]
+    width = first[1]
+    compression = 1.0
+    if len(blocks) > 1:
+        kept, read = shape("transition", 1, 0, "conv")[:2]
+        compression = kept / read if read else 1.0
+        for common in (0.5, 1.0):
+            if int(read * common) == kept:
+                compression = common
+    deep, norm = ("stem", 0, 0, "conv2") in shapes, ("stem", 0, 0, "norm0") in shapes
+    head = shapes.get(("head", 0, 0, "classifier"))
+    return Architecture(
+        growth_rate=growth,
+        block_config=tuple(config),
+        num_init_features=width,
+        bn_size=max(1, first[0] // growth) if bottleneck and growth else None,
+        compression=min(1.0, compression) or 1.0,
+        stem="deep" if deep else "large" if norm else "small",
+        bias=any(p.variable == "bias" and p.part.startswith("conv") for p in weights),
+        in_channels=stem_conv[1],
+        num_classes=head[0] if head else 0,
+        spatial_dims=len(stem_conv) - 2,
+    )

@@ -1,0 +1,152 @@
+"""A file of weights into another dialect, and the proof that both are the same function."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from densely.errors import WeightsError
+from densely.models import DenseNet
+from densely.weights.architecture import Architecture, architecture
+from densely.weights.explain import explain
+from densely.weights.files import read_weights
+from densely.weights.load import Translated, fits, key_of, load_weights, places_of, translate
+from densely.weights.packages import package_logits
+from densely.weights.save import named_dialect, write_dialect
+
+_EPS_NOTE = "norms of {to} add {theirs:g} to the variance, those of the source {eps:g}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted, and how far the results are apart.
+
+    Args:
+        source, target: the files.
+        dialect: of the source, as found.
+        to: of the target.
+        network: what the weights are of.
+        tensors: how many there are.
+        ignored: entries of the source that are no weights of the network.
+        notes: what the two packages do differently.
+        differences: largest absolute difference of logits, by what was held against the source;
+            None, with the reason in its name, where that could not run. Empty without a check.
+        scale: largest absolute logit, for comparison.
+    """
+
+    source: str
+    target: str
+    dialect: str
+    to: str
+    network: str
+    tensors: int
+    ignored: tuple[str, ...]
+    notes: tuple[str, ...]
+    differences: dict[str, float | None]
+    scale: float
+
+
+def convert_weights(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str = "densely",
+    dialect: str = "auto",
+    prefix: str | None = None,
+    check: bool = False,
+) -> Conversion:
+    """Write the weights of one dialect as another one.
+
+    Args:
+        source: a file of weights (safetensors, .pt, .pth, .tar, .h5) of any dialect.
+        target: the file to write; its ending says the format, as `save_weights` has it.
+        to: whose names it gets.
+        dialect: whose names the source has; "auto" finds out.
+        prefix: as `load_weights` has it.
+        check: run both on the same input: the target read back by densely and, where the package
+            of `to` is installed and has such a network, by that package itself.
+
+    Raises:
+        ConfigError: an unknown dialect.
+        WeightsError: the source is damaged, incomplete or no DenseNet, or `to` has no such network.
+    """
+    named_dialect(to)
+    where = os.fspath(source)
+    found = translate(read_weights(Path(source)), where, dialect, prefix)
+    net = architecture(found.weights, where)
+    _check_whole(found, net, where)
+    eps, theirs_eps = found.norm_eps or found.dialect.norm_eps, named_dialect(to).norm_eps
+    write_dialect(Path(target), found.weights, to, norm_eps=eps)
+    differences: dict[str, float | None] = {}
+    scale = 0.0
+    if check:
+        theirs = net.build()
+        load_weights(theirs, source, dialect, prefix=prefix)
+        ours = net.build()
+        load_weights(ours, target)
+        x = _images(theirs)
+        logits = _logits(theirs, x)
+        scale = logits.abs().max().item()
+        differences["densely reading it back"] = (_logits(ours, x) - logits).abs().max().item()
+        package = "torchvision" if to == "densely" else to
+        told = package_logits(package, net, Path(target), x)
+        if isinstance(told, Tensor):
+            differences[f"{package} itself"] = (told - logits).abs().max().item()
+        else:
+            differences[f"{package} itself: {told}"] = None
+    return Conversion(
+        where,
+        os.fspath(target),
+        found.dialect.name,
+        to,
+        net.name or f"DenseNet, growth rate {net.growth_rate}, blocks {net.block_config}",
+        len(found.weights),
+        found.ignored,
+        () if eps == theirs_eps else (_EPS_NOTE.format(to=to, theirs=theirs_eps, eps=eps),),
+        differences,
+        scale,
+    )
+
+
+def _check_whole(found: Translated, net: Architecture, where: str) -> None:
+    """Hold every tensor against the architecture, which is made without being allocated."""
+    with torch.device("meta"):
+        model = net.build()
+    places = places_of(model.state_dict())
+    assert places is not None
+    expected = {place: model.state_dict()[key] for place, key in places.items()}
+    counted = {place for place in expected if place.variable == "num_batches_tracked"}
+    missing = [key_of(p) for p in expected if p not in found.weights and p not in counted]
+    wrong = [
+        (key_of(place), value, expected[place])
+        for place, value in found.weights.items()
+        if place in expected and not fits(value, expected[place])
+    ]
+    unexpected = [key_of(p) for p in found.weights if p not in expected]
+    unexpected += found.unexpected
+    if missing or wrong or unexpected:
+        raise WeightsError(
+            explain(
+                where,
+                found.dialect.name,
+                found.weights,
+                expected,
+                missing=missing,
+                wrong=wrong,
+                unexpected=unexpected,
+            )
+        )
+
+
+def _images(model: DenseNet) -> Tensor:
+    """Two random images of a size that suits the network and everybody's packages."""
+    size = max(32, model.min_image_size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, model.in_channels, *(size,) * model.spatial_dims, generator=generator)
+
+
+def _logits(model: DenseNet, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval().double()(x.double())  # type: ignore[no-any-return]

@@ -1,0 +1,246 @@
+"""Files of weights, read without running anything that is in them, and written whole or not at all.
+
+    .safetensors              preferred: no code, nothing to execute
+    .pt .pth .tar .ckpt .bin  PyTorch's, read with `weights_only=True`
+    .h5                       Keras's (`densely.weights.keras_h5`)
+
+What a file is shows in its first bytes, whatever its name says. Older checkpoints hold a whole
+pickled model in place of its weights; such a file is read with inert stand-ins for the classes
+named below, whose tensors are then collected. No code of the file or of those packages runs.
+"""
+
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from densely.errors import WeightsError
+from densely.weights.keras_h5 import read_keras
+from densely.weights.old_pickles import STAND_IN, without_module_ids
+
+#: Where a checkpoint keeps the weights among other things, the likeliest first.
+_INNER = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "params")
+#: Wrappers in wrappers are followed so deep.
+_DEPTH = 4
+#: PyTorch's zip archives hold their tensors uncompressed: a larger sum is no honest file.
+_SLACK_BYTES = 1 << 20
+
+_LAYER_CLASSES = [
+    f"torch.nn.modules.{name}"
+    for name in (
+        "container.Sequential container.ModuleDict container.ModuleList "
+        "conv.Conv1d conv.Conv2d conv.Conv3d linear.Linear linear.Identity flatten.Flatten "
+        "batchnorm.BatchNorm1d batchnorm.BatchNorm2d batchnorm.BatchNorm3d activation.ReLU "
+        "activation.Sigmoid pooling.MaxPool1d pooling.MaxPool2d pooling.MaxPool3d "
+        "pooling.AvgPool1d pooling.AvgPool2d pooling.AvgPool3d pooling.AdaptiveAvgPool1d "
+        "pooling.AdaptiveAvgPool2d pooling.AdaptiveAvgPool3d dropout.Dropout dropout.Dropout2d "
+        "dropout.Dropout3d"
+    ).split()
+]
+_MODEL_CLASSES = [
+    f"{package}.{name}"
+    for package, names in {
+        "torchvision.models.densenet": "DenseNet _DenseBlock _DenseLayer _Transition",
+        "torchxrayvision.models": "DenseNet _DenseBlock _DenseLayer _Transition",
+        "timm.models.densenet": "DenseNet DenseBlock DenseLayer DenseTransition",
+        "monai.networks.nets.densenet": "DenseNet DenseNet121 DenseNet169 DenseNet201 DenseNet264 "
+        "_DenseBlock _DenseLayer _Transition",
+        "timm.layers.norm_act": "BatchNormAct2d",
+        "timm.layers.adaptive_avgmax_pool": "SelectAdaptivePool2d FastAdaptiveAvgPool",
+        "torch.nn.parallel.data_parallel": "DataParallel",
+    }.items()
+    for name in names.split()
+]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Args:
+        tensors: the weights by the file's own keys.
+        ignored: other entries of the file, by key, and what they are.
+        metadata: a safetensors file's.
+    """
+
+    tensors: dict[str, Tensor]
+    ignored: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_weights(path: Path) -> Contents:
+    """Read a file of weights of any known format.
+
+    Raises:
+        WeightsError: missing, damaged, of an unknown format, or holding code.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(16)
+    except IsADirectoryError:
+        raise WeightsError(f"{path}: is a folder, expected a file of weights") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
+    if begin.startswith(b"\x89HDF\r\n\x1a\n"):
+        return Contents(read_keras(path))
+    if begin.startswith((b"PK", b"\x80")):
+        return _read_torch(path)
+    if begin[8:9] == b"{":
+        return _read_safetensors(path)
+    if not begin:
+        raise WeightsError(f"{path}: is empty")
+    raise WeightsError(
+        f"{path}: no file of weights, or a damaged one: expected safetensors, PyTorch's .pt or "
+        ".pth, or Keras's .h5"
+    )
+
+
+def _read_safetensors(path: Path) -> Contents:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: no dict
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{path}: damaged safetensors file: {_first_line(error)}") from error
+    return Contents(tensors, metadata=metadata)
+
+
+def _read_torch(path: Path) -> Contents:
+    is_zip = _check_archive(path)
+    classes = [*_LAYER_CLASSES, *_MODEL_CLASSES]
+    stand_ins: list[Any] = [(_StandIn, name) for name in classes] + [(_stand_in, STAND_IN)]
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+            warnings.simplefilter("ignore")  # of classes that changed, and of storages to come
+            file = path if is_zip else BytesIO(without_module_ids(path.read_bytes()))
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        tensors, ignored = _unwrapped(loaded)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = _first_line(error)
+        if "GLOBAL " in str(error):
+            name = str(error).partition("GLOBAL ")[2].split()[0]
+            raise WeightsError(
+                f"{path}: holds more than tensors ({name}), which densely does not load since it "
+                "could run code; ask for its state_dict, as safetensors at best"
+            ) from error
+        raise WeightsError(f"{path}: damaged, or no PyTorch file: {reason}") from error
+    if not tensors:
+        raise WeightsError(f"{path}: no weights in it: {_listed(ignored)}")
+    return Contents(tensors, ignored)
+
+
+def _check_archive(path: Path) -> bool:
+    """Whether it is a zip archive; refuses one whose files would grow when they are unpacked."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(max(0, entry.file_size) for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise WeightsError(f"{path}: damaged archive: {_first_line(error)}") from error
+    size = path.stat().st_size
+    if unpacked > size + _SLACK_BYTES:
+        raise WeightsError(
+            f"{path}: its {size:,} bytes would unpack to {unpacked:,}: no file of PyTorch's"
+        )
+    return True
+
+
+class _StandIn:
+    """In place of a module in a pickled model: keeps what the module held, and can do nothing."""
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state if isinstance(state, dict) else {}
+
+    def tensors(self, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers, by the keys that `state_dict` gives them."""
+        if depth > 32:
+            raise WeightsError("modules in modules without an end")
+        state = self.__dict__.get("state", {})
+        passing = state.get("_non_persistent_buffers_set")
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _items(state.get(kind)):
+                if isinstance(value, Tensor) and not (isinstance(passing, set) and name in passing):
+                    yield prefix + name, value
+        for name, module in _items(state.get("_modules")):
+            if isinstance(module, _StandIn):
+                yield from module.tensors(f"{prefix}{name}.", depth + 1)
+
+
+def _stand_in(kind: object, cls: object, file: object, source: object) -> type[_StandIn]:
+    """In place of a class that an old pickle names with its source code."""
+    if cls is not _StandIn:
+        raise WeightsError("a module of an unknown class")
+    return _StandIn
+
+
+def _items(values: object) -> Iterator[tuple[str, object]]:
+    if isinstance(values, Mapping):
+        yield from ((str(name), value) for name, value in values.items())
+
+
+def _unwrapped(loaded: object, depth: int = 0) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights in a checkpoint, and what else is in it."""
+    if isinstance(loaded, _StandIn):
+        return dict(loaded.tensors()), {}
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"expected weights by name, found {type(loaded).__name__}")
+    entries = {str(key): value for key, value in loaded.items()}
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    inner = [key for key, value in entries.items() if isinstance(value, Mapping | _StandIn) and value]
+    known = [key for key in _INNER if key in inner]
+    chosen = known[0] if known else inner[0] if len(inner) == 1 and not tensors else None
+    if chosen is None or depth > _DEPTH:
+        others = {k: type(v).__name__ for k, v in entries.items() if k not in tensors}
+        return tensors, others
+    found, below = _unwrapped(entries[chosen], depth + 1)
+    ignored = {f"{chosen}.{key}": what for key, what in below.items()}
+    return found, ignored | {k: type(v).__name__ for k, v in entries.items() if k != chosen}
+
+
+def write_weights(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write safetensors or, by the file's ending, PyTorch's format; whole or not at all.
+
+    Raises:
+        WeightsError: an ending that stands for neither.
+    """
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin"):
+        raise WeightsError(
+            f"{path}: what to write does not show in '{path.suffix}': expected .safetensors, .pth, "
+            ".pt, .tar, .ckpt or .bin"
+        )
+    kept = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    part = path.with_name(path.name + ".part")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(kept, part, metadata={"format": "pt", **(metadata or {})})
+        else:
+            torch.save(kept, part)
+        os.replace(part, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise WeightsError(f"{path}: cannot be written: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    _, _, told = str(error).rpartition("WeightsUnpickler error:")
+    lines = told.strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def _listed(names: Mapping[str, str]) -> str:
+    shown = [f"{key} ({what})" for key, what in list(names.items())[:5]]
+    return ", ".join(shown) + (" ..." if len(names) > 5 else "") if shown else "it is empty"

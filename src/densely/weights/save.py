@@ -1,0 +1,89 @@
+"""Weights written under the names of any dialect."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from densely.errors import ConfigError, WeightsError, unknown_name
+from densely.weights.dialects import ALIASES, DIALECTS, Dialect, Place
+from densely.weights.files import write_weights
+from densely.weights.keras_h5 import write_keras
+from densely.weights.load import EPS_KEY, places_of
+
+
+def save_weights(
+    model: nn.Module, path: str | os.PathLike[str], dialect: str = "densely"
+) -> None:
+    """Write a model's weights as a package calls them.
+
+    Args:
+        model: a DenseNet of densely, torchvision, timm or MONAI.
+        path: what to write shows in its ending: .safetensors (preferred), .pth, .pt, .tar, .bin;
+            .weights.h5 or .h5 for Keras.
+        dialect: "densely" (torchvision's names), "timm", "torchvision_legacy", "monai", "keras",
+            "efficient", "andreasveit", "bamos".
+
+    Raises:
+        ConfigError: an unknown dialect.
+        WeightsError: the dialect has no name for a part of this network, or the file cannot be
+            written. What was there before stays.
+    """
+    state = model.state_dict()
+    places = places_of(state)
+    if places is None:
+        if dialect not in ("densely", "torchvision"):
+            raise WeightsError(f"{type(model).__name__}: no DenseNet: {dialect} has no such network")
+        write_weights(Path(path), state)
+        return
+    eps = {m.eps for m in model.modules() if isinstance(getattr(m, "eps", None), float)}
+    weights = {place: state[key] for place, key in places.items()}
+    write_dialect(Path(path), weights, dialect, norm_eps=eps.pop() if len(eps) == 1 else None)
+
+
+def named_dialect(name: str) -> Dialect:
+    """The dialect of a package.
+
+    Raises:
+        ConfigError: an unknown one; the nearest are named.
+    """
+    if ALIASES.get(name, name) not in DIALECTS:
+        raise ConfigError(unknown_name("dialect", name, [*DIALECTS, *ALIASES]))
+    return DIALECTS[ALIASES.get(name, name)]
+
+
+def write_dialect(
+    path: Path, weights: Mapping[Place, Tensor], dialect: str, *, norm_eps: float | None
+) -> None:
+    """Write weights by place; see `save_weights`.
+
+    Args:
+        path: the file.
+        weights: in PyTorch's layout.
+        dialect: whose names.
+        norm_eps: epsilon of the norms, kept in a safetensors file where it is not PyTorch's usual.
+
+    Raises:
+        ConfigError: an unknown dialect.
+        WeightsError: as `save_weights`.
+    """
+    target = named_dialect(dialect)
+    named: dict[str, Tensor] = {}
+    homeless = []
+    for place, value in weights.items():
+        key = target.name_of(place)
+        if key is not None:
+            named[key] = target.from_torch(place, value.detach())
+        elif place.variable != "num_batches_tracked":  # which nobody else counts
+            homeless.append(f"{place.kind} {place.part}.{place.variable}")
+    if homeless:
+        raise WeightsError(
+            f"{path}: {target.name} has no name for {', '.join(dict.fromkeys(homeless))}: "
+            "this network is none of its kind"
+        )
+    if target.is_keras:
+        write_keras(path, named)
+        return
+    usual = norm_eps is None or norm_eps == target.norm_eps
+    write_weights(path, named, None if usual else {EPS_KEY: repr(norm_eps)})

@@ -1,0 +1,138 @@
+"""Faults in the arguments of DenseNet are all named at once, each by its field."""
+
+import inspect
+import math
+import re
+from typing import Any
+
+import pytest
+
+from densely.errors import ConfigError
+from densely.models import DenseNet
+from densely.models.registry import ModelOptions
+
+
+def named_fields(error: ConfigError) -> set[str]:
+    return set(re.findall(r"(?:^|; )(\w+(?:\[\d+\])?)", str(error)))
+
+
+def faults_of(**options: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as error:
+        DenseNet(**options)
+    return error.value
+
+
+def test_all_faults_are_named_at_once() -> None:
+    faulty: dict[str, Any] = {
+        "growth_rate": 0,
+        "num_init_features": -1,
+        "bn_size": 0,
+        "compression": 1.5,
+        "stem": "medium",
+        "in_channels": 0,
+        "num_classes": -3,
+        "init": "magic",
+        "spatial_dims": 4,
+        "output_stride": 7,
+        "norm": "instance",
+        "activation": "swish",
+        "transition_pool": "median",
+        "drop_rate": 1.0,
+        "classifier_drop_rate": -0.25,
+        "drop_path_rate": 1.25,
+        "norm_eps": 0.0,
+    }
+    error = faults_of(block_config=(0, 2, -4), **faulty)
+    assert named_fields(error) == {*faulty, "block_config[0]", "block_config[2]"}
+    for value in (
+        *("=-1", "=1.5", "medium", "=-3", "magic", "=-4", "=4", "=7", "instance", "swish"),
+        *("median", "=1.0", "=-0.25", "=1.25", "=0.0"),
+    ):
+        assert value in str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("growth_rate", -1),
+        ("num_init_features", 0),
+        ("bn_size", -2),
+        ("in_channels", 0),
+        ("num_classes", -1),
+        ("block_config", ()),
+        ("compression", 0.0),
+        ("compression", -0.5),
+        ("compression", 1.0001),
+        ("compression", math.nan),
+        ("stem", ""),
+        ("init", "Xavier"),
+        ("spatial_dims", 0),
+        ("spatial_dims", -1),
+        ("norm", None),
+        ("norm", "Batch"),
+        ("activation", None),
+        ("activation", ""),
+        ("transition_pool", "AVG"),
+        ("drop_rate", 1),
+        ("drop_rate", -1e-9),
+        ("drop_rate", math.nan),
+        ("classifier_drop_rate", 1.0),
+        ("classifier_drop_rate", math.nan),
+        ("drop_path_rate", 1.0),
+        ("drop_path_rate", math.nan),
+        ("norm_eps", -1e-5),
+        ("norm_eps", math.nan),
+        ("output_stride", 0),
+        ("output_stride", 2),
+        ("output_stride", 64),
+        ("strides", []),
+        ("strides", [(2, 2)] * 4),
+        ("strides", [(2, 2)] * 6),
+        ("strides", [(2, 2)] * 4 + [(2,)]),
+        ("strides", [(2, 2)] * 4 + [(2, 0)]),
+        ("strides", [(2, 2)] * 4 + [(2, 2, 2)]),
+        ("strides", [(2, 2)] * 4 + [(2, 2.5)]),
+        ("strides", [2, 2, 2, 2, 2]),
+    ],
+)
+def test_one_fault_names_its_field_alone(field: str, value: object) -> None:
+    error = faults_of(**{field: value})
+    assert named_fields(error) == {field}
+    if field != "block_config":
+        assert str(value) in str(error)
+
+
+@pytest.mark.parametrize("spatial_dims", [0, 4])
+def test_strides_of_impossible_dimensions(spatial_dims: int) -> None:
+    strides = [(2,) * spatial_dims] * 5
+    assert named_fields(faults_of(spatial_dims=spatial_dims, strides=strides)) == {"spatial_dims"}
+
+
+@pytest.mark.parametrize(
+    ("stem", "blocks", "allowed"),
+    [
+        ("large", 4, "4, 8, 16, 32"),
+        ("deep", 3, "4, 8, 16"),
+        ("small", 4, "1, 2, 4, 8"),
+        ("small", 1, "1"),
+    ],
+)
+def test_allowed_output_strides_are_named(stem: str, blocks: int, allowed: str) -> None:
+    error = faults_of(stem=stem, block_config=(1,) * blocks, output_stride=3)
+    assert str(error) == f"output_stride=3: must be one of {allowed}"
+
+
+def test_output_stride_and_strides_exclude_each_other() -> None:
+    error = faults_of(output_stride=8, strides=[(2, 2)] * 5)
+    assert str(error) == "output_stride and strides exclude each other"
+
+
+def test_strides_say_how_many_of_what_are_needed() -> None:
+    small = {"stem": "small", "block_config": (1, 1, 1)}
+    assert "must be 5 lists of 2" in str(faults_of(strides=[(2, 2)]))
+    assert "must be 2 lists of 3" in str(faults_of(strides=[(2, 2)], spatial_dims=3, **small))
+
+
+def test_named_networks_take_every_option() -> None:
+    takes = set(inspect.signature(DenseNet).parameters)
+    assert set(ModelOptions.__annotations__) == takes - {"in_channels", "num_classes"}
