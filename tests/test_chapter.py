@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from densely import chapter
-from densely import create_model
+from densely import chapter, create_model
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

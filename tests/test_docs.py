@@ -7,17 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peers
 import pytest
+import torch
 from PIL import Image
 
+from densely import create_model, save_weights
 from densely.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -27,8 +30,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, shade in (("dark", 30), ("light", 220)):
         (tmp_path / "FOLDER" / name).mkdir(parents=True)
         for i in range(10):
-            Image.new("L", (8, 8), shade + i).save(tmp_path / "FOLDER" / name / f"{i}.png")
+            Image.new("L", (32, 32), shade + i).save(tmp_path / "FOLDER" / name / f"{i}.png")
     monkeypatch.chdir(tmp_path)
+    model = create_model("densenet121", num_classes=2, in_channels=1)
+    save_weights(model, "model.pth", "torchvision_legacy")
     return tmp_path
 
 
@@ -57,14 +62,34 @@ def test_every_command_of_the_readme_runs(
 
 
 def test_the_python_of_the_readme_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines()[-1] == "7"
+    peers.torchvision()
+    names: dict[str, object] = {}
+    printed = []
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    digit, replaced, loaded = printed
+    assert digit.splitlines()[-1] == "7"
+    assert "9 replaced" in replaced
+    assert loaded.startswith("727 tensors from net.safetensors, dialect monai")
 
 
 def test_the_results_page_is_made_from_the_result_files() -> None:
     made = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))["page"]()
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == made
+
+
+def test_the_reference_pages_are_made_from_the_code() -> None:
+    pages = runpy.run_path(str(ROOT / "benchmarks" / "reference_pages.py"))["PAGES"]
+    assert pages.keys() == {"models.md", "weights.md"}
+    for name, make in pages.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == make()
+
+
+def test_the_python_of_the_models_page_runs() -> None:
+    (code,) = blocks("python", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        exec(compile(code, "models.md", "exec"), {})
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,3 +114,40 @@ def test_values_survive_json(channels: int) -> None:
     back = Preprocessing.from_dict(json.loads(json.dumps(prep.to_dict())))
     assert back == prep
     assert hash(back) == hash(prep)  # tuples again, not lists
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (401, 300), (224, 224), (90, 61)])
+def test_crop_is_the_middle_of_the_scaled_picture(
+    height: int, width: int, interpolation: Any
+) -> None:
+    """As torchvision's Resize and CenterCrop of a Pillow image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    size, short = 56, 64
+    scale = short / min(height, width)
+    sides = [short if s == min(height, width) else int(s * scale) for s in (width, height)]
+    method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    scaled = Image.fromarray(pixels).resize(sides, method[interpolation])
+    left, top = (round((side - size) / 2) for side in sides)
+    expected = np.asarray(scaled.crop((left, top, left + size, top + size)))
+    prep = Preprocessing(size, 3, (0, 0, 0), (1, 1, 1), crop=0.875, interpolation=interpolation)
+    fitted = prep.fit(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    assert fitted.shape == (1, 3, size, size)
+    difference = fitted[0].permute(1, 2, 0).int().numpy() - expected.astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_for_channels_keeps_or_averages() -> None:
+    prep = Preprocessing(8, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop=0.9)
+    assert prep.for_channels(3) is prep
+    grey = prep.for_channels(1)
+    assert (grey.channels, grey.crop) == (1, 0.9)
+    assert grey.mean == pytest.approx((0.2,))
+    assert grey.std == pytest.approx((0.5,))
+
+
+def test_plain_values_are_read_back() -> None:
+    prep = Preprocessing(8, 1, (0.1,), (0.4,), crop=0.9, interpolation="bicubic")
+    assert Preprocessing.from_dict(prep.to_dict()) == prep
+    older = {"image_size": 8, "channels": 1, "mean": [0.1], "std": [0.4]}
+    assert Preprocessing.from_dict(older) == Preprocessing(8, 1, (0.1,), (0.4,))

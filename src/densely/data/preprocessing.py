@@ -12,7 +12,6 @@ from torch import Tensor
 
 from densely.data.dataset import ImageSet
 
-
 Interpolation = Literal["bilinear", "bicubic"]
 
 
@@ -21,10 +20,10 @@ def resize(
 ) -> Tensor:
     """Scale uint8 [N, C, H, W] images to `size` x `size` (or height x width) pixels: uint8.
 
-    By default bilinear; smoothed where it shrinks: what Pillow's `Image.resize(..., BILINEAR)` gives, and so
-    torchvision's `Resize` of a Pillow image. From 28 to 96 pixels, as in the chapter, it is so to
-    the bit on a CPU; for other sizes and on a GPU a pixel may differ by 1 of 255. The whole picture
-    is kept; one that is not square is stretched.
+    By default bilinear; smoothed where it shrinks: what Pillow's `Image.resize(..., BILINEAR)`
+    gives, and so torchvision's `Resize` of a Pillow image. From 28 to 96 pixels, as in the chapter,
+    it is so to the bit on a CPU; for other sizes and on a GPU a pixel may differ by 1 of 255. The
+    whole picture is kept; one that is not square is stretched.
     """
     sides = (size, size) if isinstance(size, int) else size
     if images.shape[-2:] == sides:

@@ -113,7 +113,8 @@ class _Trainer:
         if self.runtime.device.type == "cpu":
             keep_freed_memory()
 
-        check_start(config)
+        if resume is None:
+            check_start(config)
         reporter.note(f"reading {config.data} ...")
         splits = splits_of(config)
         train_set = splits.train

@@ -10,7 +10,7 @@ from densely.errors import WeightsError
 from densely.models import DenseNet, list_models
 from densely.models.densenet import Stem
 from densely.models.registry import preset
-from densely.weights.dialects import OURS, Place
+from densely.weights.dialects import OURS, Kind, Place
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ def architecture(weights: Mapping[Place, Tensor], where: str) -> Architecture:
     """
     shapes = {place[:4]: tuple(t.shape) for place, t in weights.items() if place[4] == "weight"}
 
-    def shape(*place: object) -> tuple[int, ...]:
-        found = shapes.get(place)  # type: ignore[call-overload]
+    def shape(kind: Kind, block: int, layer: int, part: str) -> tuple[int, ...]:
+        found = shapes.get((kind, block, layer, part))
         if found is None or len(found) < 2:
-            key = OURS.name_of(Place(*place, "weight"))  # type: ignore[arg-type]
-            raise WeightsError(f"{where}: no DenseNet: {key} is {'missing' if found is None else 'no kernel'}")
-        return found  # type: ignore[no-any-return]
+            key = OURS.name_of(Place(kind, block, layer, part, "weight"))
+            what = "missing" if found is None else "no kernel"
+            raise WeightsError(f"{where}: no DenseNet: {key} is {what}")
+        return found
 
     blocks = sorted({place.block for place in weights if place.kind == "layer"})
     if not blocks or blocks != list(range(1, len(blocks) + 1)):

@@ -36,7 +36,8 @@ def create_model(
             published network have.
         in_channels: channels of the images, 1 for grey; None likewise.
         image_size: side of the images in pixels, if known: up to 64 the ImageNet networks get
-            the small stem (3x3, no pooling) unless the weights have another or `stem` says so, and images that would shrink to nothing are refused here.
+            the small stem (3x3, no pooling) unless the weights have another or `stem` says so,
+            and images that would shrink to nothing are refused here.
         options: anything else that `DenseNet` takes.
 
     Returns:

@@ -41,7 +41,7 @@ _KERAS = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-_STEM = {part: f"features.{part}" for part in ("conv0", "norm0", "conv1", "norm1", "conv2", "norm2")}
+_STEM = {f"{kind}{i}": f"features.{kind}{i}" for i in range(3) for kind in ("conv", "norm")}
 _LAYER = {part: part for part in ("norm1", "conv1", "norm2", "conv2")}
 _AUTHORS_LAYER = {"norm1": "bn1", "conv1": "conv1", "norm2": "bn2", "conv2": "conv2"}
 
@@ -106,6 +106,8 @@ class Dialect:
         else:
             module = self.final if kind == "final" else self.head
         is_norm = kind == "final" or part.startswith("norm")
+        if self.is_keras and variable == "bias" and part.startswith("conv"):
+            return None  # Keras builds them without
         for theirs, ours in self.variables.items():
             if ours == variable and (not self.is_keras or (theirs in _NORM_ONLY) == is_norm):
                 return None if module is None else module + self.separator + theirs
@@ -205,6 +207,7 @@ DIALECTS: dict[str, Dialect] = {
             transition_parts={"norm": "bn", "conv": "conv"},
             final="bn",
             head="predictions",
+            other_heads=("dense",),  # Keras's own name for a head that a user put on top
             variables=_KERAS,
             separator="/",
             norm_eps=1.001e-5,

@@ -27,7 +27,8 @@ def explain(
     Args:
         where: the file.
         dialect: whose names it has.
-        given, expected: weights of the file and of the model by place; empty where unknown.
+        given: weights of the file by place; empty where unknown.
+        expected: weights of the model, likewise.
         missing: keys that the model has and the file has not.
         wrong: keys of another shape or kind of number, with the file's and the model's tensor.
         unexpected: keys that the file has and the model has not.

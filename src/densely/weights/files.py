@@ -34,18 +34,17 @@ _DEPTH = 4
 #: PyTorch's zip archives hold their tensors uncompressed: a larger sum is no honest file.
 _SLACK_BYTES = 1 << 20
 
-_LAYER_CLASSES = [
-    f"torch.nn.modules.{name}"
-    for name in (
-        "container.Sequential container.ModuleDict container.ModuleList "
-        "conv.Conv1d conv.Conv2d conv.Conv3d linear.Linear linear.Identity flatten.Flatten "
-        "batchnorm.BatchNorm1d batchnorm.BatchNorm2d batchnorm.BatchNorm3d activation.ReLU "
-        "activation.Sigmoid pooling.MaxPool1d pooling.MaxPool2d pooling.MaxPool3d "
-        "pooling.AvgPool1d pooling.AvgPool2d pooling.AvgPool3d pooling.AdaptiveAvgPool1d "
-        "pooling.AdaptiveAvgPool2d pooling.AdaptiveAvgPool3d dropout.Dropout dropout.Dropout2d "
-        "dropout.Dropout3d"
-    ).split()
-]
+_LAYERS = """
+container.Sequential container.ModuleDict container.ModuleList
+conv.Conv1d conv.Conv2d conv.Conv3d linear.Linear linear.Identity flatten.Flatten
+batchnorm.BatchNorm1d batchnorm.BatchNorm2d batchnorm.BatchNorm3d
+activation.ReLU activation.Sigmoid
+pooling.MaxPool1d pooling.MaxPool2d pooling.MaxPool3d
+pooling.AvgPool1d pooling.AvgPool2d pooling.AvgPool3d
+pooling.AdaptiveAvgPool1d pooling.AdaptiveAvgPool2d pooling.AdaptiveAvgPool3d
+dropout.Dropout dropout.Dropout1d dropout.Dropout2d dropout.Dropout3d
+"""
+_LAYER_CLASSES = [f"torch.nn.modules.{name}" for name in _LAYERS.split()]
 _MODEL_CLASSES = [
     f"{package}.{name}"
     for package, names in {
@@ -92,10 +91,10 @@ def read_weights(path: Path) -> Contents:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
     if begin.startswith(b"\x89HDF\r\n\x1a\n"):
         return Contents(read_keras(path))
+    if begin[8:9] == b"{":  # after the header's length, whose bytes may look like anything
+        return _read_safetensors(path)
     if begin.startswith((b"PK", b"\x80")):
         return _read_torch(path)
-    if begin[8:9] == b"{":
-        return _read_safetensors(path)
     if not begin:
         raise WeightsError(f"{path}: is empty")
     raise WeightsError(
@@ -108,7 +107,7 @@ def _read_safetensors(path: Path) -> Contents:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: no dict
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{path}: damaged safetensors file: {_first_line(error)}") from error
     return Contents(tensors, metadata=metadata)
@@ -121,8 +120,9 @@ def _read_torch(path: Path) -> Contents:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")  # of classes that changed, and of storages to come
-            file = path if is_zip else BytesIO(without_module_ids(path.read_bytes()))
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            # Opened here, since torch.load goes by the name of a file where it is given one.
+            with path.open("rb") if is_zip else _without_module_ids(path) as file:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
         tensors, ignored = _unwrapped(loaded)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -138,6 +138,10 @@ def _read_torch(path: Path) -> Contents:
     if not tensors:
         raise WeightsError(f"{path}: no weights in it: {_listed(ignored)}")
     return Contents(tensors, ignored)
+
+
+def _without_module_ids(path: Path) -> BytesIO:
+    return BytesIO(without_module_ids(path.read_bytes()))
 
 
 def _check_archive(path: Path) -> bool:
@@ -198,7 +202,7 @@ def _unwrapped(loaded: object, depth: int = 0) -> tuple[dict[str, Tensor], dict[
         raise WeightsError(f"expected weights by name, found {type(loaded).__name__}")
     entries = {str(key): value for key, value in loaded.items()}
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-    inner = [key for key, value in entries.items() if isinstance(value, Mapping | _StandIn) and value]
+    inner = [k for k, value in entries.items() if isinstance(value, Mapping | _StandIn) and value]
     known = [key for key in _INNER if key in inner]
     chosen = known[0] if known else inner[0] if len(inner) == 1 and not tensors else None
     if chosen is None or depth > _DEPTH:

@@ -110,7 +110,8 @@ def load_weights(
     weights, notes = found.weights, []
     skipped: tuple[str, ...] = ()
     if head == "auto":
-        head = "load" if _classes(weights) == _classes({p: own[key] for p, key in places.items()}) else "skip"
+        expected = _classes({place: own[key] for place, key in places.items()})
+        head = "load" if _classes(weights) == expected else "skip"
     if head == "skip":
         skipped = tuple(key_of(place) for place in weights if place.kind == "head")
         weights = {place: value for place, value in weights.items() if place.kind != "head"}
@@ -208,7 +209,11 @@ def translate(contents: Contents, where: str, dialect: str, prefix: str | None) 
             f"among its {len(keys)} tensors ({shown})"
         )
     best = found[0]
-    rivals = [one.prefix for one in found if one.dialect is best.dialect]
+    rivals = [
+        one.prefix
+        for one in found
+        if one.dialect is best.dialect and 2 * one.explained > best.explained
+    ]
     if prefix is None and len(rivals) > 1:
         raise WeightsError(
             f"{where}: holds several networks; name one with prefix=: "
@@ -229,9 +234,7 @@ def translate(contents: Contents, where: str, dialect: str, prefix: str | None) 
     eps = best.dialect.norm_eps if best.dialect.is_keras else None
     if EPS_KEY in contents.metadata:
         eps = _positive(contents.metadata[EPS_KEY], where)
-    return Translated(
-        weights, tuple(unexpected), tuple(ignored), best.dialect, best.prefix, eps
-    )
+    return Translated(weights, tuple(unexpected), tuple(ignored), best.dialect, best.prefix, eps)
 
 
 def _contents(source: Source) -> tuple[Contents, str]:
@@ -259,9 +262,7 @@ def _load_as_it_is(
     ]
     if missing or unexpected or wrong:
         raise WeightsError(
-            explain(
-                where, "densely", {}, {}, missing=missing, wrong=wrong, unexpected=unexpected
-            )
+            explain(where, "densely", {}, {}, missing=missing, wrong=wrong, unexpected=unexpected)
         )
     model.load_state_dict(tensors)
     ignored = tuple(f"{key} ({what})" for key, what in contents.ignored.items())

@@ -1,4 +1,4 @@
-"""The packages themselves, where they are installed: the other side of `densely convert --check`."""
+"""The packages themselves, where they are installed: the other side of `convert --check`."""
 
 import os
 from importlib import import_module

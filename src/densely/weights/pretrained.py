@@ -1,12 +1,10 @@
 """Published weights: where they are, whose they are, how good, and what images they want.
 
-    name          model        origin        tag
-    densenet121   imagenet     torchvision   (the authors' weights, ported)
-    densenet121   ra_in1k      timm          ...
-
-A file is looked for in the folder DENSELY_DATA under `weights/`, then in the cache folder; it is
-fetched there when it is not. Fetching goes on where it was cut, and a digest, as far as its
-publisher gives one, decides whether the file is the right one.
+A name stands for weights of one network: `imagenet` are torchvision's (the authors' own, ported),
+`ra_in1k` and `tv_in1k` timm's, `xray_...` torchxrayvision's. A file is looked for in the folder
+DENSELY_DATA under `weights/`, then in the cache folder; it is fetched there when it is not.
+Fetching goes on where it was cut, and a digest, as far as its publisher gives one, decides whether
+the file is the right one.
 """
 
 from dataclasses import dataclass

@@ -13,9 +13,7 @@ from densely.weights.keras_h5 import write_keras
 from densely.weights.load import EPS_KEY, places_of
 
 
-def save_weights(
-    model: nn.Module, path: str | os.PathLike[str], dialect: str = "densely"
-) -> None:
+def save_weights(model: nn.Module, path: str | os.PathLike[str], dialect: str = "densely") -> None:
     """Write a model's weights as a package calls them.
 
     Args:
@@ -34,10 +32,13 @@ def save_weights(
     places = places_of(state)
     if places is None:
         if dialect not in ("densely", "torchvision"):
-            raise WeightsError(f"{type(model).__name__}: no DenseNet: {dialect} has no such network")
+            raise WeightsError(
+                f"{type(model).__name__}: no DenseNet: {dialect} has no such network"
+            )
         write_weights(Path(path), state)
         return
-    eps = {m.eps for m in model.modules() if isinstance(getattr(m, "eps", None), float)}
+    found = (getattr(module, "eps", None) for module in model.modules())
+    eps = {value for value in found if isinstance(value, float)}
     weights = {place: state[key] for place, key in places.items()}
     write_dialect(Path(path), weights, dialect, norm_eps=eps.pop() if len(eps) == 1 else None)
 

@@ -1,0 +1,183 @@
+"""Formats by their first bytes; whole models without their code; nothing that runs code."""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import packages_nets as foreign
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from densely.errors import WeightsError
+from densely.weights.files import read_weights, write_weights
+
+NEW_AND_OLD = pytest.mark.parametrize("zipped", [True, False])
+
+
+def saved(value: Any, path: Path, zipped: bool = True) -> Path:
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return foreign.torchvision().float()
+
+
+@NEW_AND_OLD
+@pytest.mark.parametrize("wrap", ["", "state_dict", "model", "model_state_dict", "net"])
+def test_checkpoints(wrap: str, zipped: bool, model: nn.Module, tmp_path: Path) -> None:
+    state = model.state_dict()
+    inner: Any = {wrap: state, "epoch": 3, "optimizer": {"lr": [0.1]}} if wrap else state
+    contents = read_weights(saved(inner, tmp_path / "x.pth.tar", zipped))
+    assert contents.tensors.keys() == state.keys()
+    assert all(torch.equal(contents.tensors[key], value) for key, value in state.items())
+    assert contents.ignored == ({"epoch": "int", "optimizer": "dict"} if wrap else {})
+
+
+@NEW_AND_OLD
+@pytest.mark.filterwarnings("ignore::torch.serialization.SourceChangeWarning")
+def test_whole_models_are_read_without_their_code(
+    zipped: bool, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved({"model": model, "best": 0.5}, tmp_path / "x.pt", zipped)
+
+    def run(self: object, state: object) -> None:
+        raise AssertionError("code of the pickled class ran")
+
+    monkeypatch.setattr(nn.Module, "__setstate__", run)
+    contents = read_weights(path)
+    assert contents.tensors.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(contents.tensors[key], value)
+    assert contents.ignored == {"best": "float"}
+
+
+def test_data_parallel_and_buffers_that_are_not_kept(tmp_path: Path) -> None:
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("kept", torch.ones(1))
+    layer.register_buffer("passing", torch.ones(1), persistent=False)
+    path = saved(nn.DataParallel(nn.Sequential(layer)), tmp_path / "x.pt")
+    assert list(read_weights(path).tensors) == [
+        "module.0.weight", "module.0.bias", "module.0.kept",
+    ]  # fmt: skip
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch hostile",)
+
+
+@NEW_AND_OLD
+def test_code_is_not_run(
+    zipped: bool, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = saved({"state_dict": model.state_dict(), "x": Hostile()}, tmp_path / "x.pt", zipped)
+    with pytest.raises(WeightsError, match=r"holds more than tensors \(.*system\)"):
+        read_weights(path)
+    (tmp_path / "y.pt").write_bytes(pickle.dumps(Hostile(), protocol=2))
+    with pytest.raises(WeightsError):
+        read_weights(tmp_path / "y.pt")
+    assert not (tmp_path / "hostile").exists()
+
+
+def test_unknown_classes_are_named(tmp_path: Path) -> None:
+    path = saved({"model": nn.Bilinear(1, 1, 1)}, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match=r"torch\.nn\.modules\.linear\.Bilinear"):
+        read_weights(path)
+
+
+def test_names_of_files_do_not_matter(model: nn.Module, tmp_path: Path) -> None:
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, tmp_path / "x.pth")
+    saved(state, tmp_path / "x.safetensors")
+    for path in tmp_path.iterdir():
+        assert read_weights(path).tensors.keys() == state.keys()
+
+
+def test_a_header_of_any_length_is_a_safetensors_file(tmp_path: Path) -> None:
+    """Its first bytes are a length, and may be those of another format."""
+    lengths = set()
+    for n in range(400):
+        save_file({"x" * n: torch.ones(1)}, tmp_path / "x")
+        lengths.add((tmp_path / "x").read_bytes()[0])
+        assert read_weights(tmp_path / "x").tensors
+    assert {0x50, 0x80} <= lengths  # as zip archives and pickles begin
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b"hello world, hello world", "no file of weights"),
+        (b"\x80\x02}.", "damaged"),
+        (b"PK\x03\x04" + b"\0" * 40, "damaged"),
+        (b"\xff" * 8 + b"{" + b" " * 40, "damaged safetensors"),
+        (b"\x89HDF\r\n\x1a\n" + b"\0" * 40, "damaged"),
+    ],
+)
+def test_what_is_no_file_of_weights(content: bytes, told: str, tmp_path: Path) -> None:
+    if content.startswith(b"\x89HDF"):
+        pytest.importorskip("h5py")
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError) as error:
+        read_weights(path)
+    assert told in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_no_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="No such file"):
+        read_weights(tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="is a folder"):
+        read_weights(tmp_path)
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"x": torch.zeros(1 << 20)}, buffer)
+    with (
+        zipfile.ZipFile(buffer) as old,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(WeightsError, match="would unpack to"):
+        read_weights(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("value", [{}, {"a": 1}, [torch.zeros(1)], 3, {"a": {"b": {"c": 1}}}])
+def test_no_weights_in_it(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError):
+        read_weights(saved(value, tmp_path / "x.pth"))
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pth"
+    write_weights(path, {"a": torch.ones(2)})
+    before = path.read_bytes()
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(WeightsError, match="No space left"):
+        write_weights(path, {"a": torch.zeros(2)})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_shared_and_strided_tensors_are_written_as_they_look(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    for name in ("x.safetensors", "x.pth"):
+        write_weights(tmp_path / name, {"a": base.T, "b": base[:, 1], "c": base})
+        read = read_weights(tmp_path / name).tensors
+        assert torch.equal(read["a"], base.T)
+        assert torch.equal(read["b"], base[:, 1])
