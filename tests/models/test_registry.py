@@ -1,10 +1,23 @@
-"""The presets have the published sizes, and `create_model` fits them to the images."""
+"""The presets have the published sizes, and `build_model` fits them to the images."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from densely.errors import ConfigError
-from densely.models import DenseNet, create_model, model_names
+from densely.models import (
+    DenseNet,
+    FCDenseNet,
+    ModelFacts,
+    ResNet,
+    build_model,
+    list_models,
+    model_facts,
+)
+from densely.models.registry import preset
 
 # d2l: the chapter's net on grey images, 10 classes. ImageNet nets: 1000 classes; 10 for the rest.
 PARAMETERS = {
@@ -21,12 +34,17 @@ PARAMETERS = {
     "densenet_bc_250_24": 15_324_406,
     "densenet_bc_190_40": 25_624_430,
     "densenet_bc_22_12": 71_686,
+    "d2l_resnet18": 11_178_378,
+    "fc_densenet56": 1_376_795,
+    "fc_densenet67": 3_463_243,
+    "fc_densenet103": 9_322_091,
 }
+DENSENETS = [name for name in PARAMETERS if "resnet" not in name and "fc_" not in name]
 IMAGENET = ["densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
 
 
 @pytest.fixture(autouse=True)
-def _meta_device():
+def _meta_device() -> Iterator[None]:
     """Nothing here looks at a weight: none is allocated."""
     with torch.device("meta"):
         yield
@@ -40,17 +58,38 @@ def has_large_stem(model: DenseNet) -> bool:
     return size == 7
 
 
-def test_model_names_are_those_that_are_counted_here() -> None:
-    assert sorted(model_names()) == sorted(PARAMETERS)
+def test_the_list_is_of_those_that_are_counted_here() -> None:
+    assert sorted(list_models()) == sorted(PARAMETERS)
+    assert len(set(list_models())) == len(list_models())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("d2l", {"d2l"}),
+        ("d2l*", {"d2l", "d2l_resnet18"}),
+        ("*bc_1*", {"densenet_bc_100_12", "densenet_bc_190_40"}),
+        ("densenet[0-9]*", set(IMAGENET)),
+        ("fc_densenet??", {"fc_densenet56", "fc_densenet67"}),
+        ("vgg*", set()),
+        ("", set()),
+    ],
+)
+def test_list_by_pattern(pattern: str, names: set[str]) -> None:
+    assert set(list_models(pattern)) == names
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_as_published(name: str) -> None:
-    model = create_model(name)
+    model = build_model(name)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
-    assert has_large_stem(model) == (name in [*IMAGENET, "d2l"])
-    assert model.num_classes == (1000 if name in IMAGENET else 10)
-    assert model.in_channels == (1 if name == "d2l" else 3)
+    kind = FCDenseNet if "fc_" in name else ResNet if "resnet" in name else DenseNet
+    assert type(model) is kind
+    if isinstance(model, DenseNet):
+        assert has_large_stem(model) == (name in [*IMAGENET, "d2l"])
+    classes = 1000 if name in IMAGENET else 11 if kind is FCDenseNet else 10
+    assert model.num_classes == classes
+    assert model.in_channels == (1 if name.startswith("d2l") else 3)
 
 
 @pytest.mark.parametrize(
@@ -64,56 +103,269 @@ def test_as_published(name: str) -> None:
 )
 def test_unknown_name_suggests_the_nearest(wrong: str, near: str) -> None:
     with pytest.raises(ConfigError) as error:
-        create_model(wrong)
+        build_model(wrong)
     assert f"'{wrong}'" in str(error.value)
     assert near in str(error.value).split("did you mean ")[1].rstrip("?").split(" or ")
 
 
 def test_name_near_to_nothing_lists_all() -> None:
     with pytest.raises(ConfigError) as error:
-        create_model("?")
-    assert all(name in str(error.value) for name in model_names())
+        build_model("?")
+    assert all(name in str(error.value) for name in list_models())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_classes_and_channels(name: str) -> None:
-    model = create_model(name, num_classes=7, in_channels=2)
-    state = model.state_dict()
-    assert state["features.conv0.weight"].shape[1] == 2
-    assert state["classifier.weight"].shape[0] == 7
-    assert state["classifier.bias"].shape == (7,)
+    model = build_model(name, num_classes=7, in_channels=2)
+    assert next(model.parameters()).shape[1] == 2  # the first convolution
+    weight, bias = list(model.parameters())[-2:]
+    assert weight.shape[0] == 7
+    assert bias.shape == (7,)
     assert (model.num_classes, model.in_channels) == (7, 2)
 
 
-@pytest.mark.parametrize("field", ["num_classes", "in_channels"])
-def test_zero_classes_or_channels_are_refused(field: str) -> None:
-    with pytest.raises(ConfigError, match=f"{field}=0"):
-        create_model("d2l", **{field: 0})
+@pytest.mark.parametrize("name", DENSENETS)
+def test_no_classes_leave_the_features(name: str) -> None:
+    model = build_model(name, num_classes=0)
+    assert isinstance(model.classifier, nn.Identity)
+    assert not [key for key in model.state_dict() if "classifier" in key]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("d2l", "in_channels", 0),
+        ("d2l", "num_classes", -1),
+        ("d2l_resnet18", "num_classes", 0),
+        ("fc_densenet56", "num_classes", 0),
+        ("fc_densenet56", "in_channels", 0),
+    ],
+)
+def test_too_few_classes_or_channels_are_refused(name: str, field: str, value: int) -> None:
+    options: Any = {field: value}
+    with pytest.raises(ConfigError, match=f"{field}={value}"):
+        build_model(name, **options)
+
+
+def test_options_replace_what_was_published() -> None:
+    model = build_model(
+        "densenet121",
+        growth_rate=16,
+        block_config=(2, 2),
+        num_init_features=8,
+        bn_size=None,
+        compression=1.0,
+        spatial_dims=3,
+        norm="group",
+        activation="silu",
+        drop_rate=0.1,
+        stem="deep",
+        strides=[(1, 2, 2)] * 3,
+    )
+    assert isinstance(model, DenseNet)
+    assert model.feature_channels == (8 + 2 * 16, 8 + 4 * 16)
+    assert model.feature_strides == ((1, 4, 4), (1, 8, 8))
+    kinds = {type(m) for m in model.modules()}
+    assert {nn.Conv3d, nn.GroupNorm, nn.SiLU, nn.Dropout} < kinds
+    assert not kinds & {nn.Conv2d, nn.BatchNorm3d, nn.ReLU}
+
+
+def test_options_of_the_other_families() -> None:
+    fc = build_model("fc_densenet56", spatial_dims=1, growth_rate=3, drop_rate=0.0)
+    assert {nn.Conv1d, nn.ConvTranspose1d} < {type(m) for m in fc.modules()}
+    resnet = build_model("d2l_resnet18", block_config=(1, 1, 1, 1))
+    assert sum(type(m).__name__ == "Residual" for m in resnet.modules()) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "near"),
+    [
+        ("d2l", {"growth_rat": 3}, {"growth_rat": "growth_rate"}),
+        ("densenet121", {"drop": 1, "norms": 2}, {"drop": "drop_rate", "norms": "norm"}),
+        ("fc_densenet56", {"up_block": 3}, {"up_block": "up_blocks"}),
+        ("d2l_resnet18", {"block_cfg": 3}, {"block_cfg": "block_config"}),
+    ],
+)
+def test_unknown_options_suggest_the_nearest(name: str, options: Any, near: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_model(name, **options)
+    faults = str(error.value).split("; ")
+    assert len([fault for fault in faults if fault.startswith("unknown")]) == len(near)
+    for given, known in near.items():
+        assert f"unknown option of {name} '{given}'" in str(error.value)
+        assert known in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("d2l_resnet18", "stem"), ("fc_densenet56", "output_stride")]
+)
+def test_an_option_of_another_family_is_unknown(name: str, option: str) -> None:
+    options: Any = {option: None}
+    with pytest.raises(ConfigError, match=f"unknown option of {name} '{option}'"):
+        build_model(name, **options)
 
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_imagenet_networks_get_the_stem_that_fits(name: str) -> None:
-    large = {size: has_large_stem(create_model(name, image_size=size)) for size in (8, 64, 65, 224)}
+    large = {size: has_large_stem(build_model(name, image_size=size)) for size in (8, 64, 65, 224)}
     assert large == {8: False, 64: False, 65: True, 224: True}
 
 
 @pytest.mark.parametrize("size", [29, 64, 65, 96])
+def test_a_stem_that_is_asked_for_is_given(size: int) -> None:
+    assert has_large_stem(build_model("densenet121", image_size=size, stem="large"))
+    assert not has_large_stem(build_model("densenet121", image_size=size, stem="small"))
+
+
+@pytest.mark.parametrize("size", [29, 64, 65, 96])
 def test_the_chapters_stem_is_always_large(size: int) -> None:
-    assert has_large_stem(create_model("d2l", image_size=size))
+    assert has_large_stem(build_model("d2l", image_size=size))
 
 
 @pytest.mark.parametrize("size", [4, 64, 65, 224])
 def test_the_cifar_stem_is_always_small(size: int) -> None:
-    assert not has_large_stem(create_model("densenet_bc_100_12", image_size=size))
+    assert not has_large_stem(build_model("densenet_bc_100_12", image_size=size))
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("d2l", 29), ("densenet121", 8), ("densenet_40_12", 4)]
+    ("name", "limit"),
+    [
+        ("d2l", 29),
+        ("densenet121", 8),
+        ("densenet_40_12", 4),
+        ("d2l_resnet18", 1),
+        ("fc_densenet56", 32),
+    ],
 )
 def test_images_that_would_shrink_to_nothing_are_refused(name: str, limit: int) -> None:
-    assert create_model(name, image_size=limit).min_image_size == limit
+    assert build_model(name, image_size=limit).min_image_size == limit
     for size in (limit - 1, 0, -5):
         with pytest.raises(ConfigError) as error:
-            create_model(name, image_size=size)
+            build_model(name, image_size=size)
         assert f"image_size={size}:" in str(error.value)
         assert f" {limit} " in str(error.value)
+
+
+# --- Facts. ---
+
+
+def conv_macs(size: int, inputs: int, outputs: int, kernel: int) -> int:
+    """Of a convolution that gives maps of size x size."""
+    return size**2 * inputs * outputs * kernel**2
+
+
+def densenet_macs(
+    sizes: Sequence[int],
+    blocks: Sequence[int],
+    k: int,
+    channels: int,
+    width: int | None,
+    compression: float,
+) -> int:
+    """Of blocks at the given sizes, and of transitions that pool before they convolve."""
+    total = 0
+    for b, (size, layers) in enumerate(zip(sizes, blocks, strict=True)):
+        for _ in range(layers):
+            if width is None:
+                total += conv_macs(size, channels, k, 3)
+            else:
+                total += conv_macs(size, channels, width, 1) + conv_macs(size, width, k, 3)
+            channels += k
+        if b + 1 < len(sizes):
+            kept = int(channels * compression)
+            total += conv_macs(sizes[b + 1], channels, kept, 1)
+            channels = kept
+    return total
+
+
+def resnet_macs() -> int:
+    total, size, inputs = conv_macs(48, 1, 64, 7), 24, 64
+    for outputs in (64, 128, 256, 512):
+        if outputs > 64:
+            size //= 2
+            total += conv_macs(size, inputs, outputs, 1)
+        total += conv_macs(size, inputs, outputs, 3) + 3 * conv_macs(size, outputs, outputs, 3)
+        inputs = outputs
+    return total + 512 * 10
+
+
+def fc_macs(k: int, layers: int, depth: int) -> int:
+    """With as many layers in every block; transposed convolutions count by their input."""
+    total, size, channels, skips = conv_macs(224, 3, 48, 3), 224, 48, []
+    for _ in range(depth):
+        total += densenet_macs([size], [layers], k, channels, None, 1)
+        channels += layers * k
+        skips.append((size, channels))
+        total += conv_macs(size, channels, channels, 1)
+        size //= 2
+    total += densenet_macs([size], [layers], k, channels, None, 1)
+    new = layers * k
+    while skips:
+        total += conv_macs(size, new, new, 3)
+        size, kept = skips.pop()
+        channels = kept + new
+        total += densenet_macs([size], [layers], k, channels, None, 1)
+    return total + conv_macs(size, channels + new, 11, 1)
+
+
+MACS = {
+    "d2l": conv_macs(48, 1, 64, 7)
+    + densenet_macs([24, 12, 6, 3], [4, 4, 4, 4], 32, 64, None, 0.5)
+    + 248 * 10,
+    "densenet121": conv_macs(112, 3, 64, 7)
+    + densenet_macs([56, 28, 14, 7], [6, 12, 24, 16], 32, 64, 128, 0.5)
+    + 1024 * 1000,
+    "densenet_bc_100_12": conv_macs(32, 3, 24, 3)
+    + densenet_macs([32, 16, 8], [16, 16, 16], 12, 24, 48, 0.5)
+    + 342 * 10,
+    "densenet_40_12": conv_macs(32, 3, 16, 3)
+    + densenet_macs([32, 16, 8], [12, 12, 12], 12, 16, None, 1.0)
+    + 448 * 10,
+    "d2l_resnet18": resnet_macs(),
+    "fc_densenet56": fc_macs(12, 4, 5),
+}
+
+
+@pytest.mark.parametrize("name", MACS)
+def test_macs(name: str) -> None:
+    assert model_facts(name).macs == MACS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "channels", "millions"),
+    [
+        ("d2l", [24, 12, 6], [192, 224, 240], 129),
+        ("densenet121", [56, 28, 14], [256, 512, 1024], 2834),
+        ("densenet_bc_100_12", [32, 16], [216, 300], 288),
+    ],
+)
+def test_pooling_first_saves_three_quarters_of_the_transitions(
+    name: str, sizes: list[int], channels: list[int], millions: int
+) -> None:
+    """The counts of others, who pool last."""
+    transitions = sum(conv_macs(n, c, c // 2, 1) for n, c in zip(sizes, channels, strict=True))
+    assert (model_facts(name).macs + transitions * 3 // 4) // 10**6 == millions
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_facts(name: str) -> None:
+    facts = model_facts(name)
+    side = 224 if name in IMAGENET or "fc_" in name else 96 if "d2l" in name else 32
+    least = {"d2l": 29, "d2l_resnet18": 1}.get(name)
+    if least is None:
+        least = 29 if name in IMAGENET else 32 if "fc_" in name else 4
+    assert facts == ModelFacts(
+        name=name,
+        parameters=PARAMETERS[name],
+        macs=facts.macs,
+        input_shape=(1 if name.startswith("d2l") else 3, side, side),
+        min_image_size=least,
+        task="segmentation" if "fc_" in name else "classification",
+    )
+    assert facts.macs > facts.parameters
+
+
+def test_facts_and_preset_of_an_unknown_name() -> None:
+    for call in (model_facts, preset):
+        with pytest.raises(ConfigError, match="unknown model 'densenet12'; did you mean"):
+            call("densenet12")

@@ -225,6 +225,25 @@ def test_into_the_models_of_other_packages() -> None:
         load_weights(theirs, weights)
 
 
+def test_into_a_wrapped_model() -> None:
+    inner = net()
+    load_weights(nn.DataParallel(inner), source())
+    assert torch.equal(inner.classifier.weight, source()["classifier.weight"])
+    compiled = torch.compile(net(), backend="eager")
+    load_weights(compiled, source())
+
+
+def test_a_model_that_only_holds_a_densenet_is_told_apart() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = net(), nn.Linear(14, 4)
+
+    model = Detector()
+    assert "pass the DenseNet in it (backbone)" in refused(model, source())
+    load_weights(model.backbone, source())
+
+
 def test_networks_of_another_kind_load_their_own_keys(tmp_path: Path) -> None:
     model = build_model("d2l_resnet18")
     save_weights(model, tmp_path / "x.safetensors")

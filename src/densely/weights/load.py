@@ -176,10 +176,13 @@ def load_weights(
 
 
 def places_of(state: Mapping[str, object]) -> dict[Place, str] | None:
-    """The keys of a DenseNet's own `state_dict` by place; None where they are no DenseNet's."""
+    """The keys of a DenseNet's own `state_dict` by place; None where they are no DenseNet's.
+
+    What a wrapper such as DistributedDataParallel puts before all of them does not matter.
+    """
     for found in candidates(state):
-        if found.prefix == "" and found.explained == len(state):
-            return {_place(found.dialect, key): key for key in state}
+        if found.explained == len(state):
+            return {_place(found.dialect, key[len(found.prefix) :]): key for key in state}
     return None
 
 
@@ -261,9 +264,13 @@ def _load_as_it_is(
         if key in tensors and not fits(tensors[key], value)
     ]
     if missing or unexpected or wrong:
-        raise WeightsError(
-            explain(where, "densely", {}, {}, missing=missing, wrong=wrong, unexpected=unexpected)
+        message = explain(
+            where, "densely", {}, {}, missing=missing, wrong=wrong, unexpected=unexpected
         )
+        if inside := candidates(own):
+            part = inside[0].prefix.rstrip(".") or "features and head"
+            message += f"\n  the model is more than a DenseNet: pass the DenseNet in it ({part})"
+        raise WeightsError(message)
     model.load_state_dict(tensors)
     ignored = tuple(f"{key} ({what})" for key, what in contents.ignored.items())
     return LoadReport(where, "densely", "", len(own), ignored=ignored)
