@@ -135,9 +135,9 @@ def weights() -> str:
     for one in PRETRAINED:
         prep = one.preprocessing
         colour = "grey" if prep.channels == 1 else "RGB"
-        digits = one.sha256 or "not published"
+        digits = one.sha256[:12] if one.sha256 else "not given"
         rows.append(
-            f"| `{one.model}` | `{one.tag}` | {one.origin} | {digits[:12]} | {one.licence} "
+            f"| `{one.model}` | `{one.tag}` | {one.origin} | {digits} | {one.licence} "
             f"| {one.accuracy or 'not given'} | {colour} {prep.image_size}, {prep.interpolation}, "
             f"middle {prep.crop:.1%} |"
         )

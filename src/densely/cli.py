@@ -381,7 +381,8 @@ def _models(parser: _Parser, arguments: list[str]) -> None:
 
     from densely.models.registry import list_models, model_facts
 
-    names = list_models(chosen.pattern)
+    pattern = chosen.pattern.lower()
+    names = list_models(pattern) or list_models(f"*{pattern}*")
     if not names:
         raise ConfigError(
             f"no network is called like {chosen.pattern}; known: {', '.join(list_models())}"

@@ -8,6 +8,7 @@ from PIL import Image
 
 from densely.data.dataset import ImageSet
 from densely.data.preprocessing import Preprocessing, resize
+from densely.errors import DataError
 
 
 def random_images(n: int, c: int, h: int, w: int, low: int = 0, high: int = 256) -> torch.Tensor:
@@ -117,7 +118,9 @@ def test_values_survive_json(channels: int) -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("height", "width"), [(300, 400), (401, 300), (224, 224), (90, 61)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(300, 400), (401, 300), (224, 224), (90, 61), (56, 56)]
+)
 def test_crop_is_the_middle_of_the_scaled_picture(
     height: int, width: int, interpolation: Any
 ) -> None:
@@ -135,6 +138,11 @@ def test_crop_is_the_middle_of_the_scaled_picture(
     assert fitted.shape == (1, 3, size, size)
     difference = fitted[0].permute(1, 2, 0).int().numpy() - expected.astype(int)
     assert np.abs(difference).max() <= 1
+
+
+def test_pictures_that_are_no_bytes_are_refused() -> None:
+    with pytest.raises(DataError, match="expected uint8"):
+        Preprocessing.identity(8, 1)(torch.rand(1, 1, 8, 8))
 
 
 def test_for_channels_keeps_or_averages() -> None:

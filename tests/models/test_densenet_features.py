@@ -62,6 +62,25 @@ def test_maps_of_every_block(
             assert abs(m - n / s) < 1
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_without_a_norm_no_activation_overwrites_the_maps(activation: Any) -> None:
+    """ReLU in place would leave the logits as they are, since every reader takes it again."""
+    model = randomized(tiny(norm=lambda _channels: nn.Identity(), activation=activation))
+    x = images(2, 3, 37, 44)
+    expected = references.densenet(
+        state(model),
+        x,
+        lambda maps, _name: maps,
+        strides=USUAL,
+        activation=references.ACTIVATIONS[activation],
+    )
+    maps = model.forward_features(x)
+    assert_equal(maps[:2], [expected["denseblock1"], expected["denseblock2"]])
+    assert_equal(maps[2], expected["activated"])
+    assert_equal(model.features(x), expected["norm5"])
+    assert (maps[0] < 0).any()
+
+
 def test_feature_channels_and_strides_of_densenet121() -> None:
     with torch.device("meta"):
         model = DenseNet()

@@ -1,5 +1,6 @@
 """The presets have the published sizes, and `build_model` fits them to the images."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,6 +49,18 @@ def _meta_device() -> Iterator[None]:
     """Nothing here looks at a weight: none is allocated."""
     with torch.device("meta"):
         yield
+
+
+def short(name: str) -> dict[str, Any]:
+    """Options that leave the network little to build, for what depends on no depth."""
+    if "fc_" in name:
+        return {"down_blocks": (1,) * 5, "up_blocks": (1,) * 5, "bottleneck_layers": 1}
+    return {"block_config": (1, 1, 1, 1) if name in (*IMAGENET, "d2l_resnet18") else (1, 1, 1)}
+
+
+@functools.cache
+def facts_of(name: str) -> ModelFacts:
+    return model_facts(name)
 
 
 def has_large_stem(model: DenseNet) -> bool:
@@ -116,7 +129,7 @@ def test_name_near_to_nothing_lists_all() -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_classes_and_channels(name: str) -> None:
-    model = build_model(name, num_classes=7, in_channels=2)
+    model = build_model(name, num_classes=7, in_channels=2, **short(name))
     assert next(model.parameters()).shape[1] == 2  # the first convolution
     weight, bias = list(model.parameters())[-2:]
     assert weight.shape[0] == 7
@@ -126,7 +139,7 @@ def test_classes_and_channels(name: str) -> None:
 
 @pytest.mark.parametrize("name", DENSENETS)
 def test_no_classes_leave_the_features(name: str) -> None:
-    model = build_model(name, num_classes=0)
+    model = build_model(name, num_classes=0, **short(name))
     assert isinstance(model.classifier, nn.Identity)
     assert not [key for key in model.state_dict() if "classifier" in key]
 
@@ -207,14 +220,21 @@ def test_an_option_of_another_family_is_unknown(name: str, option: str) -> None:
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_imagenet_networks_get_the_stem_that_fits(name: str) -> None:
-    large = {size: has_large_stem(build_model(name, image_size=size)) for size in (8, 64, 65, 224)}
+    large = {
+        size: has_large_stem(build_model(name, image_size=size, **short(name)))
+        for size in (8, 64, 65, 224)
+    }
     assert large == {8: False, 64: False, 65: True, 224: True}
 
 
 @pytest.mark.parametrize("size", [29, 64, 65, 96])
 def test_a_stem_that_is_asked_for_is_given(size: int) -> None:
-    assert has_large_stem(build_model("densenet121", image_size=size, stem="large"))
-    assert not has_large_stem(build_model("densenet121", image_size=size, stem="small"))
+    assert has_large_stem(
+        build_model("densenet121", image_size=size, stem="large", **short("densenet121"))
+    )
+    assert not has_large_stem(
+        build_model("densenet121", image_size=size, stem="small", **short("densenet121"))
+    )
 
 
 @pytest.mark.parametrize("size", [29, 64, 65, 96])
@@ -224,7 +244,9 @@ def test_the_chapters_stem_is_always_large(size: int) -> None:
 
 @pytest.mark.parametrize("size", [4, 64, 65, 224])
 def test_the_cifar_stem_is_always_small(size: int) -> None:
-    assert not has_large_stem(build_model("densenet_bc_100_12", image_size=size))
+    assert not has_large_stem(
+        build_model("densenet_bc_100_12", image_size=size, **short("densenet_bc_100_12"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,10 +260,11 @@ def test_the_cifar_stem_is_always_small(size: int) -> None:
     ],
 )
 def test_images_that_would_shrink_to_nothing_are_refused(name: str, limit: int) -> None:
-    assert build_model(name, image_size=limit).min_image_size == limit
+    options = short(name) if name != "d2l" else {}
+    assert build_model(name, image_size=limit, **options).min_image_size == limit
     for size in (limit - 1, 0, -5):
         with pytest.raises(ConfigError) as error:
-            build_model(name, image_size=size)
+            build_model(name, image_size=size, **options)
         assert f"image_size={size}:" in str(error.value)
         assert f" {limit} " in str(error.value)
 
@@ -328,7 +351,7 @@ MACS = {
 
 @pytest.mark.parametrize("name", MACS)
 def test_macs(name: str) -> None:
-    assert model_facts(name).macs == MACS[name]
+    assert facts_of(name).macs == MACS[name]
 
 
 @pytest.mark.parametrize(
@@ -344,25 +367,35 @@ def test_pooling_first_saves_three_quarters_of_the_transitions(
 ) -> None:
     """The counts of others, who pool last."""
     transitions = sum(conv_macs(n, c, c // 2, 1) for n, c in zip(sizes, channels, strict=True))
-    assert (model_facts(name).macs + transitions * 3 // 4) // 10**6 == millions
+    assert round((facts_of(name).macs + transitions * 3 / 4) / 1e6) == millions
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_facts(name: str) -> None:
-    facts = model_facts(name)
+def test_sizes_and_tasks_as_published(name: str) -> None:
     side = 224 if name in IMAGENET or "fc_" in name else 96 if "d2l" in name else 32
-    least = {"d2l": 29, "d2l_resnet18": 1}.get(name)
-    if least is None:
-        least = 29 if name in IMAGENET else 32 if "fc_" in name else 4
-    assert facts == ModelFacts(
+    assert preset(name).image_size == side
+    assert preset(name).task == ("segmentation" if "fc_" in name else "classification")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "least"),
+    [
+        ("d2l", (1, 96, 96), 29),
+        ("d2l_resnet18", (1, 96, 96), 1),
+        ("densenet121", (3, 224, 224), 29),
+        ("densenet_bc_100_12", (3, 32, 32), 4),
+        ("fc_densenet56", (3, 224, 224), 32),
+    ],
+)
+def test_facts(name: str, shape: tuple[int, ...], least: int) -> None:
+    assert facts_of(name) == ModelFacts(
         name=name,
         parameters=PARAMETERS[name],
-        macs=facts.macs,
-        input_shape=(1 if name.startswith("d2l") else 3, side, side),
+        macs=MACS[name],
+        input_shape=shape,
         min_image_size=least,
-        task="segmentation" if "fc_" in name else "classification",
+        task=preset(name).task,
     )
-    assert facts.macs > facts.parameters
 
 
 def test_facts_and_preset_of_an_unknown_name() -> None:

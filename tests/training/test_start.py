@@ -42,7 +42,10 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pretrained:
 
 
 def test_published_weights_bring_their_stem_and_scale(published: Pretrained) -> None:
-    info, model = begin(config(model="densenet121", weights="mine"), images())
+    info, model, report = begin(config(model="densenet121", weights="mine"), images())
+    assert report is not None
+    assert report.skipped == ("classifier.weight", "classifier.bias")
+    assert report.notes == ("stem adapted from 3 to 1 channels",)
     assert info.options == {"stem": "large"}
     scale = Preprocessing(40, 1, (0.449,), (0.226,))
     assert info.preprocessing.mean == pytest.approx(scale.mean)
@@ -56,7 +59,7 @@ def test_published_weights_bring_their_stem_and_scale(published: Pretrained) -> 
 
 
 def test_pixels_as_they_are_stay_so(published: Pretrained) -> None:
-    info, _ = begin(config(model="densenet121", weights="mine", normalize=False), images(3))
+    info, *_ = begin(config(model="densenet121", weights="mine", normalize=False), images(3))
     assert info.preprocessing == Preprocessing.identity(40, 3)
 
 
@@ -65,13 +68,15 @@ def test_a_run_from_a_file_resumes_and_predicts(
 ) -> None:
     torch.manual_seed(2)
     file = tmp_path / "start.safetensors"
-    save_weights(build_model("densenet_bc_22_12", norm_eps=1.001e-5), file, "monai")
+    save_weights(build_model("densenet_bc_22_12", norm_eps=1.001e-5), file)
     chosen = config(
         weights=str(file), lr=1e-12, output=str(tmp_path / "runs"), validation=0.0, momentum=0.0,
         weight_decay=0.0,
     )  # fmt: skip
     run = train(chosen).run
-    kernel = load(run).model.state_dict()["features.conv0.weight"]
+    trained: Any = load(run).model
+    assert trained.features.norm5.eps == 1.001e-5
+    kernel = trained.state_dict()["features.conv0.weight"]
     torch.manual_seed(2)
     made: Any = build_model("densenet_bc_22_12")
     summed = made.features.conv0.weight.sum(dim=1, keepdim=True)

@@ -112,6 +112,25 @@ def test_incomplete_weights_are_refused_and_nothing_is_written(tmp_path: Path) -
         assert not (tmp_path / "y.pth").exists()
 
 
+def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
+    save_weights(small(), tmp_path / "x.pth")
+    before = (tmp_path / "x.pth").read_bytes()
+    with pytest.raises(WeightsError, match="same file"):
+        convert_weights(tmp_path / "x.pth", tmp_path / "x.pth", to="monai")
+    assert (tmp_path / "x.pth").read_bytes() == before
+
+
+def test_another_function_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(small(), tmp_path / "x.pth")
+
+    def wrong(*arguments: object) -> torch.Tensor:
+        return torch.full((2, 6), torch.nan)
+
+    monkeypatch.setattr("densely.weights.convert.package_logits", wrong)
+    with pytest.raises(WeightsError, match="is another function"):
+        convert_weights(tmp_path / "x.pth", tmp_path / "y.pth", check=True)
+
+
 def test_shapes_of_a_giant_take_no_memory(tmp_path: Path) -> None:
     """A file of a few bytes may claim a network of terabytes."""
     state = {key: value.clone() for key, value in small().state_dict().items()}

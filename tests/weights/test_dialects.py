@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from densely.models import DenseNet
 from densely.weights import load_weights, save_weights
 from densely.weights.dialects import ALIASES, DIALECTS, OURS, candidates
-from densely.weights.load import places_of
+from densely.weights.translate import places_of
 
 # Keras's own, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

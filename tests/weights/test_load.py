@@ -191,7 +191,7 @@ def test_what_is_no_densenet_is_said_so(weights: dict[str, Tensor]) -> None:
     refused(net(), weights)
 
 
-@pytest.mark.parametrize("weights", [3, None, {"a": 1}, [torch.zeros(1)]])
+@pytest.mark.parametrize("weights", [3, None, {"a": 1}, {1: {2: 3}}, [torch.zeros(1)]])
 def test_what_is_no_source_is_refused(weights: Any) -> None:
     refused(net(), weights)
 
@@ -225,6 +225,64 @@ def test_into_the_models_of_other_packages() -> None:
         load_weights(theirs, weights)
 
 
+HEADS = ["fc", "head.fc", "classifier.1", "output"]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_single_linear_layer_is_the_head_whatever_its_name(name: str) -> None:
+    weights = {key.replace("classifier", name): value for key, value in source().items()}
+    model = net()
+    report = load_weights(model, weights)
+    assert report.notes == (f"head: {name}",)
+    assert torch.equal(model.classifier.weight, source()["classifier.weight"])
+    assert "14-class head" in refused(net(num_classes=2), weights)
+    assert len(load_weights(net(num_classes=2), weights, head="skip").skipped) == 2
+
+
+def test_a_head_of_several_layers_can_be_skipped() -> None:
+    weights = source()
+    for key in ("weight", "bias"):
+        weights[f"classifier.3.{key}"] = weights.pop(f"classifier.{key}")
+    weights["classifier.0.weight"] = torch.zeros(16, 16)
+    assert "unexpected" in refused(net(), weights)
+    report = load_weights(net(), weights, head="skip")
+    assert len(report.skipped) == 3
+    weights["features.extra.weight"] = torch.zeros(2)  # that is no head
+    assert "features.extra.weight" in refused(net(), weights, head="skip")
+
+
+def test_a_models_own_head_can_be_left_alone() -> None:
+    model = net()
+    model.classifier = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert "head='skip' to leave these as they are" in refused(model, source())
+    report = load_weights(model, source(), head="skip")
+    assert len(report.skipped) == 2
+    assert torch.equal(model.features.conv0.weight, source()["features.conv0.weight"])
+    model.classifier = nn.Sequential(nn.Dropout(), nn.Linear(16, 14))
+    load_weights(model, source())
+    assert torch.equal(model.classifier[1].weight, source()["classifier.weight"])
+
+
+def test_checkpoints_in_memory() -> None:
+    lightning = {
+        "state_dict": {f"model.{key}": value for key, value in source().items()},
+        "hyper_parameters": {"lr": 0.1},
+    }
+    assert load_weights(net(), lightning).ignored == ("hyper_parameters (dict)",)
+    lightning["state_dict"]["criterion.weight"] = torch.zeros(14)
+    assert "pass prefix='model.'" in refused(net(), lightning)
+    for prefix in ("model.", "model"):
+        report = load_weights(net(), lightning, prefix=prefix)
+        assert report.ignored == ("hyper_parameters (dict)", "criterion.weight")
+
+
+def test_a_model_without_numbers_is_refused() -> None:
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(WeightsError, match="to_empty"):
+        load_weights(model, source())
+
+
 def test_into_a_wrapped_model() -> None:
     inner = net()
     load_weights(nn.DataParallel(inner), source())
@@ -237,10 +295,10 @@ def test_a_model_that_only_holds_a_densenet_is_told_apart() -> None:
     class Detector(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone, self.head = net(), nn.Linear(14, 4)
+            self.backbone, self.neck, self.head = net(), nn.Linear(14, 4), nn.Linear(4, 2)
 
     model = Detector()
-    assert "pass the DenseNet in it (backbone)" in refused(model, source())
+    assert "pass the DenseNet in it (backbone), or head='skip'" in refused(model, source())
     load_weights(model.backbone, source())
 
 
@@ -252,8 +310,23 @@ def test_networks_of_another_kind_load_their_own_keys(tmp_path: Path) -> None:
     assert report.loaded == len(model.state_dict())
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     assert "missing" in refused(build_model("fc_densenet56"), tmp_path / "x.safetensors")
+    wrapped = {f"module.{key}": value for key, value in model.state_dict().items()}
+    assert load_weights(again, wrapped).prefix == "module."
+    fewer = build_model("d2l_resnet18", num_classes=3)
+    assert "classifier.weight" in refused(fewer, wrapped)
+    assert len(load_weights(fewer, wrapped, head="auto").skipped) == 2
+    assert "no dialects" in refused(again, wrapped, dialect="keras")
     with pytest.raises(WeightsError, match="no DenseNet"):
         save_weights(model, tmp_path / "y.pth", "monai")
+
+
+def test_what_a_format_cannot_keep_is_said(tmp_path: Path) -> None:
+    model = net(norm_eps=1e-3)
+    with pytest.warns(UserWarning, match=r"epsilon of the norms \(0\.001\) is not kept"):
+        save_weights(model, tmp_path / "x.pth")
+    report = load_weights(net(norm_eps=1e-3), tmp_path / "x.pth")
+    assert "epsilon of the norms stays the model's, 0.001" in str(report)
+    assert load_weights(net(), tmp_path / "x.pth").notes == ()
 
 
 def test_epsilon_of_the_norms_travels(tmp_path: Path) -> None:

@@ -143,33 +143,52 @@ def test_without_a_published_digest(entry: Pretrained, server: Server) -> None:
 
 def test_create_model_with_published_weights(entry: Pretrained, weights: Path) -> None:
     tensors = torch.load(weights, weights_only=True)
-    model: Any = create_model(NAME, weights="mine")
+    model: Any = create_model(NAME, stem="large", weights="mine")
     assert model.num_classes == 7
     assert torch.equal(model.classifier.weight, tensors["classifier.weight"])
     assert torch.equal(model.features.conv0.weight, tensors["features.conv0.weight"])
     assert model.preprocessing == entry.preprocessing
     assert model.training
 
-    grey: Any = densely.create_model(NAME, weights="mine", num_classes=3, in_channels=1)
+    grey: Any = densely.create_model(
+        NAME, stem="large", weights="mine", num_classes=3, in_channels=1
+    )
     assert (grey.num_classes, grey.in_channels) == (3, 1)
     summed = tensors["features.conv0.weight"].sum(dim=1, keepdim=True)
     torch.testing.assert_close(grey.features.conv0.weight, summed)
     assert grey.preprocessing.channels == 1
     assert grey.preprocessing.mean == pytest.approx((0.2,))
 
-    pooled: Any = create_model(NAME, weights="mine", num_classes=0)
+    small: Any = create_model(NAME, stem="large", weights="mine", image_size=96)
+    assert small.preprocessing.image_size == 96
+    pooled: Any = create_model(NAME, stem="large", weights="mine", num_classes=0)
     assert pooled.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, pooled.feature_channels[-1])
 
 
 def test_create_model_with_a_file(weights: Path, tmp_path: Path) -> None:
+    own: Any = create_model(NAME, weights=weights, stem="large")
+    assert own.num_classes == 7  # the file's
+    assert own.load_report.skipped == ()
     model: Any = create_model(NAME, weights=weights, num_classes=7, stem="large")
     again: Any = create_model(NAME, weights=str(weights), num_classes=2, stem="large")
     assert torch.equal(model.features.conv0.weight, again.features.conv0.weight)
     assert again.classifier.weight.shape[0] == 2
+    assert len(again.load_report.skipped) == 2
     with pytest.raises(ConfigError, match="there is no such file"):
         create_model(NAME, weights=str(tmp_path / "none.pth"))
     with pytest.raises(WeightsError, match="stem='large'"):
         create_model(NAME, weights=weights, num_classes=7)
+
+
+@pytest.mark.parametrize("wrong", [True, 3, {"a": torch.zeros(1)}, Path("/"), "/"])
+def test_what_are_no_weights(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="weights"):
+        create_model(NAME, weights=wrong)
+
+
+def test_torchvisions_names_for_weights() -> None:
+    for tag in ("IMAGENET1K_V1", "DEFAULT"):
+        assert find_pretrained("densenet169", tag).tag == "imagenet"
 
 
 def test_a_files_stem_is_taken_where_the_preset_leaves_it_open(tmp_path: Path) -> None:

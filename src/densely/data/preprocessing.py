@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.data.dataset import ImageSet
+from densely.errors import DataError
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -78,8 +79,10 @@ class Preprocessing:
 
     def fit(self, images: Tensor) -> Tensor:
         """Scale uint8 [N, C, H, W] to [N, C, image_size, image_size], and crop if it is to be."""
+        if images.dtype != torch.uint8:
+            raise DataError(f"images of {images.dtype}: expected uint8, 0 to 255")
         size, (height, width) = self.image_size, images.shape[-2:]
-        if self.crop is None or (height, width) == (size, size):
+        if self.crop is None:
             return resize(images, size, self.interpolation)
         # As torchvision has it: the shorter side to a whole number, the longer one cut to one.
         short = max(size, int(size / self.crop))

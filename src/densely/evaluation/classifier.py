@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,7 +71,8 @@ class Classifier:
     def probabilities(self, images: Tensor) -> Tensor:
         """Probabilities of uint8 images [N, C, H, W]: float32 [N, classes] on the CPU."""
         images = images.to(self.runtime.device)
-        return logits_of(self.model, images, self.preprocessing, self.runtime).softmax(dim=1).cpu()
+        fitted = replace(self.preprocessing, crop=None)  # `_pixels` has cropped them
+        return logits_of(self.model, images, fitted, self.runtime).softmax(dim=1).cpu()
 
     def _pixels(self, image: ImageLike) -> Tensor:
         channels = self.preprocessing.channels

@@ -390,7 +390,7 @@ class DenseNet(nn.Module):
         self._check(x)
         blocks = {f"denseblock{level}": level for level in range(1, last)}
         maps: dict[int, Tensor] = {}
-        for name, part in self.features.named_children():
+        for name, part in self.features._modules.items():  # also one that stands twice
             x = part(x)
             if blocks.get(name) in wanted:
                 maps[blocks[name]] = x

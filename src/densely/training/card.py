@@ -23,6 +23,7 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
         if facts.validation_images
         else f"epoch {summary.best_epoch}, the last one: there was no validation split"
     )
+    began = f"| began with | {config.weights} |\n" if config.weights else ""
     names = ", ".join(info.classes[:20]) + ", ..." * (len(info.classes) > 20)
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     return f"""# {config.model} on {config.data}
@@ -35,7 +36,7 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
 | test loss | {summary.test.loss:.4f} |
 | weights | {chosen} |
 | network | {config.model}, {facts.parameters:,} parameters |
-| classes | {len(info.classes)}: {names} |
+{began}| classes | {len(info.classes)}: {names} |
 | input | {colour} images, scaled to {prep.image_size}x{prep.image_size} pixels in [0, 1]\
 {scaled} |
 | training images | {facts.train_images:,}, and {facts.validation_images:,} for validation |

@@ -120,7 +120,9 @@ class _Trainer:
         train_set = splits.train
         torch.manual_seed(generator_seed(config.seed))
         if resume is None:
-            self.info, self.model = begin(config, train_set)
+            self.info, self.model, report = begin(config, train_set)
+            if report is not None:
+                reporter.note(str(report))
         else:
             self.info = load_info(RunDirectory.open(resume).last)
             self.model = self.info.build()

@@ -1,7 +1,6 @@
 """What a run starts from: a network with fresh weights, published ones, or those of a file."""
 
 import dataclasses
-from pathlib import Path
 
 from torch import nn
 
@@ -10,9 +9,9 @@ from densely.errors import ConfigError
 from densely.models.registry import preset
 from densely.training.checkpoint import ModelInfo
 from densely.training.config import TrainConfig
-from densely.weights.create import published, starting_options
-from densely.weights.load import load_weights
-from densely.weights.pretrained import Pretrained, fetch
+from densely.weights.create import published, start_model
+from densely.weights.load import LoadReport
+from densely.weights.pretrained import Pretrained
 
 
 def check_start(config: TrainConfig) -> None:
@@ -24,28 +23,31 @@ def check_start(config: TrainConfig) -> None:
     task = preset(config.model).task
     if task != "classification":
         raise ConfigError(f"model={config.model}: is made for {task}, and train classifies images")
-    _published(config)
+    if config.weights:
+        published(config.model, config.weights)
 
 
-def begin(config: TrainConfig, train_set: ImageSet) -> tuple[ModelInfo, nn.Module]:
-    """Make the network that `config` asks for, and say what it is.
+def begin(
+    config: TrainConfig, train_set: ImageSet
+) -> tuple[ModelInfo, nn.Module, LoadReport | None]:
+    """Make the network that `config` asks for; say what it is, and what weights it began with.
 
     Raises:
         DenselyError: images too small for it; weights that are missing, damaged or do not fit.
     """
-    entry = _published(config)
-    options = starting_options(config.model, config.weights) if config.weights else {}
+    entry = published(config.model, config.weights) if config.weights else None
     preprocessing = _preprocessing(config, train_set, entry)
-    info = ModelInfo(config.model, train_set.classes, preprocessing, dict(options))
-    model = info.build()
-    if config.weights:
-        path = fetch(entry) if entry else Path(config.weights)
-        load_weights(model, path, head="auto", stem="adapt")
-    return info, model
-
-
-def _published(config: TrainConfig) -> Pretrained | None:
-    return published(config.model, config.weights) if config.weights else None
+    info = ModelInfo(config.model, train_set.classes, preprocessing)
+    if config.weights is None:
+        return info, info.build(), None
+    start = start_model(
+        config.model,
+        config.weights,
+        num_classes=len(train_set.classes),
+        in_channels=preprocessing.channels,
+        image_size=preprocessing.image_size,
+    )
+    return dataclasses.replace(info, options=dict(start.options)), start.model, start.report
 
 
 def _preprocessing(

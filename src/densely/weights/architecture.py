@@ -70,12 +70,16 @@ def architecture(weights: Mapping[Place, Tensor], where: str) -> Architecture:
             raise WeightsError(f"{where}: no DenseNet: {key} is {what}")
         return found
 
-    blocks = sorted({place.block for place in weights if place.kind == "layer"})
+    layers_of: dict[int, set[int]] = {}
+    for place in weights:
+        if place.kind == "layer":
+            layers_of.setdefault(place.block, set()).add(place.layer)
+    blocks = sorted(layers_of)
     if not blocks or blocks != list(range(1, len(blocks) + 1)):
         raise WeightsError(f"{where}: no DenseNet: its dense blocks are numbered {blocks}")
     config = []
     for b in blocks:
-        layers = sorted({p.layer for p in weights if p.kind == "layer" and p.block == b})
+        layers = sorted(layers_of[b])
         if layers != list(range(1, len(layers) + 1)):
             raise WeightsError(f"{where}: no DenseNet: block {b} has the layers {layers}")
         config.append(len(layers))

@@ -12,10 +12,13 @@ from densely.models import DenseNet
 from densely.weights.architecture import Architecture, architecture
 from densely.weights.explain import explain
 from densely.weights.files import read_weights
-from densely.weights.load import Translated, fits, key_of, load_weights, places_of, translate
+from densely.weights.load import load_weights
 from densely.weights.packages import package_logits
 from densely.weights.save import named_dialect, write_dialect
+from densely.weights.translate import Translated, fits, key_of, places_of, translate
 
+#: Share of the largest logit that rounding in float32 and another epsilon may explain.
+_TOLERANCE = 1e-3
 _EPS_NOTE = "norms of {to} add {theirs:g} to the variance, those of the source {eps:g}"
 
 
@@ -70,25 +73,28 @@ def convert_weights(
 
     Raises:
         ConfigError: an unknown dialect.
-        WeightsError: the source is damaged, incomplete or no DenseNet, or `to` has no such network.
+        WeightsError: the source is damaged, incomplete or no DenseNet, `to` has no such network,
+            or the check shows another function.
     """
     named_dialect(to)
     where = os.fspath(source)
+    if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
+        raise WeightsError(f"{where}: source and target are the same file; name another target")
     found = translate(read_weights(Path(source)), where, dialect, prefix)
     net = architecture(found.weights, where)
     _check_whole(found, net, where)
     eps, theirs_eps = found.norm_eps or found.dialect.norm_eps, named_dialect(to).norm_eps
-    write_dialect(Path(target), found.weights, to, norm_eps=eps)
-    differences: dict[str, float | None] = {}
-    scale = 0.0
-    if check:
+    logits = x = None
+    if check:  # before anything is written
         theirs = net.build()
         load_weights(theirs, source, dialect, prefix=prefix)
-        ours = net.build()
-        load_weights(ours, target)
         x = _images(theirs)
         logits = _logits(theirs, x)
-        scale = logits.abs().max().item()
+    write_dialect(Path(target), found.weights, to, norm_eps=eps)
+    differences: dict[str, float | None] = {}
+    if logits is not None and x is not None:
+        ours = net.build()
+        load_weights(ours, target)
         differences["densely reading it back"] = (_logits(ours, x) - logits).abs().max().item()
         package = "torchvision" if to == "densely" else to
         told = package_logits(package, net, Path(target), x)
@@ -96,6 +102,13 @@ def convert_weights(
             differences[f"{package} itself"] = (told - logits).abs().max().item()
         else:
             differences[f"{package} itself: {told}"] = None
+    scale = 0.0 if logits is None else logits.abs().max().item()
+    for by, difference in differences.items():
+        if difference is not None and not difference <= _TOLERANCE * scale:
+            raise WeightsError(
+                f"{os.fspath(target)}: was written, and is another function: {by}, logits differ "
+                f"by {difference:g} of {scale:g}"
+            )
     return Conversion(
         where,
         os.fspath(target),

@@ -1,18 +1,36 @@
 """`create_model`: a network by its name, fresh or with published or saved weights."""
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Unpack
+from typing import Any, NamedTuple, Unpack, cast
 
 from torch import nn
 
+from densely.data.preprocessing import Preprocessing
 from densely.errors import ConfigError
 from densely.models.registry import ModelOptions, build_model, preset
 from densely.weights.architecture import architecture
-from densely.weights.dialects import candidates
-from densely.weights.files import read_weights
-from densely.weights.load import load_weights, translate
+from densely.weights.load import LoadReport, load_weights
 from densely.weights.pretrained import Pretrained, fetch, find_pretrained
+from densely.weights.translate import assign, contents_of, translate
+
+
+class Start(NamedTuple):
+    """A network with weights, and what came with them.
+
+    Args:
+        model: the network.
+        options: arguments of the network that the weights decided, for building it again.
+        report: what was loaded; None for fresh weights.
+        preprocessing: of the images that published weights want; None for others.
+    """
+
+    model: nn.Module
+    options: ModelOptions
+    report: LoadReport | None
+    preprocessing: Preprocessing | None
 
 
 def create_model(
@@ -41,8 +59,9 @@ def create_model(
         options: anything else that `DenseNet` takes.
 
     Returns:
-        The network in train mode; with published weights its `preprocessing` attribute says what
-        images they want (`densely.data.Preprocessing`).
+        The network in train mode. With weights, its `load_report` says what was loaded; with
+        published ones, its `preprocessing` says what images they want
+        (`densely.data.Preprocessing`).
 
     Raises:
         ConfigError: an unknown name, tag or option (the nearest ones are named), or a value out
@@ -50,67 +69,80 @@ def create_model(
         WeightsError: the weights are damaged or do not fit.
         DataError: published weights are not here and cannot be fetched.
     """
+    sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     preset(name)  # an unknown name is told before anything is fetched
     if weights is None:
-        return build_model(
-            name,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            image_size=image_size,
-            **options,
-        )
+        return build_model(name, **sizes, **options)
+    start = start_model(name, weights, **sizes, **options)
+    start.model.load_report = start.report  # type: ignore[assignment]
+    if start.preprocessing is not None:
+        start.model.preprocessing = start.preprocessing  # type: ignore[assignment]
+    return start.model
+
+
+def start_model(
+    name: str,
+    weights: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    image_size: int | None = None,
+    **options: Unpack[ModelOptions],
+) -> Start:
+    """Make a network with weights, and say what they decided; see `create_model`."""
     entry = published(name, weights)
-    options = {**starting_options(name, weights), **options}
-    if entry is None:
-        model = build_model(
-            name,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            image_size=image_size,
-            **options,
-        )
-        load_weights(model, weights, head="auto", stem="adapt" if in_channels else "strict")
-        return model
-    classes = entry.num_classes if num_classes is None else num_classes
-    channels = entry.preprocessing.channels if in_channels is None else in_channels
-    model = build_model(
-        name, num_classes=classes, in_channels=channels, image_size=image_size, **options
+    path = Path(weights) if entry is None else fetch(entry)
+    contents, where = contents_of(path)
+    given: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    decided: dict[str, Any] = {}
+    if _is_densenet(name) and assign(contents.tensors) is not None:
+        found = translate(contents, where, "auto", None)
+        net = architecture(found.weights, where)
+        given = {key: getattr(net, key) if v is None else v for key, v in given.items()}
+        if preset(name).stem_by_image_size:
+            decided["stem"] = net.stem
+        if found.norm_eps is not None:
+            decided["norm_eps"] = found.norm_eps
+    decided |= options
+    model = build_model(name, image_size=image_size, **given, **decided)
+    report = load_weights(
+        model,
+        path,
+        head="load" if num_classes is None else "auto",
+        stem="strict" if in_channels is None else "adapt",
     )
-    load_weights(model, fetch(entry), head="auto", stem="adapt")
-    model.preprocessing = entry.preprocessing.for_channels(channels)  # type: ignore[assignment]
-    return model
+    preprocessing = None
+    if entry is not None:
+        preprocessing = entry.preprocessing.for_channels(given["in_channels"])
+        if image_size is not None:
+            preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
+    return Start(model, cast(ModelOptions, decided), report, preprocessing)
 
 
-def starting_options(name: str, weights: str | os.PathLike[str]) -> ModelOptions:
-    """What weights decide about a network beside its numbers: its stem, its norms' epsilon.
-
-    Raises:
-        ConfigError, WeightsError: as `create_model`.
-    """
-    if published(name, weights) is not None:
-        return {"stem": "large"}
-    contents = read_weights(Path(weights))
-    if not preset(name).stem_by_image_size or not candidates(contents.tensors):
-        return {}
-    where = os.fspath(weights)
-    found = translate(contents, where, "auto", None)
-    options: ModelOptions = {"stem": architecture(found.weights, where).stem}
-    if found.norm_eps is not None:
-        options["norm_eps"] = found.norm_eps
-    return options
+def _is_densenet(name: str) -> bool:
+    return "block_config" in getattr(preset(name).build, "keywords", {})
 
 
-def published(name: str, weights: str | os.PathLike[str]) -> Pretrained | None:
+def published(name: str, weights: object) -> Pretrained | None:
     """The published weights that `weights` is the tag of; None where it is a file.
 
     Raises:
         ConfigError: it is neither.
     """
-    if isinstance(weights, os.PathLike) or Path(weights).is_file():
+    if isinstance(weights, Mapping):
+        raise ConfigError("weights: a state_dict: build the network, then load_weights(model, it)")
+    if not isinstance(weights, str | os.PathLike):
+        raise ConfigError(
+            f"weights={weights!r}: expected the tag of published weights, such as 'imagenet', or a "
+            "file"
+        )
+    if Path(weights).is_file():
         return None
-    try:
-        return find_pretrained(name, weights)
-    except ConfigError as error:
-        if Path(weights).suffix or os.sep in weights:
-            raise ConfigError(f"weights={weights}: there is no such file") from error
-        raise
+    if Path(weights).is_dir():
+        raise ConfigError(
+            f"weights={weights}: is a folder; name a file of weights, of a run "
+            "RUN/checkpoints/best/model.safetensors or RUN/checkpoints/last/model.safetensors"
+        )
+    if isinstance(weights, os.PathLike) or Path(weights).suffix or os.sep in weights:
+        raise ConfigError(f"weights={weights}: there is no such file")
+    return find_pretrained(name, weights)

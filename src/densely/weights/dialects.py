@@ -270,10 +270,13 @@ def candidates(keys: Iterable[str], dialects: Iterable[Dialect] = DIALECTS.value
             for key in names
             if key.endswith(dialect.anchor) and key[: -len(dialect.anchor)][-1:] in ("", ".", "/")
         }
-        for prefix in sorted(prefixes):
-            explained = sum(
-                key.startswith(prefix) and dialect.place_of(key[len(prefix) :]) is not None
-                for key in names
-            )
-            found.append(Found(dialect, prefix, explained))
+        explained = dict.fromkeys(sorted(prefixes), 0)
+        layered = set()  # every DenseNet has dense layers; a `conv1` alone has many a network
+        for key in names:
+            for cut in (0, *(at + 1 for at, letter in enumerate(key) if letter in "./")):
+                if key[:cut] in prefixes and (place := dialect.place_of(key[cut:])):
+                    explained[key[:cut]] += 1
+                    if place.kind == "layer":
+                        layered.add(key[:cut])
+        found += [Found(dialect, prefix, explained[prefix]) for prefix in sorted(layered)]
     return sorted(found, key=lambda one: -one.explained)

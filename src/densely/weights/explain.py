@@ -57,7 +57,7 @@ def _reasons(given: Mapping[Place, Tensor], expected: Mapping[Place, Tensor]) ->
     except WeightsError:
         return []
     reasons = []
-    if (file.spatial_dims, model.spatial_dims) and file.spatial_dims != model.spatial_dims:
+    if file.spatial_dims != model.spatial_dims:
         reasons.append(
             f"these are {file.spatial_dims}-dimensional weights: pass "
             f"spatial_dims={file.spatial_dims}"
@@ -69,6 +69,7 @@ def _reasons(given: Mapping[Place, Tensor], expected: Mapping[Place, Tensor]) ->
             f"num_init_features={file.num_init_features}, bn_size={file.bn_size}, "
             f"compression={file.compression:g}"
         )
+        return reasons  # the rest follows from it
     if file.stem != model.stem:
         reasons.append(f"this network has the {file.stem} stem: pass stem='{file.stem}'")
     if file.bias != model.bias:

@@ -12,11 +12,11 @@ named below, whose tensors are then collected. No code of the file or of those p
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,7 @@ from torch import Tensor
 from densely.errors import WeightsError
 from densely.weights.keras_h5 import read_keras
 from densely.weights.old_pickles import STAND_IN, without_module_ids
+from densely.weights.pickles import check_pickle
 
 #: Where a checkpoint keeps the weights among other things, the likeliest first.
 _INNER = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "params")
@@ -33,6 +34,12 @@ _INNER = ("state_dict", "model_state_dict", "model_state", "model", "net", "netw
 _DEPTH = 4
 #: PyTorch's zip archives hold their tensors uncompressed: a larger sum is no honest file.
 _SLACK_BYTES = 1 << 20
+#: Letters of a key. MONAI's longest has 70, wrappers' prefixes come on top.
+_MAX_NAME = 500
+_MAX_MODULES = 20_000
+_MAX_NESTED = 32
+#: In a legacy file: magic number, version, facts about the machine, the object, its storages.
+_LEGACY_PICKLES = 5
 
 _LAYERS = """
 container.Sequential container.ModuleDict container.ModuleList
@@ -82,7 +89,25 @@ def read_weights(path: Path) -> Contents:
     Raises:
         WeightsError: missing, damaged, of an unknown format, or holding code.
     """
+    contents = _read(path)
+    for key in (*contents.tensors, *contents.ignored):  # which messages show
+        if len(key) > _MAX_NAME or not key.isprintable():
+            raise WeightsError(
+                f"{path}: a name in it is {len(key):,} characters long, or not printable: no file "
+                "of a DenseNet"
+            )
+    # A view of one number may claim to be of any size, and would be so once it is copied.
+    claimed = sum(value.numel() * value.element_size() for value in contents.tensors.values())
+    size = path.stat().st_size
+    if claimed > 2 * size + _SLACK_BYTES:
+        raise WeightsError(f"{path}: its {size:,} bytes claim to be {claimed:,} of weights")
+    return contents
+
+
+def _read(path: Path) -> Contents:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise WeightsError(f"{path}: is no plain file")  # of a pipe the reading would not end
         with path.open("rb") as file:
             begin = file.read(16)
     except IsADirectoryError:
@@ -108,57 +133,54 @@ def _read_safetensors(path: Path) -> Contents:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except Exception as error:  # which one, differs with what is wrong
         raise WeightsError(f"{path}: damaged safetensors file: {_first_line(error)}") from error
     return Contents(tensors, metadata=metadata)
 
 
 def _read_torch(path: Path) -> Contents:
-    is_zip = _check_archive(path)
     classes = [*_LAYER_CLASSES, *_MODEL_CLASSES]
     stand_ins: list[Any] = [(_StandIn, name) for name in classes] + [(_stand_in, STAND_IN)]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")  # of classes that changed, and of storages to come
             # Opened here, since torch.load goes by the name of a file where it is given one.
-            with path.open("rb") if is_zip else _without_module_ids(path) as file:
+            with _checked_archive(path, classes) or _checked_legacy(path, classes) as file:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
-        tensors, ignored = _unwrapped(loaded)
+        tensors, ignored = unwrapped(loaded)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle may raise anything
-        reason = _first_line(error)
-        if "GLOBAL " in str(error):
-            name = str(error).partition("GLOBAL ")[2].split()[0]
-            raise WeightsError(
-                f"{path}: holds more than tensors ({name}), which densely does not load since it "
-                "could run code; ask for its state_dict, as safetensors at best"
-            ) from error
-        raise WeightsError(f"{path}: damaged, or no PyTorch file: {reason}") from error
+        raise WeightsError(f"{path}: damaged, or no PyTorch file: {_first_line(error)}") from error
     if not tensors:
         raise WeightsError(f"{path}: no weights in it: {_listed(ignored)}")
     return Contents(tensors, ignored)
 
 
-def _without_module_ids(path: Path) -> BytesIO:
-    return BytesIO(without_module_ids(path.read_bytes()))
+def _checked_legacy(path: Path, classes: Collection[str]) -> BinaryIO:
+    stream = BytesIO(without_module_ids(path.read_bytes()))
+    for _ in range(_LEGACY_PICKLES):
+        check_pickle(stream, classes)
+    stream.seek(0)
+    return stream
 
 
-def _check_archive(path: Path) -> bool:
-    """Whether it is a zip archive; refuses one whose files would grow when they are unpacked."""
+def _checked_archive(path: Path, classes: Collection[str]) -> BinaryIO | None:
+    """A zip archive, opened; refuses one whose files would grow when they are unpacked."""
     if not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(max(0, entry.file_size) for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise WeightsError(f"{path}: damaged archive: {_first_line(error)}") from error
+        return None
     size = path.stat().st_size
-    if unpacked > size + _SLACK_BYTES:
-        raise WeightsError(
-            f"{path}: its {size:,} bytes would unpack to {unpacked:,}: no file of PyTorch's"
-        )
-    return True
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(max(0, entry.file_size) for entry in archive.infolist())
+        if unpacked > size + _SLACK_BYTES:
+            raise WeightsError(
+                f"its {size:,} bytes would unpack to {unpacked:,}: no file of PyTorch's"
+            )
+        for entry in archive.infolist():
+            if entry.filename.lower().endswith("data.pkl"):  # PyTorch looks without regard to case
+                with archive.open(entry) as pickle:
+                    check_pickle(pickle, classes)
+    return path.open("rb")
 
 
 class _StandIn:
@@ -167,19 +189,27 @@ class _StandIn:
     def __setstate__(self, state: object) -> None:
         self.state = state if isinstance(state, dict) else {}
 
-    def tensors(self, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers, by the keys that `state_dict` gives them."""
-        if depth > 32:
-            raise WeightsError("modules in modules without an end")
-        state = self.__dict__.get("state", {})
-        passing = state.get("_non_persistent_buffers_set")
-        for kind in ("_parameters", "_buffers"):
-            for name, value in _items(state.get(kind)):
-                if isinstance(value, Tensor) and not (isinstance(passing, set) and name in passing):
-                    yield prefix + name, value
-        for name, module in _items(state.get("_modules")):
-            if isinstance(module, _StandIn):
-                yield from module.tensors(f"{prefix}{name}.", depth + 1)
+        waiting, count = [("", self, 0)], 0
+        while waiting:
+            prefix, module, depth = waiting.pop()
+            count += 1
+            if depth > _MAX_NESTED or count > _MAX_MODULES:
+                raise WeightsError("modules in modules without an end")
+            state = module.__dict__.get("state", {})
+            passing = state.get("_non_persistent_buffers_set")
+            passing = passing if isinstance(passing, set) else set()
+            for kind in ("_parameters", "_buffers"):
+                for name, value in _items(state.get(kind)):
+                    if isinstance(value, Tensor) and name not in passing:
+                        yield prefix + name, value
+            inner = [
+                (f"{prefix}{name}.", value, depth + 1)
+                for name, value in _items(state.get("_modules"))
+                if isinstance(value, _StandIn)
+            ]
+            waiting += reversed(inner)
 
 
 def _stand_in(kind: object, cls: object, file: object, source: object) -> type[_StandIn]:
@@ -194,7 +224,7 @@ def _items(values: object) -> Iterator[tuple[str, object]]:
         yield from ((str(name), value) for name, value in values.items())
 
 
-def _unwrapped(loaded: object, depth: int = 0) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unwrapped(loaded: object, depth: int = 0) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights in a checkpoint, and what else is in it."""
     if isinstance(loaded, _StandIn):
         return dict(loaded.tensors()), {}
@@ -208,7 +238,7 @@ def _unwrapped(loaded: object, depth: int = 0) -> tuple[dict[str, Tensor], dict[
     if chosen is None or depth > _DEPTH:
         others = {k: type(v).__name__ for k, v in entries.items() if k not in tensors}
         return tensors, others
-    found, below = _unwrapped(entries[chosen], depth + 1)
+    found, below = unwrapped(entries[chosen], depth + 1)
     ignored = {f"{chosen}.{key}": what for key, what in below.items()}
     return found, ignored | {k: type(v).__name__ for k, v in entries.items() if k != chosen}
 
@@ -242,7 +272,8 @@ def write_weights(
 def _first_line(error: BaseException) -> str:
     _, _, told = str(error).rpartition("WeightsUnpickler error:")
     lines = told.strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    line = (lines[0] if lines else type(error).__name__)[:200]
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _listed(names: Mapping[str, str]) -> str:

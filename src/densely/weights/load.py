@@ -1,25 +1,31 @@
 """Weights of any dialect into a model: all of them or none, and nothing skipped in silence."""
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from densely.errors import ConfigError, WeightsError, unknown_name
+from densely.errors import ConfigError, WeightsError
 from densely.models.densenet import set_norm_eps
-from densely.weights.dialects import ALIASES, DIALECTS, OURS, Dialect, Place, candidates
+from densely.weights.dialects import Place
 from densely.weights.explain import explain
-from densely.weights.files import Contents, read_weights
+from densely.weights.files import Contents
 from densely.weights.stem import adapt_stem
+from densely.weights.translate import (
+    HEAD_KERNEL,
+    Source,
+    Translated,
+    assign,
+    contents_of,
+    fits,
+    key_of,
+    translate,
+)
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor]
-#: Key of a safetensors file's metadata for the epsilon of the norms, where it is not the usual.
-EPS_KEY = "densely.norm_eps"
 _COUNT = "num_batches_tracked"
+_STEM_KERNEL = Place("stem", 0, 0, "conv0", "weight")
 
 
 @dataclass(frozen=True)
@@ -55,18 +61,6 @@ class LoadReport:
         return "\n".join([*lines, *self.notes])
 
 
-@dataclass(frozen=True)
-class Translated:
-    """Weights by place, in PyTorch's layout, with where they came from."""
-
-    weights: dict[Place, Tensor]
-    unexpected: tuple[str, ...]
-    ignored: tuple[str, ...]
-    dialect: Dialect
-    prefix: str
-    norm_eps: float | None
-
-
 def load_weights(
     model: nn.Module,
     source: Source,
@@ -80,11 +74,12 @@ def load_weights(
 
     Args:
         model: densely's, or a DenseNet of torchvision, timm or MONAI.
-        source: a file (safetensors, .pt, .pth, .tar, .h5), or a state_dict.
+        source: a file (safetensors, .pt, .pth, .tar, .h5), a state_dict, or a checkpoint with one
+            in it.
         dialect: whose names the source has: "auto" finds out by its keys; else "torchvision",
             "torchvision_legacy", "monai", "keras", "efficient", "andreasveit", "bamos".
         head: "skip" leaves the model's classifier as it is; "auto" does so where the number of
-            classes is another one.
+            classes is another one. A single linear layer of another name is taken for the head.
         stem: "adapt" fits a first convolution for other numbers of channels (`adapt_stem`).
         prefix: what stands before the network's keys, such as "encoder."; keys without it are left
             out and named in the report. None finds a wrapper's prefix and leaves nothing out.
@@ -97,219 +92,166 @@ def load_weights(
             unexpected or wrong key is named, with the nearest explanation. The model is as it was.
         ConfigError: an unknown dialect, or a wrong value of another argument.
     """
-    if head not in ("load", "skip", "auto"):
-        raise ConfigError(f"head='{head}': must be 'load', 'skip' or 'auto'")
-    if stem not in ("strict", "adapt"):
-        raise ConfigError(f"stem='{stem}': must be 'strict' or 'adapt'")
-    contents, where = _contents(source)
+    faults = [
+        f"{name}={value!r}: must be one of {', '.join(known)}"
+        for name, value, known in (
+            ("head", head, ("load", "skip", "auto")),
+            ("stem", stem, ("strict", "adapt")),
+        )
+        if value not in known
+    ]
+    if not isinstance(model, nn.Module):
+        faults.append(f"model is a {type(model).__name__}: must be a network")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    contents, where = contents_of(source)
     own = model.state_dict()
-    places = places_of(own)
-    if places is None:
-        return _load_as_it_is(model, own, contents, where)
+    target = assign(own)
+    if target is None:
+        return load_by_name(model, contents, where, dialect, head=head)
     found = translate(contents, where, dialect, prefix)
-    weights, notes = found.weights, []
-    skipped: tuple[str, ...] = ()
+    weights, places, notes = dict(found.weights), dict(target.places), list(found.notes)
+    unexpected, missing_heads = list(found.unexpected), list(target.others)
+    skipped: list[str] = []
     if head == "auto":
         expected = _classes({place: own[key] for place, key in places.items()})
-        head = "load" if _classes(weights) == expected else "skip"
+        head = "load" if _classes(weights) == expected and not missing_heads else "skip"
     if head == "skip":
-        skipped = tuple(key_of(place) for place in weights if place.kind == "head")
+        skipped = [key_of(place) for place in weights if place.kind == "head"]
+        skipped += [key for key in unexpected if key not in found.trunk]
+        unexpected = [key for key in unexpected if key in found.trunk]
         weights = {place: value for place, value in weights.items() if place.kind != "head"}
         places = {place: key for place, key in places.items() if place.kind != "head"}
+        missing_heads = []
 
     prepared: dict[str, Tensor] = {}
     missing: list[Place] = []
     wrong: list[tuple[Place, Tensor, Tensor]] = []
     casts: dict[str, int] = {}
     for place, key in places.items():
-        target = own[key]
+        aim = own[key]
         if place not in weights:
             if place.variable == _COUNT:
-                prepared[key] = torch.zeros_like(target)
+                prepared[key] = torch.zeros_like(aim)
             else:
                 missing.append(place)
             continue
         value = weights[place]
-        if stem == "adapt" and place[:4] == ("stem", 0, 0, "conv0") and place.variable == "weight":
-            adapted = value
-            if value.dim() == target.dim() and value.shape[1] > 0:
-                adapted = adapt_stem(value, target.shape[1])
+        if stem == "adapt" and place == _STEM_KERNEL and value.dim() == aim.dim():
+            adapted = adapt_stem(value, aim.shape[1]) if value.shape[1] else value
             if adapted is not value:
-                notes.append(f"stem adapted from {value.shape[1]} to {target.shape[1]} channels")
+                notes.append(f"stem adapted from {value.shape[1]} to {aim.shape[1]} channels")
             value = adapted
-        if not fits(value, target):
-            wrong.append((place, value, target))
+        if not fits(value, aim):
+            wrong.append((place, value, aim))
             continue
-        if value.dtype != target.dtype:
-            cast = f"{value.dtype} to {target.dtype}".replace("torch.", "")
+        if value.dtype != aim.dtype:
+            cast = f"{value.dtype} to {aim.dtype}".replace("torch.", "")
             casts[cast] = casts.get(cast, 0) + 1
         prepared[key] = value
-    unexpected = list(found.unexpected) + [key_of(p) for p in weights if p not in places]
-    if missing or wrong or unexpected:
-        raise WeightsError(
-            explain(
-                where,
-                found.dialect.name,
-                found.weights,
-                {place: own[key] for place, key in places.items()},
-                missing=[key_of(place) for place in missing],
-                wrong=[(key_of(place), value, target) for place, value, target in wrong],
-                unexpected=unexpected,
+    unexpected += [key_of(place) for place in weights if place not in places]
+    if missing or wrong or unexpected or missing_heads:
+        message = explain(
+            where,
+            found.dialect.name,
+            found.weights,
+            {place: own[key] for place, key in places.items()},
+            missing=[key_of(place) for place in missing] + missing_heads,
+            wrong=[(key_of(place), value, aim) for place, value, aim in wrong],
+            unexpected=unexpected,
+        )
+        if missing_heads:
+            inside = target.prefix.rstrip(".")
+            message += "\n  the model is more than a DenseNet: " + (
+                f"pass the DenseNet in it ({inside}), or " if inside else "pass "
             )
+            message += "head='skip' to leave these as they are"
+        if prefix is None and unexpected and found.prefix and not found.trunk & {*unexpected}:
+            message += f"\n  pass prefix='{found.prefix}' to leave out what stands beside it"
+        raise WeightsError(message)
+    if any(value.is_meta for value in own.values()):
+        raise WeightsError(
+            f"{where}: fits, but the model is on the meta device and holds no numbers: call "
+            "model.to_empty(device='cpu') first"
         )
     if any(place.variable == _COUNT and place not in weights for place in places):
         notes.append("numbers of batches seen are not in the source: set to 0")
     notes += [f"{count} tensors cast from {cast}" for cast, count in casts.items()]
     model.load_state_dict(own | prepared)
-    if found.norm_eps is not None:
-        set_norm_eps(model, found.norm_eps)
-        notes.append(f"epsilon of the norms set to the source's, {found.norm_eps:g}")
+    notes += _settle_eps(model, found)
     return LoadReport(
         where,
         found.dialect.name,
         found.prefix,
         len(prepared),
-        skipped,
+        tuple(skipped),
         found.ignored,
         tuple(notes),
     )
 
 
-def places_of(state: Mapping[str, object]) -> dict[Place, str] | None:
-    """The keys of a DenseNet's own `state_dict` by place; None where they are no DenseNet's.
+def _settle_eps(model: nn.Module, found: Translated) -> list[str]:
+    """The source decides the norms' epsilon where it knows; else the model's stays, and is told."""
+    if found.norm_eps is not None:
+        set_norm_eps(model, found.norm_eps)
+        return [f"epsilon of the norms set to the source's, {found.norm_eps:g}"]
+    values = (getattr(module, "eps", None) for module in model.modules())
+    own = {value for value in values if isinstance(value, float)}
+    if own == {found.dialect.norm_eps}:
+        return []
+    told = ", ".join(f"{value:g}" for value in sorted(own))
+    return [
+        f"epsilon of the norms stays the model's, {told}: the source does not say "
+        f"({found.dialect.name} has {found.dialect.norm_eps:g})"
+    ]
 
-    What a wrapper such as DistributedDataParallel puts before all of them does not matter.
-    """
-    for found in candidates(state):
-        if found.explained == len(state):
-            return {_place(found.dialect, key[len(found.prefix) :]): key for key in state}
-    return None
 
-
-def translate(contents: Contents, where: str, dialect: str, prefix: str | None) -> Translated:
-    """Find the dialect of a file's keys, and say what each of its tensors is.
+def load_by_name(
+    model: nn.Module,
+    contents: Contents,
+    where: str,
+    dialect: str,
+    *,
+    head: Literal["load", "skip", "auto"],
+) -> LoadReport:
+    """Load a network of another kind, such as FC-DenseNet: its keys must be the file's.
 
     Raises:
-        WeightsError: no dialect fits, or more than one network is in the file.
-        ConfigError: an unknown dialect.
+        WeightsError: as `load_weights`.
     """
-    known: Iterable[Dialect] = DIALECTS.values()
-    if dialect != "auto":
-        name = ALIASES.get(dialect, dialect)
-        if name not in DIALECTS:
-            raise ConfigError(unknown_name("dialect", dialect, ["auto", *DIALECTS, *ALIASES]))
-        known = [DIALECTS[name]]
-    keys = list(contents.tensors)
-    found = candidates(keys, known)
-    if prefix is not None:
-        found = [one for one in found if one.prefix == prefix]
-    if not found:
-        shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
-        raise WeightsError(
-            f"{where}: no weights of a DenseNet"
-            + ("" if prefix is None else f" below '{prefix}'")
-            + f": no first convolution such as {', '.join(d.anchor for d in list(known)[:4])} "
-            f"among its {len(keys)} tensors ({shown})"
-        )
-    best = found[0]
-    rivals = [
-        one.prefix
-        for one in found
-        if one.dialect is best.dialect and 2 * one.explained > best.explained
-    ]
-    if prefix is None and len(rivals) > 1:
-        raise WeightsError(
-            f"{where}: holds several networks; name one with prefix=: "
-            + ", ".join(repr(rival) for rival in rivals[:6])
-        )
-    weights: dict[Place, Tensor] = {}
-    unexpected, ignored = [], [f"{key} ({what})" for key, what in contents.ignored.items()]
-    for key, value in contents.tensors.items():
-        inside = key.startswith(best.prefix)
-        name = key[len(best.prefix) :] if inside else key
-        place = best.dialect.place_of(name) if inside else None
-        if place is not None and place not in weights:
-            weights[place] = best.dialect.to_torch(place, value)
-        elif (prefix is not None and not inside) or name in best.dialect.extras:
-            ignored.append(key)
-        else:
-            unexpected.append(key)
-    eps = best.dialect.norm_eps if best.dialect.is_keras else None
-    if EPS_KEY in contents.metadata:
-        eps = _positive(contents.metadata[EPS_KEY], where)
-    return Translated(weights, tuple(unexpected), tuple(ignored), best.dialect, best.prefix, eps)
-
-
-def _contents(source: Source) -> tuple[Contents, str]:
-    if isinstance(source, Mapping):
-        wrong = [str(key) for key, value in source.items() if not isinstance(value, Tensor)]
-        if wrong:
-            raise WeightsError(f"state_dict: no tensors: {', '.join(wrong[:5])}")
-        return Contents({str(key): value for key, value in source.items()}), "state_dict"
-    if not isinstance(source, str | os.PathLike):
-        raise WeightsError(f"{type(source).__name__}: expected a file or a state_dict")
-    return read_weights(Path(source)), os.fspath(source)
-
-
-def _load_as_it_is(
-    model: nn.Module, own: dict[str, Tensor], contents: Contents, where: str
-) -> LoadReport:
-    """A network of another kind, such as FC-DenseNet: its keys must be the file's."""
-    tensors = contents.tensors
-    missing = [key for key in own if key not in tensors]
-    unexpected = [key for key in tensors if key not in own]
+    if dialect not in ("auto", "densely"):
+        raise WeightsError(f"{type(model).__name__}: no DenseNet: has no dialects but densely's")
+    own, tensors = model.state_dict(), contents.tensors
+    prefixes = {
+        key[: -len(name)] for name in list(own)[:1] for key in tensors if key.endswith(name)
+    }
+    prefix = next((p for p in prefixes if all(key.startswith(p) for key in tensors)), "")
+    tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
+    expected, skipped = dict(own), []
+    heads = [key for key in own if key.startswith("classifier.")]
+    if head == "auto":
+        same = all(key in tensors and fits(tensors[key], own[key]) for key in heads)
+        head = "load" if same else "skip"
+    if head == "skip":
+        skipped = [key for key in tensors if key.startswith("classifier.")]
+        tensors = {key: value for key, value in tensors.items() if key not in skipped}
+        expected = {key: value for key, value in own.items() if key not in heads}
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
     wrong = [
         (key, tensors[key], value)
-        for key, value in own.items()
+        for key, value in expected.items()
         if key in tensors and not fits(tensors[key], value)
     ]
     if missing or unexpected or wrong:
-        message = explain(
-            where, "densely", {}, {}, missing=missing, wrong=wrong, unexpected=unexpected
+        raise WeightsError(
+            explain(where, "densely", {}, {}, missing=missing, wrong=wrong, unexpected=unexpected)
         )
-        if inside := candidates(own):
-            part = inside[0].prefix.rstrip(".") or "features and head"
-            message += f"\n  the model is more than a DenseNet: pass the DenseNet in it ({part})"
-        raise WeightsError(message)
-    model.load_state_dict(tensors)
+    model.load_state_dict(own | tensors)
     ignored = tuple(f"{key} ({what})" for key, what in contents.ignored.items())
-    return LoadReport(where, "densely", "", len(own), ignored=ignored)
-
-
-def fits(value: Tensor, target: Tensor) -> bool:
-    """Whether `value` can be copied into `target`: same shape and kind of numbers, all there."""
-    return (
-        value.shape == target.shape
-        and value.layout == torch.strided
-        and not value.is_quantized
-        and not (value.is_meta and not target.is_meta)
-        and not value.is_complex()
-        and value.dtype != torch.bool
-        and value.is_floating_point() == target.is_floating_point()
-    )
+    return LoadReport(where, "densely", prefix, len(tensors), tuple(skipped), ignored)
 
 
 def _classes(weights: Mapping[Place, Tensor]) -> int | None:
-    head = weights.get(Place("head", 0, 0, "classifier", "weight"))
+    head = weights.get(HEAD_KERNEL)
     return None if head is None or head.dim() == 0 else head.shape[0]
-
-
-def _positive(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise WeightsError(f"{where}: {EPS_KEY}={text!r}: expected a small number above 0")
-    return value
-
-
-def _place(dialect: Dialect, key: str) -> Place:
-    place = dialect.place_of(key)
-    assert place is not None
-    return place
-
-
-def key_of(place: Place) -> str:
-    """What densely calls a place."""
-    return OURS.name_of(place) or str(place)

@@ -146,6 +146,7 @@ def find_pretrained(model: str, tag: str) -> Pretrained:
         ConfigError: there are none; the nearest tags are named.
     """
     tags = {one.tag: one for one in PRETRAINED if one.model == model}
+    tag = {"IMAGENET1K_V1": "imagenet", "DEFAULT": "imagenet"}.get(tag, tag)  # torchvision's names
     if tag in tags:
         return tags[tag]
     if not tags:

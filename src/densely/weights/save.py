@@ -1,6 +1,7 @@
 """Weights written under the names of any dialect."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from densely.errors import ConfigError, WeightsError, unknown_name
 from densely.weights.dialects import ALIASES, DIALECTS, Dialect, Place
 from densely.weights.files import write_weights
 from densely.weights.keras_h5 import write_keras
-from densely.weights.load import EPS_KEY, places_of
+from densely.weights.translate import EPS_KEY, places_of
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], dialect: str = "densely") -> None:
@@ -39,6 +40,14 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], dialect: str = 
         return
     found = (getattr(module, "eps", None) for module in model.modules())
     eps = {value for value in found if isinstance(value, float)}
+    usual = named_dialect(dialect).norm_eps
+    kept = Path(path).suffix == ".safetensors" and len(eps) == 1
+    if not kept and any(abs(value - usual) > 0.01 * usual for value in eps):
+        warnings.warn(
+            f"{path}: epsilon of the norms ({', '.join(f'{e:g}' for e in sorted(eps))}) is not "
+            "kept there; a safetensors file of densely's keeps it where all norms have the same",
+            stacklevel=2,
+        )
     weights = {place: state[key] for place, key in places.items()}
     write_dialect(Path(path), weights, dialect, norm_eps=eps.pop() if len(eps) == 1 else None)
 
