@@ -1,5 +1,6 @@
 """Formats by their first bytes; whole models without their code; nothing that runs code."""
 
+import argparse
 import io
 import os
 import pickle
@@ -7,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import packages_nets as foreign
 import pytest
 import torch
@@ -85,6 +87,22 @@ def test_code_is_not_run(
     with pytest.raises(WeightsError):
         read_weights(tmp_path / "y.pt")
     assert not (tmp_path / "hostile").exists()
+
+
+@NEW_AND_OLD
+def test_what_scripts_keep_beside_the_weights_is_named(
+    zipped: bool, model: nn.Module, tmp_path: Path
+) -> None:
+    beside = {
+        "best_loss": np.float64(0.3),
+        "history": np.arange(3.0),
+        "args": argparse.Namespace(lr=0.1, out=Path("runs")),
+        "path": Path("runs/x"),
+    }
+    path = saved({"state_dict": model.state_dict(), **beside}, tmp_path / "x.tar", zipped)
+    contents = read_weights(path)
+    assert contents.tensors.keys() == model.state_dict().keys()
+    assert contents.ignored.keys() == beside.keys()
 
 
 def test_unknown_classes_are_named(tmp_path: Path) -> None:

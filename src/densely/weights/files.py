@@ -60,12 +60,25 @@ _MODEL_CLASSES = [
         "timm.models.densenet": "DenseNet DenseBlock DenseLayer DenseTransition",
         "monai.networks.nets.densenet": "DenseNet DenseNet121 DenseNet169 DenseNet201 DenseNet264 "
         "_DenseBlock _DenseLayer _Transition",
+        "densely.models.densenet": "DenseNet DenseBlock DenseLayer Transition",
         "timm.layers.norm_act": "BatchNormAct2d",
         "timm.layers.adaptive_avgmax_pool": "SelectAdaptivePool2d FastAdaptiveAvgPool",
         "torch.nn.parallel.data_parallel": "DataParallel",
     }.items()
     for name in names.split()
 ]
+
+#: What training scripts keep beside weights: the best score, the arguments, a path.
+_BESIDE = [
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in (
+        "scalar", "_reconstruct",
+    )),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,7 @@ def _read_safetensors(path: Path) -> Contents:
 def _read_torch(path: Path) -> Contents:
     classes = [*_LAYER_CLASSES, *_MODEL_CLASSES]
     stand_ins: list[Any] = [(_StandIn, name) for name in classes] + [(_stand_in, STAND_IN)]
+    stand_ins += [(_Beside, name) for name in _BESIDE]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")  # of classes that changed, and of storages to come
@@ -160,7 +174,7 @@ def _read_torch(path: Path) -> Contents:
 def _checked_legacy(path: Path, classes: Collection[str]) -> BinaryIO:
     stream = BytesIO(without_module_ids(path.read_bytes()))
     for _ in range(_LEGACY_PICKLES):
-        check_pickle(stream, classes)
+        check_pickle(stream, classes, _BESIDE)
     stream.seek(0)
     return stream
 
@@ -179,7 +193,7 @@ def _checked_archive(path: Path, classes: Collection[str]) -> BinaryIO | None:
         for entry in archive.infolist():
             if entry.filename.lower().endswith("data.pkl"):  # PyTorch looks without regard to case
                 with archive.open(entry) as pickle:
-                    check_pickle(pickle, classes)
+                    check_pickle(pickle, classes, _BESIDE)
     return path.open("rb")
 
 
@@ -212,6 +226,12 @@ class _StandIn:
             waiting += reversed(inner)
 
 
+class _Beside(_StandIn):
+    """In place of what is none of the weights, made from whatever it is made from."""
+
+    def __init__(self, *arguments: object) -> None: ...
+
+
 def _stand_in(kind: object, cls: object, file: object, source: object) -> type[_StandIn]:
     """In place of a class that an old pickle names with its source code."""
     if cls is not _StandIn:
@@ -226,13 +246,17 @@ def _items(values: object) -> Iterator[tuple[str, object]]:
 
 def unwrapped(loaded: object, depth: int = 0) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights in a checkpoint, and what else is in it."""
-    if isinstance(loaded, _StandIn):
+    if isinstance(loaded, _StandIn) and not isinstance(loaded, _Beside):
         return dict(loaded.tensors()), {}
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"expected weights by name, found {type(loaded).__name__}")
     entries = {str(key): value for key, value in loaded.items()}
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-    inner = [k for k, value in entries.items() if isinstance(value, Mapping | _StandIn) and value]
+    inner = [
+        key
+        for key, value in entries.items()
+        if isinstance(value, Mapping | _StandIn) and value and not isinstance(value, _Beside)
+    ]
     known = [key for key in _INNER if key in inner]
     chosen = known[0] if known else inner[0] if len(inner) == 1 and not tensors else None
     if chosen is None or depth > _DEPTH:

@@ -73,12 +73,14 @@ class _Value:
 _OTHER, _TEXT, _DICT = _Value("other"), _Value("text"), _Value("dict")
 
 
-def check_pickle(stream: IO[bytes], classes: Collection[str]) -> None:
+def check_pickle(stream: IO[bytes], classes: Collection[str], beside: Collection[str] = ()) -> None:
     """Read one pickle, and leave the stream behind it.
 
     Args:
         stream: where a pickle begins.
         classes: full names of modules that may be in it, and are replaced when it is loaded.
+        beside: full names of what may stand beside the weights, replaced likewise; these may be
+            called with anything.
 
     Raises:
         WeightsError: it is more than weights.
@@ -102,14 +104,20 @@ def check_pickle(stream: IO[bytes], classes: Collection[str]) -> None:
             items = [stack.pop() for _ in range(count)]
             stack.append(_tuple(items[::-1]))
         elif name == "GLOBAL":
-            stack.append(_Value("global", _known(str(argument).replace(" ", "."), classes)))
+            stack.append(
+                _Value("global", _known(str(argument).replace(" ", "."), {*classes, *beside}))
+            )
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
-            stack.append(_called(function, arguments, classes))
+            stack.append(_called(function, arguments, classes, beside))
         elif name == "BUILD":
             stack.pop()
             made = stack[-1]
-            if made.kind != "made" or made.name not in (*classes, "collections.OrderedDict"):
+            if made.kind != "made" or made.name not in (
+                *classes,
+                *beside,
+                "collections.OrderedDict",
+            ):
                 raise WeightsError(f"sets the state of '{made}', which no weights need")
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
@@ -158,12 +166,14 @@ def _known(name: str, classes: Collection[str]) -> str:
     )
 
 
-def _called(function: _Value, arguments: _Value, classes: Collection[str]) -> _Value:
+def _called(
+    function: _Value, arguments: _Value, classes: Collection[str], beside: Collection[str]
+) -> _Value:
     if function.kind == "global" and arguments.kind == "tuple":
         items = arguments.items
         if function.name == STAND_IN and [item.kind for item in items[1:2]] == ["global"]:
             return items[1]
-        if function.name in classes and not items:
+        if function.name in beside or (function.name in classes and not items):
             return _Value("made", function.name)
         if function.name in _CALLS:
             allowed = _CALLS[function.name]
