@@ -64,7 +64,7 @@ def _code(random: Random, seed: Seed, path: Path) -> None:
             call("torch._inductor.codecache.compile_file", words),
             call("numpy.load", text(str(canary))),
             call("numpy.testing._private.utils.runstring", python, mapping({})),
-            call("numpy._core.multiarray._reconstruct", name("numpy.ndarray"), group(number(0))),
+            call("numpy.fromfile", text(str(canary))),
             call("pickle.loads", text("x")),
             call("ctypes.CDLL", text(str(canary))),
             call("socket.create_connection", group(text("127.0.0.1"), number(9))),
@@ -321,6 +321,7 @@ torch.float32 torch.int8 torch.qint8 torch.FloatStorage torch.LongStorage
 torch.storage.UntypedStorage torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter
 torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v3 densely.weights.stand_in
 torch.nn.modules.container.Sequential torchvision.models.densenet.DenseNet
+argparse.Namespace pathlib.PosixPath numpy.ndarray numpy._core.multiarray.scalar
 """
 _TORCHS = """
 torch.nn.parameter.Parameter torch.Tensor torch.serialization._get_layout builtins.complex
