@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from densely.data.idx import read_idx
@@ -146,6 +146,7 @@ def test_a_bomb_is_never_unpacked(tmp_path: Path, claimed: tuple[int, ...]) -> N
 def test_random_bytes_raise_nothing_but_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str, packed: bool
 ) -> None:
+    assume(not content.startswith(idx(SIZES, b"")) or len(content) != len(idx(SIZES, VALUES)))
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(gzip.compress(content) if packed else content)
     assert_refused(path)
