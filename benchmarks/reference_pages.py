@@ -34,16 +34,16 @@ the smallest image; the ImageNet networks get the small stem for images of up to
 ```python
 from densely import DenseNet, create_model
 
-DenseNet(growth_rate=12, block_config=(12, 12, 12), bn_size=None, compression=1.0)   # plain
-DenseNet(growth_rate=12, block_config=(16, 16, 16), bn_size=4, compression=0.5)      # BC
-create_model("densenet121", image_size=32)                   # the small stem
-create_model("densenet121", spatial_dims=3, in_channels=1)   # volumes
+DenseNet(growth_rate=12, block_config=(12, 12, 12), bn_size=None, compression=1.0)  # plain
+DenseNet(growth_rate=12, block_config=(16, 16, 16), bn_size=4, compression=0.5)  # BC
+create_model("densenet121", image_size=32)  # the small stem
+create_model("densenet121", spatial_dims=3, in_channels=1)  # volumes
 create_model("densenet121", spatial_dims=3, strides=[(1, 2, 2), (1, 2, 2), *[(2, 2, 2)] * 3])
 create_model("densenet121", norm="group", activation="silu")
 create_model("densenet121", transition_pool="max", init="torchvision")
 create_model("densenet121", drop_rate=0.2, classifier_drop_rate=0.5, drop_path_rate=0.1)
-create_model("densenet121", num_classes=0)                   # pooled features: 1024 an image
-create_model("densenet121", output_stride=8)                 # dilated, for dense prediction
+create_model("densenet121", num_classes=0)  # pooled features: 1024 an image
+create_model("densenet121", output_stride=8)  # dilated, for dense prediction
 ```
 
 - **Dropout** (`drop_rate`) follows each convolution but the first, as in the paper. torchvision,
