@@ -104,7 +104,11 @@ class Preprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 [N, C, H, W] into float32 [N, C, image_size, image_size], on the device."""
-        scaled = self.fit(images).float()
+        return self.scale(self.fit(images))
+
+    def scale(self, images: Tensor) -> Tensor:
+        """Turn uint8 images of the right size, as `fit` gives them, into float32."""
+        scaled = images.float()
         if self.channels == 1:
             return scaled.sub_(255 * self.mean[0]).div_(255 * self.std[0])
         mean = torch.tensor(self.mean, device=images.device).mul_(255).view(-1, 1, 1)

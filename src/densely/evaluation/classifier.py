@@ -1,8 +1,8 @@
 """A trained network with all that it needs to name what is in a picture."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -65,14 +65,17 @@ class Classifier:
             pixels = torch.stack(
                 [self._pixels(image) for image in several[start : start + BATCH_SIZE]]
             )
-            predictions += map(self._prediction, self.probabilities(pixels))
+            probabilities = self._probabilities(pixels, self.preprocessing.scale)
+            predictions += map(self._prediction, probabilities)
         return predictions
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Probabilities of uint8 images [N, C, H, W]: float32 [N, classes] on the CPU."""
+        return self._probabilities(images, self.preprocessing)
+
+    def _probabilities(self, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
         images = images.to(self.runtime.device)
-        fitted = replace(self.preprocessing, crop=None)  # `_pixels` has cropped them
-        return logits_of(self.model, images, fitted, self.runtime).softmax(dim=1).cpu()
+        return logits_of(self.model, images, prepare, self.runtime).softmax(dim=1).cpu()
 
     def _pixels(self, image: ImageLike) -> Tensor:
         channels = self.preprocessing.channels

@@ -16,13 +16,14 @@ BATCH_SIZE = 256
 def logits_of(
     model: nn.Module,
     images: Tensor,
-    preprocessing: Preprocessing,
+    prepare: Callable[[Tensor], Tensor],
     runtime: Runtime,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Logits of uint8 images [N, C, H, W] in eval mode: float32 [N, num_classes].
 
-    The mode of `model` is put back. `before_batch` is called before each batch, and may raise to
+    `prepare` makes the model's inputs of them, as a `Preprocessing` does. The mode of `model` is
+    put back. `before_batch` is called before each batch, and may raise to
     end the work.
     """
     was_training = model.training
@@ -32,7 +33,7 @@ def logits_of(
         with torch.inference_mode(), runtime.autocast():
             for batch in torch.split(images, BATCH_SIZE):
                 before_batch()
-                outputs.append(model(runtime.layout(preprocessing(batch))).float())
+                outputs.append(model(runtime.layout(prepare(batch))).float())
     finally:
         model.train(was_training)
     return torch.cat(outputs)
