@@ -9,10 +9,9 @@ pickled model in place of its weights; such a file is read with inert stand-ins 
 named below, whose tensors are then collected. No code of the file or of those packages runs.
 """
 
-import os
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +26,7 @@ from densely.errors import WeightsError
 from densely.weights.keras_h5 import read_keras
 from densely.weights.old_pickles import STAND_IN, without_module_ids
 from densely.weights.pickles import check_pickle
+from densely.weights.whole_file import first_line, whole_file
 
 #: Where a checkpoint keeps the weights among other things, the likeliest first.
 _INNER = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "params")
@@ -51,8 +51,8 @@ pooling.AvgPool1d pooling.AvgPool2d pooling.AvgPool3d
 pooling.AdaptiveAvgPool1d pooling.AdaptiveAvgPool2d pooling.AdaptiveAvgPool3d
 dropout.Dropout dropout.Dropout1d dropout.Dropout2d dropout.Dropout3d
 """
-_LAYER_CLASSES = [f"torch.nn.modules.{name}" for name in _LAYERS.split()]
-_MODEL_CLASSES = [
+_CLASSES = [f"torch.nn.modules.{name}" for name in _LAYERS.split()]
+_CLASSES += [
     f"{package}.{name}"
     for package, names in {
         "torchvision.models.densenet": "DenseNet _DenseBlock _DenseLayer _Transition",
@@ -147,39 +147,36 @@ def _read_safetensors(path: Path) -> Contents:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:  # which one, differs with what is wrong
-        raise WeightsError(f"{path}: damaged safetensors file: {_first_line(error)}") from error
+        raise WeightsError(f"{path}: damaged safetensors file: {first_line(error)}") from error
     return Contents(tensors, metadata=metadata)
 
 
 def _read_torch(path: Path) -> Contents:
-    classes = [*_LAYER_CLASSES, *_MODEL_CLASSES]
-    stand_ins: list[Any] = [(_StandIn, name) for name in classes] + [(_stand_in, STAND_IN)]
-    stand_ins += [(_Beside, name) for name in _BESIDE]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
             warnings.simplefilter("ignore")  # of classes that changed, and of storages to come
             # Opened here, since torch.load goes by the name of a file where it is given one.
-            with _checked_archive(path, classes) or _checked_legacy(path, classes) as file:
+            with _checked_archive(path) or _checked_legacy(path) as file:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         tensors, ignored = unwrapped(loaded)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle may raise anything
-        raise WeightsError(f"{path}: damaged, or no PyTorch file: {_first_line(error)}") from error
+        raise WeightsError(f"{path}: damaged, or no PyTorch file: {first_line(error)}") from error
     if not tensors:
         raise WeightsError(f"{path}: no weights in it: {_listed(ignored)}")
     return Contents(tensors, ignored)
 
 
-def _checked_legacy(path: Path, classes: Collection[str]) -> BinaryIO:
+def _checked_legacy(path: Path) -> BinaryIO:
     stream = BytesIO(without_module_ids(path.read_bytes()))
     for _ in range(_LEGACY_PICKLES):
-        check_pickle(stream, classes, _BESIDE)
+        check_pickle(stream, _CLASSES, _BESIDE)
     stream.seek(0)
     return stream
 
 
-def _checked_archive(path: Path, classes: Collection[str]) -> BinaryIO | None:
+def _checked_archive(path: Path) -> BinaryIO | None:
     """A zip archive, opened; refuses one whose files would grow when they are unpacked."""
     if not zipfile.is_zipfile(path):
         return None
@@ -193,7 +190,7 @@ def _checked_archive(path: Path, classes: Collection[str]) -> BinaryIO | None:
         for entry in archive.infolist():
             if entry.filename.lower().endswith("data.pkl"):  # PyTorch looks without regard to case
                 with archive.open(entry) as pickle:
-                    check_pickle(pickle, classes, _BESIDE)
+                    check_pickle(pickle, _CLASSES, _BESIDE)
     return path.open("rb")
 
 
@@ -239,6 +236,13 @@ def _stand_in(kind: object, cls: object, file: object, source: object) -> type[_
     return _StandIn
 
 
+_STAND_INS: list[Any] = [
+    (_stand_in, STAND_IN),
+    *((_StandIn, name) for name in _CLASSES),
+    *((_Beside, name) for name in _BESIDE),
+]
+
+
 def _items(values: object) -> Iterator[tuple[str, object]]:
     if isinstance(values, Mapping):
         yield from ((str(name), value) for name, value in values.items())
@@ -281,23 +285,14 @@ def write_weights(
             ".pt, .tar, .ckpt or .bin"
         )
     kept = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    part = path.with_name(path.name + ".part")
     try:
-        if path.suffix == ".safetensors":
-            save_file(kept, part, metadata={"format": "pt", **(metadata or {})})
-        else:
-            torch.save(kept, part)
-        os.replace(part, path)
+        with whole_file(path) as part:
+            if path.suffix == ".safetensors":
+                save_file(kept, part, metadata={"format": "pt", **(metadata or {})})
+            else:
+                torch.save(kept, part)
     except (OSError, SafetensorError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise WeightsError(f"{path}: cannot be written: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    _, _, told = str(error).rpartition("WeightsUnpickler error:")
-    lines = told.strip().splitlines()
-    line = (lines[0] if lines else type(error).__name__)[:200]
-    return "".join(c if c.isprintable() else "?" for c in line)
+        raise WeightsError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
 def _listed(names: Mapping[str, str]) -> str:

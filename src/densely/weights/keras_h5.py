@@ -20,9 +20,7 @@ Not covered: `.keras` archives, bfloat16, models of Keras 1, files of damaged in
 which the HDF5 library itself would crash.
 """
 
-import contextlib
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,6 +37,7 @@ from densely.weights.keras_names import (
     layer_name,
     names_by_number,
 )
+from densely.weights.whole_file import first_line, whole_file
 
 # Keras's largest DenseNet, with its optimizer's state, has a fifth of these.
 _MAX_OBJECTS = 20_000
@@ -86,7 +85,7 @@ def read_keras(path: Path) -> dict[str, Tensor]:
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     except _FAULTS as error:
-        raise WeightsError(f"{path}: damaged, or no HDF5 file: {_first_line(error)}") from error
+        raise WeightsError(f"{path}: damaged, or no HDF5 file: {first_line(error)}") from error
 
 
 def _h5py() -> Any:
@@ -246,26 +245,21 @@ def write_keras(path: Path, tensors: Mapping[str, Tensor]) -> None:
     h5py = _h5py()
     if path.suffix not in (".h5", ".hdf5"):
         raise WeightsError(f"{path}: expected .weights.h5 (Keras 3) or .h5 (legacy), for Keras")
-    part = path.with_name(path.name + ".part")
     try:
         layers = _layers(tensors)
         stored = _numbered(layers)
         firsts = {number: next(iter(layers[name].values())) for number, name in stored.items()}
         if names_by_number({number: first.shape for number, first in firsts.items()}) != stored:
             raise WeightsError("the names of the layers do not fit their shapes")
-        with h5py.File(part, "w") as file:
+        with whole_file(path) as part, h5py.File(part, "w") as file:
             if path.name.endswith(".weights.h5"):
                 _write_keras_3(file, layers, stored)
             else:
                 _write_legacy(file, layers)
-        os.replace(part, path)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     except _FAULTS as error:
-        raise WeightsError(f"{path}: cannot be written: {_first_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        raise WeightsError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -317,8 +311,3 @@ def _write_legacy(file: Any, layers: Mapping[str, Mapping[str, Tensor]]) -> None
         group.attrs["weight_names"] = [f"{name}/{variable}:0".encode() for variable in variables]
         for variable, tensor in variables.items():
             group[f"{name}/{variable}:0"] = tensor.numpy()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

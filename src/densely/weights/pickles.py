@@ -70,6 +70,18 @@ class _Value:
         return self.name or self.kind
 
 
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    """Names beyond weights: modules, and what may stand beside them; see `check_pickle`."""
+
+    classes: frozenset[str]
+    beside: frozenset[str]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.classes or name in self.beside
+
+
+_ORDERED = "collections.OrderedDict"
 _OTHER, _TEXT, _DICT = _Value("other"), _Value("text"), _Value("dict")
 
 
@@ -85,6 +97,7 @@ def check_pickle(stream: IO[bytes], classes: Collection[str], beside: Collection
     Raises:
         WeightsError: it is more than weights.
     """
+    allowed = _Allowed(frozenset(classes), frozenset(beside))
     stack: list[_Value] = []
     marked: list[list[_Value]] = []
     memo: dict[object, _Value] = {}
@@ -104,20 +117,14 @@ def check_pickle(stream: IO[bytes], classes: Collection[str], beside: Collection
             items = [stack.pop() for _ in range(count)]
             stack.append(_tuple(items[::-1]))
         elif name == "GLOBAL":
-            stack.append(
-                _Value("global", _known(str(argument).replace(" ", "."), {*classes, *beside}))
-            )
+            stack.append(_Value("global", _known(str(argument).replace(" ", "."), allowed)))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
-            stack.append(_called(function, arguments, classes, beside))
+            stack.append(_called(function, arguments, allowed))
         elif name == "BUILD":
             stack.pop()
             made = stack[-1]
-            if made.kind != "made" or made.name not in (
-                *classes,
-                *beside,
-                "collections.OrderedDict",
-            ):
+            if made.kind != "made" or not (made.name in allowed or made.name == _ORDERED):
                 raise WeightsError(f"sets the state of '{made}', which no weights need")
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
@@ -156,8 +163,8 @@ def _tuple(items: list[_Value]) -> _Value:
     return _Value("tuple", items=tuple(items), size=size)
 
 
-def _known(name: str, classes: Collection[str]) -> str:
-    if name in _NAMES or name in _CALLS or name in classes or name == STAND_IN:
+def _known(name: str, allowed: _Allowed) -> str:
+    if name in _NAMES or name in _CALLS or name in allowed or name == STAND_IN:
         return name
     shown = "".join(c if c.isprintable() else "?" for c in name[:100])
     raise WeightsError(
@@ -166,17 +173,15 @@ def _known(name: str, classes: Collection[str]) -> str:
     )
 
 
-def _called(
-    function: _Value, arguments: _Value, classes: Collection[str], beside: Collection[str]
-) -> _Value:
+def _called(function: _Value, arguments: _Value, allowed: _Allowed) -> _Value:
     if function.kind == "global" and arguments.kind == "tuple":
         items = arguments.items
         if function.name == STAND_IN and [item.kind for item in items[1:2]] == ["global"]:
             return items[1]
-        if function.name in beside or (function.name in classes and not items):
+        if function.name in allowed.beside or (function.name in allowed.classes and not items):
             return _Value("made", function.name)
         if function.name in _CALLS:
-            allowed = _CALLS[function.name]
-            if allowed is None or tuple(map(str, items)) in allowed:
+            shapes = _CALLS[function.name]
+            if shapes is None or tuple(map(str, items)) in shapes:
                 return _Value("made", function.name)
     raise WeightsError(f"calls '{function}' in a way that no weights need")
