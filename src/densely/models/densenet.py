@@ -414,6 +414,12 @@ class DenseNet(nn.Module):
             )
 
 
+def norm_eps(model: nn.Module) -> set[float]:
+    """The epsilons of all norms in `model`: one, as a rule."""
+    values = (getattr(module, "eps", None) for module in model.modules())
+    return {value for value in values if isinstance(value, float)}
+
+
 def set_norm_eps(model: nn.Module, eps: float) -> None:
     """Set the epsilon of every norm in `model`, in place."""
     for module in model.modules():

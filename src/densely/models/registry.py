@@ -38,6 +38,11 @@ class Preset:
     task: Literal["classification", "segmentation"] = "classification"
     stem_by_image_size: bool = False
 
+    @property
+    def network(self) -> Callable[..., nn.Module]:
+        """The class that `build` makes."""
+        return self.build.func if isinstance(self.build, partial) else self.build
+
 
 def _imagenet(growth_rate: int, block_config: Sequence[int], num_init_features: int) -> Preset:
     """Paper, table 1, for images of 224x224."""
@@ -192,7 +197,7 @@ def build_model(
     """
     chosen = preset(name)
     given: dict[str, Any] = dict(options)
-    takes = _arguments(chosen)
+    takes = list(inspect.signature(chosen.network).parameters)
     if unknown := [
         unknown_name(f"option of {name}", key, takes) for key in given if key not in takes
     ]:
@@ -210,12 +215,6 @@ def build_model(
             "pixels; smaller ones would shrink to nothing"
         )
     return model
-
-
-def _arguments(chosen: Preset) -> list[str]:
-    """Names of what its class takes."""
-    kind = chosen.build.func if isinstance(chosen.build, partial) else chosen.build
-    return list(inspect.signature(kind).parameters)
 
 
 @dataclass(frozen=True)

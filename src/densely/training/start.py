@@ -11,7 +11,6 @@ from densely.training.checkpoint import ModelInfo
 from densely.training.config import TrainConfig
 from densely.weights.create import published, start_model
 from densely.weights.load import LoadReport
-from densely.weights.pretrained import Pretrained
 
 
 def check_start(config: TrainConfig) -> None:
@@ -35,30 +34,25 @@ def begin(
     Raises:
         DenselyError: images too small for it; weights that are missing, damaged or do not fit.
     """
-    entry = published(config.model, config.weights) if config.weights else None
-    preprocessing = _preprocessing(config, train_set, entry)
-    info = ModelInfo(config.model, train_set.classes, preprocessing)
-    if config.weights is None:
-        return info, info.build(), None
-    start = start_model(
-        config.model,
-        config.weights,
-        num_classes=len(train_set.classes),
-        in_channels=preprocessing.channels,
-        image_size=preprocessing.image_size,
-    )
-    return dataclasses.replace(info, options=dict(start.options)), start.model, start.report
-
-
-def _preprocessing(
-    config: TrainConfig, train_set: ImageSet, entry: Pretrained | None
-) -> Preprocessing:
     size = config.image_size or train_set.images.shape[-1]
     channels = train_set.images.shape[1]
+    start = None
+    if config.weights is not None:
+        start = start_model(
+            config.model,
+            config.weights,
+            num_classes=len(train_set.classes),
+            in_channels=channels,
+            image_size=size,
+        )
     if not config.normalize:
-        return Preprocessing.identity(size, channels)
-    if entry is None:
-        return Preprocessing.standardizing(train_set, size)
-    # The scale that the weights know; the whole picture is kept, as always in training here.
-    known = entry.preprocessing.for_channels(channels)
-    return dataclasses.replace(known, image_size=size, crop=None)
+        preprocessing = Preprocessing.identity(size, channels)
+    elif start is not None and start.preprocessing is not None:
+        # The scale that the weights know; the whole picture is kept, as always in training here.
+        preprocessing = dataclasses.replace(start.preprocessing, crop=None)
+    else:
+        preprocessing = Preprocessing.standardizing(train_set, size)
+    info = ModelInfo(config.model, train_set.classes, preprocessing)
+    if start is None:
+        return info, info.build(), None
+    return dataclasses.replace(info, options=dict(start.options)), start.model, start.report

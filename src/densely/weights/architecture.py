@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -28,9 +27,9 @@ class Architecture:
     num_classes: int
     spatial_dims: int
 
-    def build(self, **options: Any) -> DenseNet:
-        """Make the network, with fresh weights; `options` are other arguments of `DenseNet`."""
-        return DenseNet(**asdict(self), **options)
+    def build(self) -> DenseNet:
+        """Make the network, with fresh weights."""
+        return DenseNet(**asdict(self))
 
     @property
     def name(self) -> str | None:

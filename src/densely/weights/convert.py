@@ -10,12 +10,14 @@ from torch import Tensor
 from densely.errors import WeightsError
 from densely.models import DenseNet
 from densely.weights.architecture import Architecture, architecture
+from densely.weights.compare import mismatch
+from densely.weights.dialects import named_dialect
 from densely.weights.explain import explain
 from densely.weights.files import read_weights
-from densely.weights.load import load_weights
+from densely.weights.load import load_translated, load_weights
 from densely.weights.packages import package_logits
-from densely.weights.save import named_dialect, write_dialect
-from densely.weights.translate import Translated, fits, key_of, places_of, translate
+from densely.weights.save import write_dialect
+from densely.weights.translate import Translated, key_of, places_of, translate
 
 #: Share of the largest logit that rounding in float32 and another epsilon may explain.
 _TOLERANCE = 1e-3
@@ -87,10 +89,10 @@ def convert_weights(
     logits = x = None
     if check:  # before anything is written
         theirs = net.build()
-        load_weights(theirs, source, dialect, prefix=prefix)
+        load_translated(theirs, found, where)
         x = _images(theirs)
         logits = _logits(theirs, x)
-    write_dialect(Path(target), found.weights, to, norm_eps=eps)
+    write_dialect(Path(target), found.weights, to, eps=eps)
     differences: dict[str, float | None] = {}
     if logits is not None and x is not None:
         ours = net.build()
@@ -129,25 +131,19 @@ def _check_whole(found: Translated, net: Architecture, where: str) -> None:
         model = net.build()
     places = places_of(model.state_dict())
     assert places is not None
-    expected = {place: model.state_dict()[key] for place, key in places.items()}
-    counted = {place for place in expected if place.variable == "num_batches_tracked"}
-    missing = [key_of(p) for p in expected if p not in found.weights and p not in counted]
-    wrong = [
-        (key_of(place), value, expected[place])
-        for place, value in found.weights.items()
-        if place in expected and not fits(value, expected[place])
-    ]
-    unexpected = [key_of(p) for p in found.weights if p not in expected]
-    unexpected += found.unexpected
-    if missing or wrong or unexpected:
+    wanted = {place: model.state_dict()[key] for place, key in places.items()}
+    differing = mismatch(found.weights, wanted)
+    missing = [key_of(place) for place in differing.missing if not place.is_count]
+    unexpected = [*map(key_of, differing.unexpected), *found.unexpected]
+    if missing or unexpected or differing.wrong:
         raise WeightsError(
             explain(
                 where,
                 found.dialect.name,
                 found.weights,
-                expected,
+                wanted,
                 missing=missing,
-                wrong=wrong,
+                wrong=[(key_of(place), value, aim) for place, value, aim in differing.wrong],
                 unexpected=unexpected,
             )
         )

@@ -10,11 +10,12 @@ from torch import nn
 
 from densely.data.preprocessing import Preprocessing
 from densely.errors import ConfigError
+from densely.models import DenseNet
 from densely.models.registry import ModelOptions, build_model, preset
 from densely.weights.architecture import architecture
-from densely.weights.load import LoadReport, load_weights
+from densely.weights.load import Head, LoadReport, StemFit, load_by_name, load_translated
 from densely.weights.pretrained import Pretrained, fetch, find_pretrained
-from densely.weights.translate import assign, contents_of, translate
+from densely.weights.translate import contents_of, translate
 
 
 class Start(NamedTuple):
@@ -23,13 +24,13 @@ class Start(NamedTuple):
     Args:
         model: the network.
         options: arguments of the network that the weights decided, for building it again.
-        report: what was loaded; None for fresh weights.
+        report: what was loaded.
         preprocessing: of the images that published weights want; None for others.
     """
 
     model: nn.Module
     options: ModelOptions
-    report: LoadReport | None
+    report: LoadReport
     preprocessing: Preprocessing | None
 
 
@@ -95,7 +96,8 @@ def start_model(
     contents, where = contents_of(path)
     given: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     decided: dict[str, Any] = {}
-    if _is_densenet(name) and assign(contents.tensors) is not None:
+    found = None
+    if preset(name).network is DenseNet:
         found = translate(contents, where, "auto", None)
         net = architecture(found.weights, where)
         given = {key: getattr(net, key) if v is None else v for key, v in given.items()}
@@ -105,22 +107,18 @@ def start_model(
             decided["norm_eps"] = found.norm_eps
     decided |= options
     model = build_model(name, image_size=image_size, **given, **decided)
-    report = load_weights(
-        model,
-        path,
-        head="load" if num_classes is None else "auto",
-        stem="strict" if in_channels is None else "adapt",
-    )
+    head: Head = "load" if num_classes is None else "auto"
+    if found is None:
+        report = load_by_name(model, contents, where, "auto", head=head)
+    else:
+        stem: StemFit = "strict" if in_channels is None else "adapt"
+        report = load_translated(model, found, where, head=head, stem=stem)
     preprocessing = None
     if entry is not None:
         preprocessing = entry.preprocessing.for_channels(given["in_channels"])
         if image_size is not None:
             preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
     return Start(model, cast(ModelOptions, decided), report, preprocessing)
-
-
-def _is_densenet(name: str) -> bool:
-    return "block_config" in getattr(preset(name).build, "keywords", {})
 
 
 def published(name: str, weights: object) -> Pretrained | None:

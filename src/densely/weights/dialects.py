@@ -17,6 +17,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from densely.errors import ConfigError, unknown_name
+
 Kind = Literal["stem", "layer", "transition", "final", "head"]
 
 
@@ -28,6 +30,11 @@ class Place(NamedTuple):
     layer: int
     part: str
     variable: str
+
+    @property
+    def is_count(self) -> bool:
+        """Whether it counts batches, which PyTorch alone does: files may lack it."""
+        return self.variable == "num_batches_tracked"
 
 
 _TORCH = {
@@ -250,6 +257,17 @@ ALIASES = {
     "efficient_densenet_pytorch": "efficient",
 }
 OURS = DIALECTS["torchvision"]
+
+
+def named_dialect(name: object, *others: str) -> Dialect:
+    """The dialect of a package; `others` are names that would be right as well.
+
+    Raises:
+        ConfigError: an unknown one; the nearest are named.
+    """
+    if not isinstance(name, str) or ALIASES.get(name, name) not in DIALECTS:
+        raise ConfigError(unknown_name("dialect", str(name), [*others, *DIALECTS, *ALIASES]))
+    return DIALECTS[ALIASES.get(name, name)]
 
 
 class Found(NamedTuple):

@@ -1,30 +1,33 @@
 """Weights of any dialect into a model: all of them or none, and nothing skipped in silence."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from densely.errors import ConfigError, WeightsError
-from densely.models.densenet import set_norm_eps
+from densely.models.densenet import norm_eps, set_norm_eps
+from densely.weights.compare import fits, mismatch
 from densely.weights.dialects import Place
 from densely.weights.explain import explain
 from densely.weights.files import Contents
 from densely.weights.stem import adapt_stem
 from densely.weights.translate import (
     HEAD_KERNEL,
+    Assigned,
     Source,
     Translated,
     assign,
     contents_of,
-    fits,
     key_of,
     translate,
 )
 
-_COUNT = "num_batches_tracked"
+Head = Literal["load", "skip", "auto"]
+StemFit = Literal["strict", "adapt"]
 _STEM_KERNEL = Place("stem", 0, 0, "conv0", "weight")
 
 
@@ -66,8 +69,8 @@ def load_weights(
     source: Source,
     dialect: str = "auto",
     *,
-    head: Literal["load", "skip", "auto"] = "load",
-    stem: Literal["strict", "adapt"] = "strict",
+    head: Head = "load",
+    stem: StemFit = "strict",
     prefix: str | None = None,
 ) -> LoadReport:
     """Load weights of any known dialect into a DenseNet, strictly: all or nothing.
@@ -95,8 +98,8 @@ def load_weights(
     faults = [
         f"{name}={value!r}: must be one of {', '.join(known)}"
         for name, value, known in (
-            ("head", head, ("load", "skip", "auto")),
-            ("stem", stem, ("strict", "adapt")),
+            ("head", head, get_args(Head)),
+            ("stem", stem, get_args(StemFit)),
         )
         if value not in known
     ]
@@ -105,89 +108,123 @@ def load_weights(
     if faults:
         raise ConfigError("; ".join(faults))
     contents, where = contents_of(source)
-    own = model.state_dict()
-    target = assign(own)
+    target = assign(model.state_dict())
     if target is None:
         return load_by_name(model, contents, where, dialect, head=head)
     found = translate(contents, where, dialect, prefix)
-    weights, places, notes = dict(found.weights), dict(target.places), list(found.notes)
-    unexpected, missing_heads = list(found.unexpected), list(target.others)
+    return _load(model, target, found, where, head, stem)
+
+
+def load_translated(
+    model: nn.Module,
+    found: Translated,
+    where: str,
+    *,
+    head: Head = "load",
+    stem: StemFit = "strict",
+) -> LoadReport:
+    """`load_weights` into a DenseNet, for those who have translated the source already.
+
+    Raises:
+        WeightsError: as `load_weights`.
+    """
+    target = assign(model.state_dict())
+    assert target is not None
+    return _load(model, target, found, where, head, stem)
+
+
+def _load(
+    model: nn.Module, target: Assigned, found: Translated, where: str, head: Head, stem: StemFit
+) -> LoadReport:
+    own = model.state_dict()
+    wanted = {place: own[key] for place, key in target.places.items()}
+    weights, notes = dict(found.weights), list(found.notes)
+    unexpected, others = list(found.unexpected), list(target.others)
     skipped: list[str] = []
     if head == "auto":
-        expected = _classes({place: own[key] for place, key in places.items()})
-        head = "load" if _classes(weights) == expected and not missing_heads else "skip"
+        head = "load" if _classes(weights) == _classes(wanted) and not others else "skip"
     if head == "skip":
         skipped = [key_of(place) for place in weights if place.kind == "head"]
         skipped += [key for key in unexpected if key not in found.trunk]
         unexpected = [key for key in unexpected if key in found.trunk]
-        weights = {place: value for place, value in weights.items() if place.kind != "head"}
-        places = {place: key for place, key in places.items() if place.kind != "head"}
-        missing_heads = []
+        weights, wanted, others = _without_head(weights), _without_head(wanted), []
+    if stem == "adapt":
+        notes += _adapt(weights, wanted)
 
-    prepared: dict[str, Tensor] = {}
-    missing: list[Place] = []
-    wrong: list[tuple[Place, Tensor, Tensor]] = []
-    casts: dict[str, int] = {}
-    for place, key in places.items():
-        aim = own[key]
-        if place not in weights:
-            if place.variable == _COUNT:
-                prepared[key] = torch.zeros_like(aim)
-            else:
-                missing.append(place)
-            continue
-        value = weights[place]
-        if stem == "adapt" and place == _STEM_KERNEL and value.dim() == aim.dim():
-            adapted = adapt_stem(value, aim.shape[1]) if value.shape[1] else value
-            if adapted is not value:
-                notes.append(f"stem adapted from {value.shape[1]} to {aim.shape[1]} channels")
-            value = adapted
-        if not fits(value, aim):
-            wrong.append((place, value, aim))
-            continue
-        if value.dtype != aim.dtype:
-            cast = f"{value.dtype} to {aim.dtype}".replace("torch.", "")
-            casts[cast] = casts.get(cast, 0) + 1
-        prepared[key] = value
-    unexpected += [key_of(place) for place in weights if place not in places]
-    if missing or wrong or unexpected or missing_heads:
+    differing = mismatch(weights, wanted)
+    missing = [key_of(place) for place in differing.missing if not place.is_count] + others
+    unexpected += [key_of(place) for place in differing.unexpected]
+    if missing or unexpected or differing.wrong:
         message = explain(
             where,
             found.dialect.name,
             found.weights,
-            {place: own[key] for place, key in places.items()},
-            missing=[key_of(place) for place in missing] + missing_heads,
-            wrong=[(key_of(place), value, aim) for place, value, aim in wrong],
+            wanted,
+            missing=missing,
+            wrong=[(key_of(place), value, aim) for place, value, aim in differing.wrong],
             unexpected=unexpected,
         )
-        if missing_heads:
-            inside = target.prefix.rstrip(".")
-            message += "\n  the model is more than a DenseNet: " + (
-                f"pass the DenseNet in it ({inside}), or " if inside else "pass "
-            )
-            message += "head='skip' to leave these as they are"
-        if prefix is None and unexpected and found.prefix and not found.trunk & {*unexpected}:
-            message += f"\n  pass prefix='{found.prefix}' to leave out what stands beside it"
-        raise WeightsError(message)
+        raise WeightsError(message + _way_out(target, others, found))
     if any(value.is_meta for value in own.values()):
         raise WeightsError(
             f"{where}: fits, but the model is on the meta device and holds no numbers: call "
             "model.to_empty(device='cpu') first"
         )
-    if any(place.variable == _COUNT and place not in weights for place in places):
+    if differing.missing:
         notes.append("numbers of batches seen are not in the source: set to 0")
-    notes += [f"{count} tensors cast from {cast}" for cast, count in casts.items()]
-    model.load_state_dict(own | prepared)
+    notes += _casts(weights, wanted)
+    counts = {place: torch.zeros_like(wanted[place]) for place in differing.missing}
+    model.load_state_dict(
+        own | {target.places[place]: value for place, value in (weights | counts).items()}
+    )
     notes += _settle_eps(model, found)
     return LoadReport(
         where,
         found.dialect.name,
         found.prefix,
-        len(prepared),
+        len(wanted),
         tuple(skipped),
         found.ignored,
         tuple(notes),
     )
+
+
+def _without_head(weights: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
+    return {place: value for place, value in weights.items() if place.kind != "head"}
+
+
+def _adapt(weights: dict[Place, Tensor], wanted: Mapping[Place, Tensor]) -> list[str]:
+    """Fit the first convolution in `weights` for as many channels as are wanted."""
+    kernel, aim = weights.get(_STEM_KERNEL), wanted.get(_STEM_KERNEL)
+    if kernel is None or aim is None or kernel.dim() != aim.dim() or not kernel.shape[1]:
+        return []
+    weights[_STEM_KERNEL] = adapt_stem(kernel, aim.shape[1])
+    if weights[_STEM_KERNEL] is kernel:
+        return []
+    return [f"stem adapted from {kernel.shape[1]} to {aim.shape[1]} channels"]
+
+
+def _casts(weights: Mapping[Place, Tensor], wanted: Mapping[Place, Tensor]) -> list[str]:
+    """How many tensors change their precision, in words."""
+    casts = Counter(
+        f"{value.dtype} to {wanted[place].dtype}".replace("torch.", "")
+        for place, value in weights.items()
+        if value.dtype != wanted[place].dtype
+    )
+    return [f"{count} tensors cast from {cast}" for cast, count in casts.items()]
+
+
+def _way_out(target: Assigned, others: Sequence[str], found: Translated) -> str:
+    """What may be passed where more than a DenseNet stands in the model or in the source."""
+    told = ""
+    if others:
+        inside = target.prefix.rstrip(".")
+        part = f"pass the DenseNet in it ({inside}), or " if inside else "pass "
+        told += f"\n  the model is more than a DenseNet: {part}"
+        told += "head='skip' to leave these as they are"
+    if not found.trunk and any(not key.startswith(found.prefix) for key in found.unexpected):
+        told += f"\n  pass prefix='{found.prefix}' to leave out what stands beside it"
+    return told
 
 
 def _settle_eps(model: nn.Module, found: Translated) -> list[str]:
@@ -195,8 +232,7 @@ def _settle_eps(model: nn.Module, found: Translated) -> list[str]:
     if found.norm_eps is not None:
         set_norm_eps(model, found.norm_eps)
         return [f"epsilon of the norms set to the source's, {found.norm_eps:g}"]
-    values = (getattr(module, "eps", None) for module in model.modules())
-    own = {value for value in values if isinstance(value, float)}
+    own = norm_eps(model)
     if own == {found.dialect.norm_eps}:
         return []
     told = ", ".join(f"{value:g}" for value in sorted(own))
@@ -212,7 +248,7 @@ def load_by_name(
     where: str,
     dialect: str,
     *,
-    head: Literal["load", "skip", "auto"],
+    head: Head,
 ) -> LoadReport:
     """Load a network of another kind, such as FC-DenseNet: its keys must be the file's.
 
@@ -236,16 +272,18 @@ def load_by_name(
         skipped = [key for key in tensors if key.startswith("classifier.")]
         tensors = {key: value for key, value in tensors.items() if key not in skipped}
         expected = {key: value for key, value in own.items() if key not in heads}
-    missing = [key for key in expected if key not in tensors]
-    unexpected = [key for key in tensors if key not in expected]
-    wrong = [
-        (key, tensors[key], value)
-        for key, value in expected.items()
-        if key in tensors and not fits(tensors[key], value)
-    ]
-    if missing or unexpected or wrong:
+    differing = mismatch(tensors, expected)
+    if any(differing):
         raise WeightsError(
-            explain(where, "densely", {}, {}, missing=missing, wrong=wrong, unexpected=unexpected)
+            explain(
+                where,
+                "densely",
+                {},
+                {},
+                missing=differing.missing,
+                wrong=differing.wrong,
+                unexpected=differing.unexpected,
+            )
         )
     model.load_state_dict(own | tensors)
     ignored = tuple(f"{key} ({what})" for key, what in contents.ignored.items())

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from densely.errors import ConfigError, WeightsError, unknown_name
-from densely.weights.dialects import ALIASES, DIALECTS, Dialect, Place
+from densely.errors import WeightsError
+from densely.models.densenet import norm_eps
+from densely.weights.dialects import Place, named_dialect
 from densely.weights.files import write_weights
 from densely.weights.keras_h5 import write_keras
 from densely.weights.translate import EPS_KEY, places_of
@@ -38,8 +39,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], dialect: str = 
             )
         write_weights(Path(path), state)
         return
-    found = (getattr(module, "eps", None) for module in model.modules())
-    eps = {value for value in found if isinstance(value, float)}
+    eps = norm_eps(model)
     usual = named_dialect(dialect).norm_eps
     kept = Path(path).suffix == ".safetensors" and len(eps) == 1
     if not kept and any(abs(value - usual) > 0.01 * usual for value in eps):
@@ -49,22 +49,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], dialect: str = 
             stacklevel=2,
         )
     weights = {place: state[key] for place, key in places.items()}
-    write_dialect(Path(path), weights, dialect, norm_eps=eps.pop() if len(eps) == 1 else None)
-
-
-def named_dialect(name: str) -> Dialect:
-    """The dialect of a package.
-
-    Raises:
-        ConfigError: an unknown one; the nearest are named.
-    """
-    if ALIASES.get(name, name) not in DIALECTS:
-        raise ConfigError(unknown_name("dialect", name, [*DIALECTS, *ALIASES]))
-    return DIALECTS[ALIASES.get(name, name)]
+    write_dialect(Path(path), weights, dialect, eps=eps.pop() if len(eps) == 1 else None)
 
 
 def write_dialect(
-    path: Path, weights: Mapping[Place, Tensor], dialect: str, *, norm_eps: float | None
+    path: Path, weights: Mapping[Place, Tensor], dialect: str, *, eps: float | None
 ) -> None:
     """Write weights by place; see `save_weights`.
 
@@ -72,7 +61,7 @@ def write_dialect(
         path: the file.
         weights: in PyTorch's layout.
         dialect: whose names.
-        norm_eps: epsilon of the norms, kept in a safetensors file where it is not PyTorch's usual.
+        eps: epsilon of the norms, kept in a safetensors file where it is not PyTorch's usual.
 
     Raises:
         ConfigError: an unknown dialect.
@@ -85,7 +74,7 @@ def write_dialect(
         key = target.name_of(place)
         if key is not None:
             named[key] = target.from_torch(place, value.detach())
-        elif place.variable != "num_batches_tracked":  # which nobody else counts
+        elif not place.is_count:
             homeless.append(f"{place.kind} {place.part}.{place.variable}")
     if homeless:
         raise WeightsError(
@@ -95,5 +84,5 @@ def write_dialect(
     if target.is_keras:
         write_keras(path, named)
         return
-    usual = norm_eps is None or norm_eps == target.norm_eps
-    write_weights(path, named, None if usual else {EPS_KEY: repr(norm_eps)})
+    usual = eps is None or eps == target.norm_eps
+    write_weights(path, named, None if usual else {EPS_KEY: repr(eps)})

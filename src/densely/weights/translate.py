@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from densely.errors import ConfigError, WeightsError, unknown_name
-from densely.weights.dialects import ALIASES, DIALECTS, OURS, Dialect, Found, Place, candidates
+from densely.errors import WeightsError
+from densely.weights.dialects import (
+    DIALECTS,
+    OURS,
+    Dialect,
+    Found,
+    Place,
+    candidates,
+    named_dialect,
+)
 from densely.weights.files import Contents, read_weights, unwrapped
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -108,10 +115,7 @@ def translate(contents: Contents, where: str, dialect: str, prefix: str | None) 
     """
     known: Iterable[Dialect] = DIALECTS.values()
     if dialect != "auto":
-        name = ALIASES.get(dialect, dialect) if isinstance(dialect, str) else ""
-        if name not in DIALECTS:
-            raise ConfigError(unknown_name("dialect", str(dialect), ["auto", *DIALECTS, *ALIASES]))
-        known = [DIALECTS[name]]
+        known = [named_dialect(dialect, "auto")]
     keys = list(contents.tensors)
     found = candidates(keys, known)
     if prefix is not None:
@@ -190,19 +194,6 @@ def contents_of(source: Source) -> tuple[Contents, str]:
     if not isinstance(source, str | os.PathLike):
         raise WeightsError(f"{type(source).__name__}: expected a file or a state_dict")
     return read_weights(Path(source)), os.fspath(source)
-
-
-def fits(value: Tensor, target: Tensor) -> bool:
-    """Whether `value` can be copied into `target`: same shape and kind of numbers, all there."""
-    return (
-        value.shape == target.shape
-        and value.layout == torch.strided
-        and not value.is_quantized
-        and not (value.is_meta and not target.is_meta)
-        and not value.is_complex()
-        and value.dtype != torch.bool
-        and value.is_floating_point() == target.is_floating_point()
-    )
 
 
 def _positive(text: str, where: str) -> float:
