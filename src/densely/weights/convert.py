@@ -10,14 +10,13 @@ from torch import Tensor
 from densely.errors import WeightsError
 from densely.models import DenseNet
 from densely.weights.architecture import Architecture, architecture
-from densely.weights.compare import mismatch
 from densely.weights.dialects import named_dialect
-from densely.weights.explain import explain
+from densely.weights.explain import require_fit
 from densely.weights.files import read_weights
 from densely.weights.load import load_translated, load_weights
 from densely.weights.packages import package_logits
 from densely.weights.save import write_dialect
-from densely.weights.translate import Translated, key_of, places_of, translate
+from densely.weights.translate import Translated, places_of, translate
 
 #: Share of the largest logit that rounding in float32 and another epsilon may explain.
 _TOLERANCE = 1e-3
@@ -132,21 +131,7 @@ def _check_whole(found: Translated, net: Architecture, where: str) -> None:
     places = places_of(model.state_dict())
     assert places is not None
     wanted = {place: model.state_dict()[key] for place, key in places.items()}
-    differing = mismatch(found.weights, wanted)
-    missing = [key_of(place) for place in differing.missing if not place.is_count]
-    unexpected = [*map(key_of, differing.unexpected), *found.unexpected]
-    if missing or unexpected or differing.wrong:
-        raise WeightsError(
-            explain(
-                where,
-                found.dialect.name,
-                found.weights,
-                wanted,
-                missing=missing,
-                wrong=[(key_of(place), value, aim) for place, value, aim in differing.wrong],
-                unexpected=unexpected,
-            )
-        )
+    require_fit(found, found.weights, wanted, where, unexpected=found.unexpected)
 
 
 def _images(model: DenseNet) -> Tensor:

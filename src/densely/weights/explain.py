@@ -6,10 +6,56 @@ from torch import Tensor
 
 from densely.errors import WeightsError
 from densely.weights.architecture import Architecture, architecture
+from densely.weights.compare import mismatch
 from densely.weights.dialects import Place
+from densely.weights.translate import Translated, key_of
 
 #: Keys of each kind that a message names; an error of all 700 would be read by nobody.
 SHOWN = 8
+
+
+def require_fit(
+    found: Translated,
+    weights: Mapping[Place, Tensor],
+    wanted: Mapping[Place, Tensor],
+    where: str,
+    *,
+    missing: Sequence[str] = (),
+    unexpected: Sequence[str] = (),
+    hint: str = "",
+) -> list[Place]:
+    """Hold translated weights against a DenseNet's.
+
+    Args:
+        found: what the file holds.
+        weights: those of its weights that are to fit.
+        wanted: the network's, by place.
+        where: the file.
+        missing: keys that the network has beside a DenseNet's, and the file has not.
+        unexpected: keys of the file that are no DenseNet's.
+        hint: what to add to the message.
+
+    Returns:
+        The only ones that may be missing: counts of batches.
+
+    Raises:
+        WeightsError: something does not fit; see `explain`.
+    """
+    differing = mismatch(weights, wanted)
+    missing = [key_of(place) for place in differing.missing if not place.is_count] + [*missing]
+    unexpected = [*unexpected, *map(key_of, differing.unexpected)]
+    if missing or unexpected or differing.wrong:
+        message = explain(
+            where,
+            found.dialect.name,
+            found.weights,
+            wanted,
+            missing=missing,
+            wrong=[(key_of(place), value, aim) for place, value, aim in differing.wrong],
+            unexpected=unexpected,
+        )
+        raise WeightsError(message + hint)
+    return differing.missing
 
 
 def explain(

@@ -12,7 +12,7 @@ from densely.errors import ConfigError, WeightsError
 from densely.models.densenet import norm_eps, set_norm_eps
 from densely.weights.compare import fits, mismatch
 from densely.weights.dialects import Place
-from densely.weights.explain import explain
+from densely.weights.explain import explain, require_fit
 from densely.weights.files import Contents
 from densely.weights.stem import adapt_stem
 from densely.weights.translate import (
@@ -151,32 +151,25 @@ def _load(
     if stem == "adapt":
         notes += _adapt(weights, wanted)
 
-    differing = mismatch(weights, wanted)
-    missing = [key_of(place) for place in differing.missing if not place.is_count] + others
-    unexpected += [key_of(place) for place in differing.unexpected]
-    if missing or unexpected or differing.wrong:
-        message = explain(
-            where,
-            found.dialect.name,
-            found.weights,
-            wanted,
-            missing=missing,
-            wrong=[(key_of(place), value, aim) for place, value, aim in differing.wrong],
-            unexpected=unexpected,
-        )
-        raise WeightsError(message + _way_out(target, others, found))
+    counts = require_fit(
+        found,
+        weights,
+        wanted,
+        where,
+        missing=others,
+        unexpected=unexpected,
+        hint=_way_out(target, others, found),
+    )
     if any(value.is_meta for value in own.values()):
         raise WeightsError(
             f"{where}: fits, but the model is on the meta device and holds no numbers: call "
             "model.to_empty(device='cpu') first"
         )
-    if differing.missing:
+    if counts:
         notes.append("numbers of batches seen are not in the source: set to 0")
     notes += _casts(weights, wanted)
-    counts = {place: torch.zeros_like(wanted[place]) for place in differing.missing}
-    model.load_state_dict(
-        own | {target.places[place]: value for place, value in (weights | counts).items()}
-    )
+    weights |= {place: torch.zeros_like(wanted[place]) for place in counts}
+    model.load_state_dict(own | {target.places[place]: value for place, value in weights.items()})
     notes += _settle_eps(model, found)
     return LoadReport(
         where,
