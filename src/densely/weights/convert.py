@@ -103,6 +103,8 @@ def convert_weights(
             differences[f"{package} itself"] = (told - logits).abs().max().item()
         else:
             differences[f"{package} itself: {told}"] = None
+    keeps_eps = to == "densely" and Path(target).suffix == ".safetensors"
+    note = _EPS_NOTE.format(to=to, theirs=theirs_eps, eps=eps)
     scale = 0.0 if logits is None else logits.abs().max().item()
     for by, difference in differences.items():
         if difference is not None and not difference <= _TOLERANCE * scale:
@@ -118,7 +120,7 @@ def convert_weights(
         net.name or f"DenseNet, growth rate {net.growth_rate}, blocks {net.block_config}",
         len(found.weights),
         found.ignored,
-        () if eps == theirs_eps else (_EPS_NOTE.format(to=to, theirs=theirs_eps, eps=eps),),
+        () if eps == theirs_eps or keeps_eps else (note,),
         differences,
         scale,
     )
