@@ -120,8 +120,6 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
 
 def _why_whole(module: nn.Module) -> str | None:
     """Why a module is left alone with all that is in it."""
-    if type(module).__module__.startswith("densely.models"):
-        return "is densely's own and runs densely's code already"
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted: its code cannot be replaced"
     return None

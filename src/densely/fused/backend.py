@@ -1,10 +1,128 @@
-"""Which code runs the four steps of a DenseNet. A fused backend plugs in here, and only here.
+"""Which code runs the four steps of a DenseNet: the fused one wherever it is the same function.
 
-Accelerated modules look each step up in this file when they run. So far all run plain PyTorch
-(`densely.fused.plain`, which also says what each step must equal). A fused step takes the same
-arguments and decides by them: device, dtype, modes of the norms.
+Accelerated modules look each step up here when they run. What the fused code does not cover runs
+as plain PyTorch, with the same result: `obstacle` says why.
 """
 
-from densely.fused.plain import dense_block, final, stem, transition
+import logging
+from collections import Counter
+from collections.abc import Iterable
 
-__all__ = ["dense_block", "final", "stem", "transition"]
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from densely.fused import block, companions, plain
+from densely.fused.companions import Moments
+from densely.fused.plain import Conv, Layer, Norm
+
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+#: Calls that ran fused, by the kind of step; code being compiled is not counted.
+fused_calls: Counter[str] = Counter()
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOMENTS = "_densely_moments"  # attribute of a block's output
+
+
+def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
+    """`plain.dense_block`."""
+    convs = [step.conv for layer in layers for step in layer]
+    norms = [step.norm for layer in layers for step in layer]
+    why = obstacle(x, norms, convs)
+    if why is not None:
+        _note_plain(why)
+        return plain.dense_block(x, layers)
+    _note_fused("dense block")
+    output, mean, var = block.dense_block(x, layers)
+    if mean.numel() and not torch.compiler.is_compiling() and not output.is_inference():
+        setattr(output, _MOMENTS, (Moments(mean, var), output._version))
+    return output
+
+
+def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Tensor:
+    """`plain.transition`."""
+    why = obstacle(x, [norm], [conv])
+    if why is not None:
+        _note_plain(why)
+        return plain.transition(x, norm, conv, window)
+    _note_fused("transition")
+    return companions.transition(x, norm, conv, window, _moments(x))
+
+
+def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
+    """`plain.stem`."""
+    why = obstacle(x, [norm], [])
+    if why is not None:
+        _note_plain(why)
+        return plain.stem(x, norm, stride)
+    _note_fused("stem")
+    return companions.stem(x, norm, stride)
+
+
+def final(x: Tensor, norm: Norm) -> Tensor:
+    """`plain.final`."""
+    why = obstacle(x, [norm], [])
+    if why is not None:
+        _note_plain(why)
+        return plain.final(x, norm)
+    _note_fused("final norm")
+    return companions.final(x, norm, _moments(x))
+
+
+def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv]) -> str | None:
+    """Why a step must run as plain PyTorch; None if it may run fused."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "is being exported: plain operators are what other programs know"
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "runs under a transform of torch.func"
+        if forward_ad._current_level >= 0:
+            return "runs under forward-mode differentiation"
+    if x.device.type != "cpu":
+        return f"runs on {x.device.type}, for which there are no kernels yet"
+    if x.layout != torch.strided or x.dtype not in _DTYPES or x.numel() == 0:
+        return f"reads {x.dtype} of shape {list(x.shape)}"
+    rows = x.numel() // x.shape[1]
+    wide = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    for norm in norms:
+        if norm.weight is None or norm.bias is None:
+            return "has a norm without weight and bias"
+        if norm.takes_batch and rows == 1:
+            return "has one value a channel"
+        if not all(_fits(tensor, x, wide) for tensor in (norm.weight, norm.bias)):
+            return f"has a norm of {norm.weight.dtype} for {x.dtype}"
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    for conv in convs:
+        if autocast and x.dtype != torch.get_autocast_dtype(x.device.type):
+            return f"reads {x.dtype} under autocast"
+        for tensor in (conv.weight, conv.bias):
+            if tensor is not None and not _fits(tensor, x, wide if autocast else (x.dtype,)):
+                return f"has a convolution of {tensor.dtype} for {x.dtype}"
+    return None
+
+
+def _fits(parameter: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether a parameter is a plain tensor beside x, of one of these dtypes."""
+    plain_tensor = type(parameter) in (Tensor, torch.nn.Parameter)
+    return plain_tensor and parameter.device == x.device and parameter.dtype in dtypes
+
+
+def _moments(x: Tensor) -> Moments | None:
+    """Statistics that a fused block has left with its output, if nobody has changed it since."""
+    if torch.compiler.is_compiling():
+        return None
+    moments, version = getattr(x, _MOMENTS, (None, None))
+    return moments if version == x._version else None
+
+
+def _note_fused(kind: str) -> None:
+    if not torch.compiler.is_compiling():
+        fused_calls[kind] += 1
+
+
+def _note_plain(why: str) -> None:
+    if not torch.compiler.is_compiling() and why not in _logged:
+        _logged.add(why)
+        _log.info("runs as plain PyTorch: a step of a DenseNet %s", why)

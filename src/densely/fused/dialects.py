@@ -21,26 +21,27 @@ class Dialect(NamedTuple):
 
     Attributes:
         layer: name of the class of dense layers.
-        layer_parts: children of a dense layer in order, and what each must be.
+        layer_parts: children of a dense layer in order, and what each must be; names begin with
+            norm, relu, conv or drop.
+        layer_optional: those among them that may be missing.
         layer_child: name of the child that holds these parts; empty if the layer itself does.
-        layer_dropout: name of the dropout among these parts, which may be missing; empty if the
-            layer has a `drop_rate` instead.
         layer_methods: methods of a dense layer that take part in its forward.
-        checkpointing: attribute of a dense layer that has it run again in backward.
-        transition_parts: children of a transition in order, and what each must be.
+        transition_parts: children of a transition in order, and what each must be; the pooling
+            may be missing.
         net_methods: methods of the whole net that take part in its forward.
+        check_input: the one among them that is called with the net's input, before all else.
         read_head: what follows the last norm.
     """
 
     layer: str
     layer_parts: Mapping[str, Check]
-    layer_child: str
-    layer_dropout: str
-    layer_methods: tuple[str, ...]
-    checkpointing: str
     transition_parts: Mapping[str, Check]
-    net_methods: tuple[str, ...]
     read_head: ReadHead
+    layer_child: str = ""
+    layer_optional: tuple[str, ...] = ()
+    layer_methods: tuple[str, ...] = ("forward",)
+    net_methods: tuple[str, ...] = ("forward",)
+    check_input: str = ""
 
 
 class Known(NamedTuple):
@@ -62,19 +63,17 @@ _TRANSITION: dict[str, Check] = {
     "norm": parts.norm,
     "relu": parts.relu,
     "conv": parts.pointwise,
-    "pool": parts.halving,
+    "pool": parts.averaging,
 }
+
+_CHECKPOINTED = ("any_requires_grad", "call_checkpoint_bottleneck")
 
 _TORCHVISION = Dialect(
     layer="torchvision.models.densenet._DenseLayer",
     layer_parts=_LAYER,
-    layer_child="",
-    layer_dropout="",
-    layer_methods=("forward", "bn_function", "any_requires_grad", "call_checkpoint_bottleneck"),
-    checkpointing="memory_efficient",
     transition_parts=_TRANSITION,
-    net_methods=("forward",),
     read_head=heads.torchvision,
+    layer_methods=("forward", "bn_function", *_CHECKPOINTED),
 )
 _TIMM = Dialect(
     layer="timm.models.densenet.DenseLayer",
@@ -84,35 +83,47 @@ _TIMM = Dialect(
         "norm2": parts.norm_act,
         "conv2": parts.spatial,
     },
-    layer_child="",
-    layer_dropout="",
-    layer_methods=("forward", "bottleneck_fn", "any_requires_grad", "call_checkpoint_bottleneck"),
-    checkpointing="grad_checkpointing",
-    transition_parts={"norm": parts.norm_act, "conv": parts.pointwise, "pool": parts.halving},
-    net_methods=("forward", "forward_features", "forward_head"),
+    transition_parts={"norm": parts.norm_act, "conv": parts.pointwise, "pool": parts.averaging},
     read_head=heads.timm,
+    layer_methods=("forward", "bottleneck_fn", *_CHECKPOINTED),
+    net_methods=("forward", "forward_features", "forward_head"),
 )
 _MONAI = Dialect(
     layer="monai.networks.nets.densenet._DenseLayer",
-    layer_parts=_LAYER,
-    layer_child="layers",
-    layer_dropout="dropout",
-    layer_methods=("forward",),
-    checkpointing="",
+    layer_parts={**_LAYER, "dropout": parts.dropout},
     transition_parts=_TRANSITION,
-    net_methods=("forward",),
     read_head=heads.monai,
+    layer_child="layers",
+    layer_optional=("dropout",),
 )
 _TORCHXRAYVISION = Dialect(
     layer="torchxrayvision.models._DenseLayer",
     layer_parts=_LAYER,
-    layer_child="",
-    layer_dropout="",
-    layer_methods=("forward",),
-    checkpointing="",
     transition_parts=_TRANSITION,
-    net_methods=("forward",),
     read_head=heads.torchxrayvision,
+)
+_DENSELY = Dialect(
+    layer="densely.models.densenet.DenseLayer",
+    layer_parts={
+        "norm1": parts.norm,
+        "relu1": parts.relu,
+        "conv1": parts.conv,
+        "drop1": parts.dropout,
+        "norm2": parts.norm,
+        "relu2": parts.relu,
+        "conv2": parts.spatial,
+        "drop2": parts.dropout,
+    },
+    transition_parts={
+        "norm": parts.norm,
+        "relu": parts.relu,
+        "pool": parts.averaging,
+        "conv": parts.pointwise,
+    },
+    read_head=heads.densely,
+    layer_optional=("drop1", "norm2", "relu2", "conv2", "drop2"),
+    net_methods=("forward", "_check"),
+    check_input="_check",
 )
 
 _KNOWN: dict[str, Known] = {
@@ -125,6 +136,9 @@ _KNOWN: dict[str, Known] = {
     "monai.networks.nets.densenet._DenseBlock": Known("dense block", _MONAI),
     "monai.networks.nets.densenet._Transition": Known("transition", _MONAI),
     "monai.networks.nets.densenet.DenseNet": Known("final norm", _MONAI),
+    "densely.models.densenet.DenseBlock": Known("dense block", _DENSELY),
+    "densely.models.densenet.Transition": Known("transition", _DENSELY),
+    "densely.models.densenet.DenseNet": Known("final norm", _DENSELY),
     "torchxrayvision.models._DenseBlock": Known("dense block", _TORCHXRAYVISION),
     "torchxrayvision.models._Transition": Known("transition", _TORCHXRAYVISION),
     "torchxrayvision.models.DenseNet": Known("final norm", _TORCHXRAYVISION),

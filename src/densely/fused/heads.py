@@ -53,6 +53,13 @@ def torchxrayvision(net: nn.Module, dims: int) -> Head | Obstacle:
     return Obstacle("also resizes images and rescales outputs in its forward")
 
 
+def densely(net: nn.Module, dims: int) -> Head | Obstacle:
+    """The average is a function in the net's forward, before it the ReLU is a module."""
+    activation = {"activation": net._modules.get("activation")}
+    obstacle = parts.examine(activation, {"activation": parts.relu}, dims)
+    return obstacle or _called(net, "classifier_drop", "classifier")
+
+
 def _called(net: nn.Module, *names: str) -> Head | Obstacle:
     modules = [net._modules.get(name) for name in names]
     missing = [name for name, module in zip(names, modules, strict=True) if module is None]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
 
-from densely.fused.plain import Conv, Norm
+from densely.fused.plain import Conv, Norm, Step
 
 
 class Obstacle(NamedTuple):
@@ -92,9 +92,15 @@ def everything_watched() -> Obstacle | None:
 
 
 def examine(
-    parts: Mapping[str, nn.Module | None], checks: Mapping[str, Check], dims: int
+    parts: Mapping[str, nn.Module | None],
+    checks: Mapping[str, Check],
+    dims: int,
+    optional: tuple[str, ...] = (),
 ) -> Obstacle | None:
     """The first obstacle among modules that must be these, in this order."""
+    checks = {
+        name: check for name, check in checks.items() if name in parts or name not in optional
+    }
     if tuple(parts) != tuple(checks):
         return Obstacle(f"holds {', '.join(parts) or 'nothing'}; known is {', '.join(checks)}")
     for name, module in parts.items():
@@ -155,13 +161,17 @@ def spatial(module: nn.Conv2d, dims: int) -> str | None:
     return _conv(module, dims, 3)
 
 
-def halving(module: nn.AvgPool2d, dims: int) -> str | None:
-    """Average pooling of 2x2 windows that do not overlap."""
+def conv(module: nn.Conv2d, dims: int) -> str | None:
+    """A 1x1 or 3x3 convolution that keeps the size."""
+    return pointwise(module, dims) and spatial(module, dims)
+
+
+def averaging(module: nn.AvgPool2d, dims: int) -> str | None:
+    """Average pooling of windows that do not overlap."""
     if _AVG_POOLS.get(type(module)) != dims:
         return _kind(module)
     plain = (
-        module.kernel_size in _EACH[2]
-        and module.stride in _EACH[2]
+        each_axis(module.kernel_size, dims) == each_axis(module.stride, dims)
         and module.padding in _EACH[0]
         and not module.ceil_mode
         and getattr(module, "divisor_override", None) is None
@@ -170,12 +180,11 @@ def halving(module: nn.AvgPool2d, dims: int) -> str | None:
 
 
 def max_pool(module: nn.MaxPool2d, dims: int) -> str | None:
-    """Maximum pooling of 3x3 windows with stride 2 and padding 1."""
+    """Maximum pooling of 3x3 windows, with padding 1."""
     if _MAX_POOLS.get(type(module)) != dims:
         return _kind(module)
     plain = (
         module.kernel_size in _EACH[3]
-        and module.stride in _EACH[2]
         and module.padding in _EACH[1]
         and module.dilation in _EACH[1]
         and not module.ceil_mode
@@ -223,17 +232,39 @@ def read_norm(module: Any) -> Norm:
 
 def read_conv(module: Any) -> Conv:
     """The tensors of a convolution."""
-    return Conv(module.weight, module.bias)
+    return Conv(module.weight, module.bias, each_axis(module.dilation, 1)[0])
+
+
+def read_steps(modules: Mapping[str, Any]) -> tuple[Step, ...]:
+    """Norms, convolutions and dropouts in a row, told apart by the first letters of their names."""
+    steps: list[Step] = []
+    norm = None
+    for name, module in modules.items():
+        if name.startswith("norm"):
+            norm = read_norm(module)
+        elif name.startswith("conv") and norm is not None:
+            steps.append(Step(norm, read_conv(module)))
+        elif name.startswith("drop") and module.training:
+            maps = type(module) is not nn.Dropout
+            steps[-1] = steps[-1]._replace(drop_rate=float(module.p), drop_maps=maps)
+    return tuple(steps)
+
+
+def each_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """A setting that may be one number for all axes, as one for each."""
+    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def _conv(module: nn.Conv2d, dims: int, size: int) -> str | None:
     if _CONVS.get(type(module)) != dims:
         return _kind(module)
+    dilation = each_axis(module.dilation, dims)
+    padding = tuple(step * (size // 2) for step in dilation)
     plain = (
         module.kernel_size in _EACH[size]
         and module.stride in _EACH[1]
-        and (module.padding == "same" or module.padding in _EACH[size // 2])
-        and module.dilation in _EACH[1]
+        and len(set(dilation)) == 1
+        and (module.padding == "same" or each_axis(module.padding, dims) == padding)
         and module.groups == 1
         and module.padding_mode == "zeros"
     )

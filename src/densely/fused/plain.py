@@ -1,12 +1,12 @@
 """The four steps of a DenseNet in plain PyTorch: what every faster backend must equal.
 
-    stem        max pool(relu(norm(x)))                     3^d windows, stride 2, padding 1
+    stem        max pool(relu(norm(x)))                     3^d windows, padding 1
     dense block x, then for each layer: x = [x, H(x)]
-    transition  conv(average pool(relu(norm(x))))           2^d windows, 1x1 convolution
+    transition  conv(average pool(relu(norm(x))))           1x1 convolution
     final       global average(relu(norm(x)))
 
 Each takes its input [N, C, *space] with one, two or three dimensions of space, and the tensors
-of its modules as `Norm`, `Conv` and `Layer`. These are gathered at each call and never kept, so
+of its modules as `Norm`, `Conv` and `Step`. These are gathered at each call and never kept, so
 that `functional_call`, `.to()` and weights that are swapped for their average are seen.
 
 A step changes nothing but the running statistics of its norms, and those as nn.BatchNorm does.
@@ -35,26 +35,34 @@ class Norm(NamedTuple):
     eps: float
     training: bool
 
+    @property
+    def takes_batch(self) -> bool:
+        """Whether it normalises by the statistics of the batch: it may have no others."""
+        return self.training or self.running_mean is None or self.running_var is None
+
 
 class Conv(NamedTuple):
-    """A convolution of stride 1 that keeps the size."""
+    """A convolution of stride 1, padded by zeros so that it keeps the size."""
 
     weight: Tensor
     bias: Tensor | None
+    dilation: int = 1
 
 
-class Layer(NamedTuple):
-    """`H` of one dense layer: norm-ReLU-1x1, norm-ReLU-3x3, dropout.
+class Step(NamedTuple):
+    """Norm - ReLU - convolution - dropout.
 
     `drop_rate` is 0 outside of train mode; `drop_maps` says that whole maps drop, not pixels.
     """
 
-    norm1: Norm
-    conv1: Conv
-    norm2: Norm
-    conv2: Conv
-    drop_rate: float
-    drop_maps: bool
+    norm: Norm
+    conv: Conv
+    drop_rate: float = 0.0
+    drop_maps: bool = False
+
+
+#: `H` of one dense layer: a step with a 3x3 convolution, or one with a 1x1 before it (bottleneck).
+Layer = tuple[Step, ...]
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -75,7 +83,7 @@ def norm_relu(x: Tensor, norm: Norm) -> Tensor:
         norm.running_var,
         norm.weight,
         norm.bias,
-        norm.training or (norm.running_mean is None and norm.running_var is None),
+        norm.takes_batch,
         momentum,
         norm.eps,
     )
@@ -84,17 +92,22 @@ def norm_relu(x: Tensor, norm: Norm) -> Tensor:
 
 def convolve(x: Tensor, conv: Conv) -> Tensor:
     """Convolution of stride 1, padded to keep the size."""
-    return _CONV[x.dim() - 2](x, conv.weight, conv.bias, padding=conv.weight.shape[2] // 2)
+    padding = conv.dilation * (conv.weight.shape[2] // 2)
+    return _CONV[x.dim() - 2](x, conv.weight, conv.bias, padding=padding, dilation=conv.dilation)
+
+
+def dropout(x: Tensor, rate: float, maps: bool) -> Tensor:
+    """Drop single values, or whole maps; the rest grows so that the mean stays."""
+    return torch.feature_dropout(x, rate, True) if maps else F.dropout(x, rate, True)
 
 
 def dense_layer(x: Tensor, layer: Layer) -> Tensor:
     """The new features of one layer: [N, C, *space] to [N, growth_rate, *space]."""
-    y = convolve(norm_relu(x, layer.norm1), layer.conv1)
-    y = convolve(norm_relu(y, layer.norm2), layer.conv2)
-    if layer.drop_rate == 0:
-        return y
-    drop = torch.feature_dropout if layer.drop_maps else F.dropout
-    return drop(y, layer.drop_rate, True)
+    for step in layer:
+        x = convolve(norm_relu(x, step.norm), step.conv)
+        if step.drop_rate > 0:
+            x = dropout(x, step.drop_rate, step.drop_maps)
+    return x
 
 
 def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
@@ -104,19 +117,22 @@ def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     return x
 
 
-def transition(x: Tensor, norm: Norm, conv: Conv) -> Tensor:
-    """Fewer channels, half the size.
+def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Tensor:
+    """Fewer channels, smaller by `window`, an axis each.
 
     Pools before the 1x1 convolution: both are linear and the convolution works on each pixel
-    alone, so the function is the same, with 2^d times less to convolve. That holds with a bias
+    alone, so the function is the same, with as many times less to convolve. That holds with a bias
     too, as each window averages as many pixels as it has.
     """
-    return convolve(_AVG_POOL[x.dim() - 2](norm_relu(x, norm), 2), conv)
+    x = norm_relu(x, norm)
+    if max(window) > 1:
+        x = _AVG_POOL[x.dim() - 2](x, window)
+    return convolve(x, conv)
 
 
-def stem(x: Tensor, norm: Norm) -> Tensor:
+def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
     """From the first convolution's output to the first block's input."""
-    return _MAX_POOL[x.dim() - 2](norm_relu(x, norm), 3, stride=2, padding=1)
+    return _MAX_POOL[x.dim() - 2](norm_relu(x, norm), 3, stride=stride, padding=1)
 
 
 def final(x: Tensor, norm: Norm) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from densely.fused import backend
 from densely.fused.calls import ATTRIBUTE, Accelerated, calls_of, note, original_class
 from densely.fused.parts import Obstacle, everything_watched
 from densely.fused.units import Plan, Unit, unit_of
@@ -74,6 +75,10 @@ def _plan(module: nn.Module, unit: Unit, args: Any, kwargs: Any) -> Plan | Obsta
     plan = unit.plan(module)
     if isinstance(plan, Plan) and args[0].dim() != plan.dims + 2:
         return Obstacle(f"was called with a tensor of {args[0].dim()} dimensions", passing=True)
+    if isinstance(plan, Plan):
+        why = backend.obstacle(args[0], plan.norms, plan.convs)
+        if why is not None:
+            return Obstacle(why, passing=True)
     return plan
 
 

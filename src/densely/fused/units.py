@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from densely.fused import backend, parts
@@ -16,14 +15,19 @@ from densely.fused.calls import Accelerated, note, original_class
 from densely.fused.dialects import Dialect, Kind, known_class
 from densely.fused.heads import Head
 from densely.fused.parts import Obstacle, qualified_name
-from densely.fused.plain import Layer, Norm
+from densely.fused.plain import Conv, Layer, Norm
 
 
 class Plan(NamedTuple):
-    """What to run on an input with that many dimensions of space."""
+    """What to run on an input with that many dimensions of space.
+
+    `norms` and `convs` are those of the fused step, on whose tensors it depends whether it may run.
+    """
 
     dims: int
     run: Callable[[Tensor], Tensor]
+    norms: tuple[Norm, ...]
+    convs: tuple[Conv, ...] = ()
 
 
 class Unit(NamedTuple):
@@ -40,6 +44,7 @@ class Stem(NamedTuple):
     stop: int
     norm: Norm
     dims: int
+    stride: tuple[int, ...]
 
 
 def unit_of(cls: type[nn.Module]) -> Unit | str | None:
@@ -65,21 +70,30 @@ def plan_block(block: nn.Module, dialect: Dialect) -> Plan | Obstacle:
         if isinstance(layer, Obstacle):
             return layer.inside(name)
         layers.append(layer)
-        dims = layer.conv1.weight.dim() - 2
+        dims = layer[0].conv.weight.dim() - 2
     if not layers:
         return Obstacle("has no layers")
-    return Plan(dims, partial(backend.dense_block, layers=tuple(layers)))
+    steps = [step for layer in layers for step in layer]
+    return Plan(
+        dims,
+        partial(backend.dense_block, layers=tuple(layers)),
+        tuple(step.norm for step in steps),
+        tuple(step.conv for step in steps),
+    )
 
 
 def plan_transition(transition: nn.Module, dialect: Dialect) -> Plan | Obstacle:
     """A whole transition as one step."""
     modules = transition._modules
     dims = parts.dims_of(modules.get("norm"))
-    obstacle = parts.examine(modules, dialect.transition_parts, dims)
+    obstacle = parts.examine(modules, dialect.transition_parts, dims, optional=("pool",))
     if obstacle is not None:
         return obstacle
     norm, conv = parts.read_norm(modules["norm"]), parts.read_conv(modules["conv"])
-    return Plan(dims, partial(backend.transition, norm=norm, conv=conv))
+    pool: Any = modules.get("pool")
+    window = parts.each_axis(pool.kernel_size if pool else 1, dims)
+    run = partial(backend.transition, norm=norm, conv=conv, window=window)
+    return Plan(dims, run, (norm,), (conv,))
 
 
 def plan_features(features: nn.Module) -> Plan | Obstacle:
@@ -88,7 +102,7 @@ def plan_features(features: nn.Module) -> Plan | Obstacle:
     if isinstance(stem, Obstacle):
         return stem
     modules = tuple(features._modules.values())
-    return Plan(stem.dims, partial(_run_features, modules=modules, stem=stem))
+    return Plan(stem.dims, partial(_run_features, modules=modules, stem=stem), (stem.norm,))
 
 
 def plan_net(net: nn.Module, dialect: Dialect) -> Plan | Obstacle:
@@ -108,8 +122,10 @@ def plan_net(net: nn.Module, dialect: Dialect) -> Plan | Obstacle:
     obstacle = parts.patched(net, dialect.net_methods)
     if obstacle is not None:
         return obstacle
-    run = partial(_run_net, features=features, norm=parts.read_norm(norm), head=head)
-    return Plan(dims, run)
+    read = parts.read_norm(norm)
+    check = getattr(net, dialect.check_input) if dialect.check_input else None
+    run = partial(_run_net, check=check, features=features, norm=read, head=head)
+    return Plan(dims, run, (read,))
 
 
 def _read_layer(layer: nn.Module | None, dialect: Dialect, dims: int) -> Layer | Obstacle:
@@ -118,8 +134,6 @@ def _read_layer(layer: nn.Module | None, dialect: Dialect, dims: int) -> Layer |
     obstacle = parts.watched(layer) or parts.patched(layer, dialect.layer_methods)
     if obstacle is not None:
         return obstacle
-    if dialect.checkpointing and getattr(layer, dialect.checkpointing) and torch.is_grad_enabled():
-        return Obstacle(f"saves memory by {dialect.checkpointing}", passing=True)
     modules: Mapping[str, nn.Module | None] = layer._modules
     if dialect.layer_child:
         holder = modules.get(dialect.layer_child)
@@ -127,29 +141,14 @@ def _read_layer(layer: nn.Module | None, dialect: Dialect, dims: int) -> Layer |
             return Obstacle(f"is of type {type(holder).__name__}", where=dialect.layer_child)
         obstacle = parts.watched(holder)
         modules = holder._modules
-    dropout = modules.get(dialect.layer_dropout)
-    checks = dialect.layer_parts
-    if dropout is not None:
-        checks = {**checks, dialect.layer_dropout: parts.dropout}
     dims = dims or parts.dims_of(modules.get("norm1"))
-    obstacle = obstacle or parts.examine(modules, checks, dims)
+    obstacle = obstacle or parts.examine(modules, dialect.layer_parts, dims, dialect.layer_optional)
     if obstacle is not None:
         return obstacle.inside(dialect.layer_child)
-    return Layer(
-        norm1=parts.read_norm(modules["norm1"]),
-        conv1=parts.read_conv(modules["conv1"]),
-        norm2=parts.read_norm(modules["norm2"]),
-        conv2=parts.read_conv(modules["conv2"]),
-        drop_rate=_drop_rate(layer, dropout),
-        drop_maps=dropout is not None and type(dropout) is not nn.Dropout,
-    )
-
-
-def _drop_rate(layer: Any, dropout: Any) -> float:
-    """Share of values that drop now: MONAI has a module for it, the others do it in the layer."""
-    if dropout is not None:
-        return float(dropout.p) if dropout.training else 0.0
-    return float(layer.drop_rate) if layer.training and hasattr(layer, "drop_rate") else 0.0
+    *earlier, last = parts.read_steps(modules)
+    if layer.training and getattr(layer, "drop_rate", 0):  # a function's, not a module's
+        last = last._replace(drop_rate=float(layer.drop_rate))  # type: ignore[arg-type]
+    return (*earlier, last)
 
 
 def _read_stem(features: nn.Module) -> Stem | Obstacle:
@@ -167,16 +166,28 @@ def _read_stem(features: nn.Module) -> Stem | Obstacle:
         dict(zip(names[start:stop], checks, strict=True)),
         dims,
     )
-    return obstacle or Stem(start, stop, parts.read_norm(modules[start]), dims)
+    if obstacle is not None:
+        return obstacle
+    pool: Any = modules[stop - 1]
+    stride = parts.each_axis(pool.stride, dims)
+    return Stem(start, stop, parts.read_norm(modules[start]), dims, stride)
 
 
 def _run_features(x: Tensor, modules: tuple[Any, ...], stem: Stem) -> Tensor:
     x = _run_in_turn(x, modules[: stem.start])
-    x = backend.stem(x, stem.norm)
+    x = backend.stem(x, stem.norm, stem.stride)
     return _run_in_turn(x, modules[stem.stop :])
 
 
-def _run_net(x: Tensor, features: nn.Module, norm: Norm, head: Head) -> Tensor:
+def _run_net(
+    x: Tensor,
+    check: Callable[[Tensor], None] | None,
+    features: nn.Module,
+    norm: Norm,
+    head: Head,
+) -> Tensor:
+    if check is not None:
+        check(x)
     modules = tuple(features._modules.values())[:-1]
     stem = _read_stem(features) if isinstance(features, Accelerated) else None
     if isinstance(stem, Stem):

@@ -1,0 +1,340 @@
+"""The exact fused dense block: all features in one buffer, a backward of one pass a layer.
+
+Forward. One channels-last buffer [rows, C_total] holds the block's input and, behind it, what each
+layer makes; a layer reads the first C_l columns and writes its own. Mean and variance of a channel
+do not depend on who reads it: they are taken when the channel is born and serve all later layers.
+A batch norm is then x * scale + shift with a layer's own vectors, computed again wherever it is
+needed. Kept for backward: the buffer, the outputs of the 1x1 convolutions, the statistics.
+
+Backward. Let N be the rows, xhat = (x - mean) * rstd, and g_l the gradient of layer l's normalised
+input y_l = weight_l * xhat + bias_l, after relu's mask. Batch norm's backward is linear in g_l, so
+what reaches a channel from all of its readers is, with scale_l = weight_l * rstd,
+
+    dx = total - a - (x - mean) * b         total = direct + sum_l scale_l * g_l
+    a = sum_l scale_l * sum(g_l) / N        b = sum_l scale_l * rstd * sum(g_l * xhat) / N
+
+where `direct` is the gradient of the block's output. The last layer's backward stores direct +
+scale * g, earlier ones add; when a layer's turn comes all readers of its channels have been, and dx
+is formed once. Norms in eval mode have constant statistics and add nothing to a and b.
+
+Source: Huang et al. (2017), section 3; the algebra is that of batch norm (Ioffe and Szegedy, 2015),
+summed over readers.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densely.fused import plain
+from densely.fused.coefficients import update_running_statistics
+from densely.fused.kernels import chosen
+from densely.fused.kernels.reference import (
+    Kernels,
+    Pending,
+    Space,
+    accumulation_dtype,
+    input_gradient,
+    mean_terms,
+)
+from densely.fused.packing import PackedStep, pack, unpack
+
+
+class Outcome(NamedTuple):
+    """A block's output, and the statistics of its channels (empty if no norm wanted them)."""
+
+    output: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def dense_block(x: Tensor, layers: tuple[plain.Layer, ...]) -> Outcome:
+    """`plain.dense_block`, fused; updates the running statistics too.
+
+    Args:
+        x: [N, C, *space] in any layout, of the dtype in which to compute.
+        layers: at least one; a step's convolution sees 1 place, or more along all axes.
+
+    Returns:
+        The output, in channels-last order, with mean and biased variance of its channels.
+    """
+    tensors, flags, numbers = pack(x, layers)
+    needed = [tensor.requires_grad for tensor in (x, *tensors)]
+    if torch.is_grad_enabled() and any(needed):
+        output, *kept = _DenseBlock.apply(x, flags, numbers, needed, *tensors)
+    else:
+        output, *kept = dense_block_forward(x, tensors, flags, numbers, False)
+    _update_running_statistics(layers, kept, x.numel() // x.shape[1])
+    return Outcome(output, kept[0], kept[1])
+
+
+def _update_running_statistics(
+    layers: tuple[plain.Layer, ...], kept: list[Tensor], rows: int
+) -> None:
+    mean, var, *inner = kept
+    inputs_of_later_steps = iter(inner)
+    found = []
+    for layer in layers:
+        for i, step in enumerate(layer):
+            if i > 0:
+                _, inner_mean, inner_var = islice(inputs_of_later_steps, 3)
+                found.append((step.norm, inner_mean, inner_var))
+            else:
+                channels = step.conv.weight.shape[1]
+                found.append((step.norm, mean[:channels], var[:channels]))
+    update_running_statistics(found, rows)
+
+
+class _DenseBlock(torch.autograd.Function):
+    """The two operators below as one differentiable function.
+
+    All that is kept is saved through `save_for_backward`. The output is, so that a second
+    backward can go through it: its first channels are the input, with the input's gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        flags: list[int],
+        numbers: list[float],
+        needed: list[bool],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        output, *kept = dense_block_forward(x, tensors, flags, numbers, True)
+        ctx.save_for_backward(output, *kept, *tensors)
+        ctx.num_kept, ctx.num_inputs = len(kept), x.shape[1]
+        ctx.flags, ctx.numbers, ctx.needed = flags, numbers, needed
+        ctx.mark_non_differentiable(*kept)
+        return output, *kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        output, *rest = ctx.saved_tensors
+        kept, tensors = rest[: ctx.num_kept], rest[ctx.num_kept :]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            found = _differentiable_backward(
+                grad, output[:, : ctx.num_inputs], tensors, ctx.flags, ctx.numbers, ctx.needed
+            )
+        else:
+            found = dense_block_backward(
+                grad, output, kept, tensors, ctx.num_inputs, ctx.flags, ctx.numbers, ctx.needed
+            )
+        remaining = iter(found)
+        grad_x, *grad_tensors = [next(remaining) if need else None for need in ctx.needed]
+        return grad_x, None, None, None, *grad_tensors
+
+
+@torch.library.custom_op("densely::dense_block_forward", mutates_args=())
+def dense_block_forward(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    flags: Sequence[int],
+    numbers: Sequence[float],
+    keep: bool,
+) -> list[Tensor]:
+    """Output [N, C_total, *space]; mean and var [C_total]; for each later step of a layer three.
+
+    These are the step's input [rows, C] (empty unless `keep`), its mean and its var. Statistics
+    are empty where no norm wants them.
+    """
+    layers = unpack(tensors, flags, numbers)
+    space, kernels = Space(x.shape[0], tuple(x.shape[2:])), chosen(x)
+    buffer, mean, var = _allocate(x, layers, space)
+
+    def put(new: Tensor, start: int) -> int:
+        stop = start + new.shape[1]
+        buffer[:, start:stop] = new
+        if mean.numel():
+            mean[start:stop], var[start:stop] = kernels.moments(buffer[:, start:stop])
+        return stop
+
+    inner: list[Tensor] = []
+    channels = put(space.matrix(x), 0)
+    for first, *later in layers:
+        features = buffer[:, :channels]
+        features = _convolve(features, first, mean[:channels], var[:channels], space, kernels)
+        for step in later:
+            moments = kernels.moments(features) if step.training else _no_moments(x)
+            inner += [features if keep else features.new_empty(0, features.shape[1]), *moments]
+            features = _convolve(features, step, *moments, space, kernels)
+        channels = put(features, channels)
+    return [space.maps(buffer), mean, var, *inner]
+
+
+@dense_block_forward.register_fake
+def _(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    flags: Sequence[int],
+    numbers: Sequence[float],
+    keep: bool,
+) -> list[Tensor]:
+    layers = unpack(tensors, flags, numbers)
+    space = Space(x.shape[0], tuple(x.shape[2:]))
+    buffer, mean, var = _allocate(x, layers, space)
+    inner: list[Tensor] = []
+    for _first, *later in layers:
+        for step in later:
+            width = step.weight.shape[1]
+            inner.append(x.new_empty(space.rows if keep else 0, width))
+            inner += [mean.new_empty(width if step.training else 0) for _ in range(2)]
+    return [space.maps(buffer), mean, var, *inner]
+
+
+@torch.library.custom_op("densely::dense_block_backward", mutates_args=())
+def dense_block_backward(
+    grad: Tensor,
+    output: Tensor,
+    kept: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    num_inputs: int,
+    flags: Sequence[int],
+    numbers: Sequence[float],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of those of (x, *tensors) that need one, in this order."""
+    layers = unpack(tensors, flags, numbers)
+    space, kernels = Space(output.shape[0], tuple(output.shape[2:])), chosen(output)
+    buffer, direct = space.matrix(output), space.matrix(grad)
+    mean, var, *inner = kept
+    total = torch.empty_like(buffer, dtype=accumulation_dtype(output))
+    a, b = total.new_zeros(2, total.shape[1])
+    any_reader = False
+    grads: dict[int, Tensor] = {}
+
+    def needs(step: PackedStep, name: str) -> bool:
+        return name in step.places and needed[1 + step.places[name]]
+
+    def arrived(columns: slice) -> Pending:
+        """What reaches these channels from all of their readers and the block's output."""
+        arriving = (total if any_reader else direct)[:, columns]
+        if not mean.numel():
+            return Pending(arriving, buffer[:, columns], None, None, None, None)
+        return Pending(arriving, buffer[:, columns], None, mean[columns], a[columns], b[columns])
+
+    stop = buffer.shape[1]
+    for layer in reversed(layers[_first_needed(layers, needed) :]):
+        start = stop - layer[-1].weight.shape[0]
+        upstream: Tensor | Pending = arrived(slice(start, stop))
+        for n, step in reversed(list(enumerate(layer))):
+            if step.mask is not None:
+                upstream = step.drop(kernels.form(upstream))
+            if needs(step, "bias"):
+                if step.mask is None and n + 1 < len(layer) and layer[n + 1].training:
+                    grads[step.places["bias"]] = torch.zeros_like(step.bias)  # the mean takes it
+                else:
+                    upstream = kernels.form(upstream)
+                    grads[step.places["bias"]] = upstream.sum(0, dtype=total.dtype)
+            if n == 0:
+                features, moments = buffer[:, :start], (mean[:start], var[:start])
+            else:
+                *_, features, inner_mean, inner_var = inner
+                moments = (inner_mean, inner_var)
+                del inner[-3:]
+            affine = step.affine(*moments)
+            weight = step.weight.to(output.dtype)
+            conv = (upstream, features, affine, weight, step.dilation, space, needs(step, "weight"))
+            if n == 0:
+                grad_weight, norm = kernels.convolve_backward_add(
+                    *conv, total[:, :start], None if any_reader else direct[:, :start]
+                )
+                any_reader = True
+                if step.training:
+                    for sums, more in zip(
+                        (a, b), mean_terms(affine, norm, space.rows), strict=True
+                    ):
+                        sums[:start] += more
+            else:
+                grad_weight, norm, g = kernels.convolve_backward(*conv)
+                upstream = input_gradient(g, features, affine, norm)
+            grads[step.places["norm_weight"]] = norm.weight
+            grads[step.places["norm_bias"]] = norm.bias
+            if grad_weight is not None:
+                grads[step.places["weight"]] = grad_weight
+        stop = start
+    found = [space.maps(kernels.form(arrived(slice(0, num_inputs))).contiguous())] * needed[0]
+    found += [grads[i].to(t.dtype) for i, t in enumerate(tensors) if needed[1 + i]]
+    return found
+
+
+@dense_block_backward.register_fake
+def _(
+    grad: Tensor,
+    output: Tensor,
+    kept: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    num_inputs: int,
+    flags: Sequence[int],
+    numbers: Sequence[float],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    space = Space(output.shape[0], tuple(output.shape[2:]))
+    found = [space.maps(output.new_empty(space.rows, num_inputs))] * needed[0]
+    found += [t.new_empty(t.shape) for i, t in enumerate(tensors) if needed[1 + i]]
+    return found
+
+
+def _differentiable_backward(
+    grad: Tensor,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    flags: Sequence[int],
+    numbers: Sequence[float],
+    needed: Sequence[bool],
+) -> Sequence[Tensor]:
+    """The same gradients through plain PyTorch, so that they have gradients of their own."""
+    space, output = Space(x.shape[0], tuple(x.shape[2:])), x
+    for layer in unpack(tensors, flags, numbers):
+        new = output
+        for step in layer:
+            new = F.batch_norm(
+                new, step.running_mean, step.running_var, step.norm_weight, step.norm_bias,
+                step.training, eps=step.eps,
+            )  # fmt: skip
+            conv = plain.Conv(step.weight.to(x.dtype), _to(step.bias, x.dtype), step.dilation)
+            new = plain.convolve(F.relu(new), conv)
+            if step.mask is not None:
+                new = space.maps(step.drop(space.matrix(new)))
+        output = torch.cat((output, new), dim=1)
+    inputs = [tensor for tensor, need in zip((x, *tensors), needed, strict=True) if need]
+    return torch.autograd.grad(output, inputs, grad, create_graph=True)
+
+
+def _convolve(
+    x: Tensor, step: PackedStep, mean: Tensor, var: Tensor, space: Space, kernels: Kernels
+) -> Tensor:
+    new = kernels.convolve(
+        x, step.affine(mean, var), step.weight.to(x.dtype), _to(step.bias, x.dtype),
+        step.dilation, space,
+    )  # fmt: skip
+    return step.drop(new)
+
+
+def _allocate(
+    x: Tensor, layers: list[list[PackedStep]], space: Space
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The buffer of a block and the statistics of its channels, as yet without values."""
+    channels = x.shape[1] + sum(layer[-1].weight.shape[0] for layer in layers)
+    trained = channels if any(step.training for layer in layers for step in layer) else 0
+    mean, var = (x.new_empty(trained, dtype=accumulation_dtype(x)) for _ in range(2))
+    return x.new_empty(space.rows, channels), mean, var
+
+
+def _no_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0, dtype=accumulation_dtype(x)), x.new_empty(0, dtype=accumulation_dtype(x))
+
+
+def _first_needed(layers: list[list[PackedStep]], needed: Sequence[bool]) -> int:
+    """The first layer that must run backward: earlier ones are frozen, and so is the input."""
+    for i, layer in enumerate(layers):
+        if needed[0] or any(needed[1 + at] for step in layer for at in step.places.values()):
+            return i
+    return len(layers)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)

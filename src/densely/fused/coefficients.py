@@ -1,0 +1,39 @@
+"""Batch norms as vectors: what they do to maps at a call, and what they learn from it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from densely.fused.kernels.reference import Affine
+from densely.fused.plain import Norm
+
+
+def affine(
+    weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, training: bool
+) -> Affine:
+    """X * scale + shift = weight * (x - mean) / sqrt(var + eps) + bias.
+
+    `mean` and `var` are of the accumulation dtype, or running statistics in any.
+    """
+    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    mean = mean.to(dtype)
+    rstd = (var.to(dtype) + eps).rsqrt()
+    scale = weight.to(dtype) * rstd
+    return Affine(scale, bias.to(dtype) - mean * scale, mean, rstd, training)
+
+
+def update_running_statistics(norms: Iterable[tuple[Norm, Tensor, Tensor]], rows: int) -> None:
+    """Let norms in train mode learn batch means and biased variances, as nn.BatchNorm does."""
+    with torch.no_grad():
+        for norm, mean, var in norms:
+            if not norm.training or norm.running_mean is None or norm.running_var is None:
+                continue
+            momentum = 0.0 if norm.momentum is None else norm.momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if norm.momentum is None:  # the mean over all batches so far
+                    momentum = 1.0 / float(norm.num_batches_tracked)
+            unbiased = var * (rows / (rows - 1))
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)

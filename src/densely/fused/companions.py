@@ -1,0 +1,246 @@
+"""Stem, transition and final norm, fused: what is kept of each is its input, and nothing else.
+
+All three are relu(norm(x)), pooled, and for a transition convolved 1x1. What is normalised is made
+again in backward, and the gradient of x is that of a batch norm with one reader, dx = scale * g -
+a - (x - mean) * b (`densely.fused.block` has the mathematics).
+
+A transition and the final norm read a dense block's output, whose statistics the block has taken
+already: they come along as `moments`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densely.fused import plain
+from densely.fused.coefficients import affine, update_running_statistics
+from densely.fused.kernels import chosen
+from densely.fused.kernels.reference import Pooling, Space, accumulation_dtype
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance of each channel over a batch, of the accumulation dtype."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def transition(
+    x: Tensor,
+    norm: plain.Norm,
+    conv: plain.Conv,
+    window: tuple[int, ...],
+    moments: Moments | None = None,
+) -> Tensor:
+    """`plain.transition`, fused: [N, C, *space] to [N, O, *space / window]."""
+    return _read(x, norm, conv, Pooling("average", window), moments)
+
+
+def stem(x: Tensor, norm: plain.Norm, stride: tuple[int, ...]) -> Tensor:
+    """`plain.stem`, fused: [N, C, *space] to [N, C, *smaller]."""
+    return _read(x, norm, None, Pooling("max", stride), None)
+
+
+def final(x: Tensor, norm: plain.Norm, moments: Moments | None = None) -> Tensor:
+    """`plain.final`, fused: [N, C, *space] to [N, C]."""
+    return _read(x, norm, None, Pooling("average", tuple(x.shape[2:])), moments).flatten(1)
+
+
+def _read(
+    x: Tensor,
+    norm: plain.Norm,
+    conv: plain.Conv | None,
+    pooling: Pooling,
+    moments: Moments | None,
+) -> Tensor:
+    statistics: Sequence[Tensor | None] = ()
+    if not norm.takes_batch:
+        statistics = (norm.running_mean, norm.running_var)
+    elif moments is not None:
+        statistics = moments
+    convolution: Sequence[Tensor | None] = (conv.weight, conv.bias) if conv else ()
+    lists = [
+        [tensor for tensor in tensors if tensor is not None]
+        for tensors in ((norm.weight, norm.bias), statistics, convolution)
+    ]
+    tensors = [x, *lists[0], *lists[2]]
+    needed = [tensor.requires_grad for tensor in tensors]
+    setting = (norm.eps, norm.takes_batch, pooling.kind, list(pooling.step))
+    if torch.is_grad_enabled() and any(needed):
+        output, mean, var, _ = _Reader.apply(setting, lists[1], needed, *tensors)
+    else:
+        output, mean, var, _ = reader_forward(x, lists[0], lists[1], lists[2], *setting)
+    if moments is not None:
+        mean, var = moments
+    update_running_statistics([(norm, mean, var)], x.numel() // x.shape[1])
+    return output
+
+
+class _Reader(torch.autograd.Function):
+    """The two operators below as one differentiable function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        setting: tuple[float, bool, str, list[int]],
+        statistics: list[Tensor],
+        needed: list[bool],
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        output, mean, var, chosen = reader_forward(
+            x, parameters[:2], statistics, parameters[2:], *setting
+        )
+        ctx.save_for_backward(x, *(statistics or (mean, var)), chosen, *parameters)
+        ctx.setting, ctx.needed = setting, needed
+        ctx.mark_non_differentiable(mean, var, chosen)
+        return output, mean, var, chosen
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, var, chosen, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            found = _differentiable_backward(
+                grad, x, parameters, (mean, var), ctx.setting, ctx.needed
+            )
+        else:
+            found = reader_backward(
+                grad, x, [mean, var], chosen, parameters, *ctx.setting, ctx.needed
+            )
+        remaining = iter(found)
+        return None, None, None, *(next(remaining) if need else None for need in ctx.needed)
+
+
+@torch.library.custom_op("densely::reader_forward", mutates_args=())
+def reader_forward(
+    x: Tensor,
+    norm: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    eps: float,
+    training: bool,
+    kind: str,
+    step: Sequence[int],
+) -> list[Tensor]:
+    """Output; mean and var of x, if they are not among the arguments; what backward wants."""
+    space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
+    matrix = space.matrix(x)
+    taken = () if statistics else kernels.moments(matrix)
+    how = affine(*norm, *(statistics or taken), eps, training)
+    pooled, choice = kernels.pool(matrix, how, pooling, space)
+    if conv:
+        weight, *bias = (tensor.to(x.dtype) for tensor in conv)
+        pooled = F.linear(pooled, weight.flatten(1), *bias)
+    return [pooling.pooled(space).maps(pooled), *(taken or _none(x)), choice]
+
+
+@reader_forward.register_fake
+def _(
+    x: Tensor,
+    norm: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    eps: float,
+    training: bool,
+    kind: str,
+    step: Sequence[int],
+) -> list[Tensor]:
+    space = Pooling(kind, tuple(step)).pooled(_space(x))  # type: ignore[arg-type]
+    output = space.maps(x.new_empty(space.rows, conv[0].shape[0] if conv else x.shape[1]))
+    vectors = [x.new_empty(x.shape[1], dtype=accumulation_dtype(x)) for _ in range(2)]
+    pooled = x.new_empty(space.rows, x.shape[1])
+    choice = chosen(x).choice(pooled, Pooling(kind, tuple(step)))  # type: ignore[arg-type]
+    return [output, *(_none(x) if statistics else vectors), choice]
+
+
+@torch.library.custom_op("densely::reader_backward", mutates_args=())
+def reader_backward(
+    grad: Tensor,
+    x: Tensor,
+    statistics: Sequence[Tensor],
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    eps: float,
+    training: bool,
+    kind: str,
+    step: Sequence[int],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of those of (x, *parameters) that need one, in this order."""
+    space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
+    matrix, pooled = space.matrix(x), pooling.pooled(space)
+    norm_weight, norm_bias, *conv = parameters
+    how = affine(norm_weight, norm_bias, *statistics, eps, training)
+    upstream = pooled.matrix(grad)
+    found: list[Tensor | None] = []
+    if conv:
+        flat = conv[0].flatten(1).to(x.dtype)
+        if needed[3]:
+            read, _ = kernels.pool(matrix, how, pooling, space)
+            found.append((upstream.t() @ read).view_as(conv[0]))
+        else:
+            found.append(None)
+        if len(conv) > 1:
+            found.append(upstream.sum(0, dtype=how.scale.dtype) if needed[4] else None)
+        upstream = upstream @ flat
+    grad_x, norm = kernels.pool_backward(upstream.contiguous(), choice, matrix, how, pooling, space)
+    every = [space.maps(grad_x), norm.weight, norm.bias, *found]
+    return [
+        g.to(t.dtype)
+        for g, t, need in zip(every, (x, *parameters), needed, strict=True)
+        if need and g is not None
+    ]
+
+
+@reader_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    statistics: Sequence[Tensor],
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    eps: float,
+    training: bool,
+    kind: str,
+    step: Sequence[int],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    space = _space(x)
+    found = [space.maps(x.new_empty(space.rows, x.shape[1])), *map(torch.empty_like, parameters)]
+    return [tensor for tensor, need in zip(found, needed, strict=True) if need]
+
+
+def _differentiable_backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    statistics: tuple[Tensor, Tensor],
+    setting: tuple[float, bool, str, list[int]],
+    needed: Sequence[bool],
+) -> Sequence[Tensor]:
+    """The same gradients through plain PyTorch, so that they have gradients of their own."""
+    eps, training, kind, step = setting
+    norm_weight, norm_bias, *conv = parameters
+    running = (None, None) if training else statistics
+    norm = plain.Norm(norm_weight, norm_bias, *running, None, None, eps, training)
+    if conv:
+        weight, *bias = (tensor.to(x.dtype) for tensor in conv)
+        convolution = plain.Conv(weight, bias[0] if bias else None)
+        output = plain.transition(x, norm, convolution, tuple(step))
+    elif kind == "max":
+        output = plain.stem(x, norm, tuple(step))
+    else:
+        output = plain.final(x, norm).view(grad.shape)
+    inputs = [tensor for tensor, need in zip((x, *parameters), needed, strict=True) if need]
+    return torch.autograd.grad(output, inputs, grad, create_graph=True)
+
+
+def _space(x: Tensor) -> Space:
+    return Space(x.shape[0], tuple(x.shape[2:]))
+
+
+def _none(x: Tensor) -> list[Tensor]:
+    return [x.new_empty(0, dtype=accumulation_dtype(x)) for _ in range(2)]

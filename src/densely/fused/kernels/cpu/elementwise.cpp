@@ -1,0 +1,106 @@
+// Kernels that read each value once or twice and compute little.
+
+#include "elementwise.h"
+
+namespace densely {
+
+void moments(Tensor x, Tensor mean, Tensor var) {
+  for_dtype(x, [&](auto type) {
+    auto in = matrix<element<decltype(type)>>(x);
+    int64_t chunks = chunks_of(in.rows, in.columns);
+    std::vector<Moments> parts(chunks, Moments(in.columns));
+    in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      parts[chunk].add(in, begin, end);
+    });
+    Moments::finish(parts, vector(mean), vector(var));
+  });
+}
+
+void norm_relu(Tensor x, Tensor scale, Tensor shift, Tensor out) {
+  for_dtype(x, [&](auto type) {
+    using T = element<decltype(type)>;
+    auto in = matrix<T>(x), to = matrix<T>(out);
+    auto s = vector(scale), b = vector(shift);
+    in_chunks(in.rows, chunks_of(in.rows, in.columns), [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) norm_relu_row(in.row(r), s, b, to.row(r), in.columns);
+    });
+  });
+}
+
+void form(
+    Tensor g, Tensor x, std::optional<Tensor> scale, std::optional<Tensor> mean,
+    std::optional<Tensor> a, std::optional<Tensor> b, Tensor out) {
+  for_dtype(x, [&](auto type) {
+    using T = element<decltype(type)>;
+    auto run = [&](auto wide) {
+      using G = element<decltype(wide)>;
+      auto from = matrix<G>(g);
+      auto at = matrix<T>(x), to = matrix<T>(out);
+      in_chunks(to.rows, chunks_of(to.rows, to.columns), [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++)
+          form_row(
+              from.row(r), at.row(r), vector(scale), vector(mean), vector(a), vector(b), to.row(r),
+              to.columns);
+      });
+    };
+    if (g.scalar_type() == ScalarType::Float)
+      run(static_cast<float*>(nullptr));
+    else
+      run(type);
+  });
+}
+
+// Masks g, and adds scale * g to `out` (float), or stores base + scale * g there; without
+// `accumulate` the masked g itself, in the dtype of x. What the norm learns goes to the last two.
+void norm_relu_backward(
+    Tensor g, Tensor act, Tensor x, Tensor scale, Tensor mean, Tensor rstd,
+    std::optional<Tensor> base, Tensor out, bool accumulate,
+    Tensor norm_weight, Tensor norm_bias) {
+  for_dtype(x, [&](auto type) {
+    using T = element<decltype(type)>;
+    auto grad = matrix<T>(g), relu = matrix<T>(act), in = matrix<T>(x);
+    auto direct = base ? matrix<T>(*base) : in;
+    int64_t columns = in.columns, chunks = chunks_of(in.rows, columns);
+    std::vector<NormSums> parts(chunks, NormSums(columns));
+    in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      NormSums& part = parts[chunk];
+      for (int64_t r = begin; r < end; r++) {
+        auto run = [&](auto into, auto* to) {
+          norm_relu_backward_row<into.value>(
+              grad.row(r), relu.row(r), in.row(r), vector(scale), vector(mean), direct.row(r), to,
+              part.bias.data(), part.weight.data(), columns);
+        };
+        if (!accumulate)
+          run(std::integral_constant<Into, Into::masked>(), matrix<T>(out).row(r));
+        else if (base)
+          run(std::integral_constant<Into, Into::store>(), matrix<float>(out).row(r));
+        else
+          run(std::integral_constant<Into, Into::add>(), matrix<float>(out).row(r));
+        if ((r - begin) % 64 == 63) part.flush();
+      }
+      part.flush();
+    });
+    NormSums::finish(parts, vector(rstd), vector(norm_weight), vector(norm_bias));
+  });
+}
+
+}  // namespace densely
+
+STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
+  m.def("moments(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
+  m.def("norm_relu(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
+  m.def(
+      "form(Tensor g, Tensor x, Tensor? scale, Tensor? mean, Tensor? a, Tensor? b, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "norm_relu_backward(Tensor g, Tensor act, Tensor x, Tensor scale, Tensor mean, Tensor rstd, "
+      "Tensor? base, Tensor(a!) out, bool accumulate, Tensor(b!) norm_weight, "
+      "Tensor(c!) norm_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(densely_cpu, CPU, m) {
+  m.impl("moments", TORCH_BOX(&densely::moments));
+  m.impl("norm_relu", TORCH_BOX(&densely::norm_relu));
+  m.impl("form", TORCH_BOX(&densely::form));
+  m.impl("norm_relu_backward", TORCH_BOX(&densely::norm_relu_backward));
+}

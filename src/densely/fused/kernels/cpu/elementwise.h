@@ -1,0 +1,152 @@
+// The loops over one row that kernels are made of. Vectors are float, sums too.
+
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+
+namespace densely {
+
+// relu(x * scale + shift). One rounding, here and wherever it is computed again.
+template <class T>
+inline void norm_relu_row(
+    const T* __restrict x, const float* __restrict scale, const float* __restrict shift,
+    T* __restrict out, int64_t columns) {
+  for (int64_t c = 0; c < columns; c++) {
+    float y = std::fma(float(x[c]), scale[c], shift[c]);
+    out[c] = narrow<T>(y > 0 || y != y ? y : 0.0f);
+  }
+}
+
+// Mean and sum of squares of a column's rows so far; merged by Chan, Golub and LeVeque (1983).
+struct Moments {
+  std::vector<double> mean, squares;
+  int64_t count = 0;
+
+  explicit Moments(int64_t columns) : mean(columns), squares(columns) {}
+
+  void merge(const double* other_mean, const double* other_squares, int64_t other_count) {
+    int64_t total = count + other_count;
+    double weight = double(other_count) / total, cross = double(count) * other_count / total;
+    for (size_t c = 0; c < mean.size(); c++) {
+      double delta = other_mean[c] - mean[c];
+      mean[c] += delta * weight;
+      squares[c] += other_squares[c] + delta * delta * cross;
+    }
+    count = total;
+  }
+
+  // Adds rows [begin, end) of x. Few at a time, so that they are still in the cache for the
+  // second reading, which makes the squares exact.
+  template <class T>
+  void add(const Matrix<T>& x, int64_t begin, int64_t end) {
+    constexpr int64_t few = 64;
+    int64_t columns = x.columns;
+    std::vector<float> sum(columns), square(columns);
+    std::vector<double> few_mean(columns), few_squares(columns);
+    for (int64_t first = begin; first < end; first += few) {
+      int64_t last = std::min(end, first + few);
+      float* __restrict s = sum.data();
+      float* __restrict q = square.data();
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      std::fill(square.begin(), square.end(), 0.0f);
+      for (int64_t r = first; r < last; r++) {
+        const T* __restrict row = x.row(r);
+        for (int64_t c = 0; c < columns; c++) s[c] += float(row[c]);
+      }
+      float share = 1.0f / (last - first);
+      for (int64_t c = 0; c < columns; c++) s[c] *= share;
+      for (int64_t r = first; r < last; r++) {
+        const T* __restrict row = x.row(r);
+        for (int64_t c = 0; c < columns; c++) {
+          float d = float(row[c]) - s[c];
+          q[c] += d * d;
+        }
+      }
+      for (int64_t c = 0; c < columns; c++) few_mean[c] = s[c], few_squares[c] = q[c];
+      merge(few_mean.data(), few_squares.data(), last - first);
+    }
+  }
+
+  // The moments of all chunks, in order: mean and biased variance.
+  static void finish(const std::vector<Moments>& parts, float* mean, float* var) {
+    Moments all(parts[0].mean.size());
+    for (const auto& part : parts)
+      if (part.count) all.merge(part.mean.data(), part.squares.data(), part.count);
+    for (size_t c = 0; c < all.mean.size(); c++) {
+      mean[c] = float(all.mean[c]);
+      var[c] = float(all.squares[c] / all.count);
+    }
+  }
+};
+
+// Sums of g and of g * (x - mean), a column each: what the norm's bias and weight learn.
+struct NormSums {
+  std::vector<float> bias, weight;          // of a few rows
+  std::vector<double> all_bias, all_weight;  // of all
+
+  explicit NormSums(int64_t columns)
+      : bias(columns), weight(columns), all_bias(columns), all_weight(columns) {}
+
+  void flush() {
+    for (size_t c = 0; c < bias.size(); c++) {
+      all_bias[c] += bias[c], all_weight[c] += weight[c];
+      bias[c] = weight[c] = 0;
+    }
+  }
+
+  // grad_bias = sum of g, grad_weight = sum of g * xhat.
+  static void finish(
+      const std::vector<NormSums>& parts, const float* rstd, float* grad_weight,
+      float* grad_bias) {
+    int64_t columns = parts[0].bias.size();
+    for (int64_t c = 0; c < columns; c++) {
+      double b = 0, w = 0;
+      for (const auto& part : parts) b += part.all_bias[c], w += part.all_weight[c];
+      grad_weight[c] = float(w * rstd[c]);
+      grad_bias[c] = float(b);
+    }
+  }
+};
+
+// What a batch norm hands back (Pending in reference.py): g * scale - a - (x - mean) * b.
+template <class G, class T>
+inline void form_row(
+    const G* __restrict g, const T* __restrict x, const float* __restrict scale,
+    const float* __restrict mean, const float* __restrict a, const float* __restrict b,
+    T* __restrict out, int64_t columns) {
+  if (!a) {
+    for (int64_t c = 0; c < columns; c++)
+      out[c] = narrow<T>(scale ? float(g[c]) * scale[c] : float(g[c]));
+  } else if (scale) {
+    for (int64_t c = 0; c < columns; c++)
+      out[c] = narrow<T>(float(g[c]) * scale[c] - a[c] - (float(x[c]) - mean[c]) * b[c]);
+  } else {
+    for (int64_t c = 0; c < columns; c++)
+      out[c] = narrow<T>(float(g[c]) - a[c] - (float(x[c]) - mean[c]) * b[c]);
+  }
+}
+
+// Masks g by act > 0, sums it up, and stores or adds it.
+enum class Into { masked, add, store };  // g itself; total += scale g; total = base + scale g
+
+template <Into into, class T, class Out>
+inline void norm_relu_backward_row(
+    const T* __restrict g, const T* __restrict act, const T* __restrict x,
+    const float* __restrict scale, const float* __restrict mean, const T* __restrict base,
+    Out* __restrict out, float* __restrict bias, float* __restrict weight, int64_t columns) {
+  for (int64_t c = 0; c < columns; c++) {
+    float m = float(act[c]) > 0 ? float(g[c]) : 0.0f;
+    bias[c] += m;
+    weight[c] += m * (float(x[c]) - mean[c]);
+    if constexpr (into == Into::masked)
+      out[c] = narrow<Out>(m);
+    else if constexpr (into == Into::add)
+      out[c] += scale[c] * m;
+    else
+      out[c] = float(base[c]) + scale[c] * m;
+  }
+}
+
+}  // namespace densely

@@ -1,0 +1,166 @@
+"""Kernels for CPUs, in C++: element-wise passes in tight loops, convolutions' backward in tiles.
+
+What is overridden here and why (measurements: docs/log.md): relu(x * scale + shift) over a view of
+some columns is several times faster in a plain loop than through PyTorch; a tile of rows that goes
+through norm, product and backward while it is in the cache does not wait for memory; and a 3x3
+convolution's weight gradient as a product with gathered rows is about twice as fast as oneDNN's.
+float64 is left to the reference, and tiles are for float32: low precisions take oneDNN's products.
+"""
+
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from densely.fused.kernels.reference import (
+    Affine,
+    Kernels,
+    NormGradient,
+    Pending,
+    Space,
+    accumulation_dtype,
+    convolve_backward,
+    is_pointwise,
+)
+
+
+class CpuKernels(Kernels):
+    """The compiled library at `path`, loaded once."""
+
+    name = "cpu"
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(str(path))
+        self._ops = torch.ops.densely_cpu
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As the reference."""
+        if x.dtype == torch.float64:
+            return super().moments(x)
+        mean, var = _vectors(2, x)
+        self._ops.moments(x, mean, var)
+        return mean, var
+
+    def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
+        """As the reference."""
+        if x.dtype == torch.float64:
+            return super().norm_relu(x, affine)
+        out = x.new_empty(x.shape)
+        self._ops.norm_relu(x, affine.scale, affine.shift, out)
+        return out
+
+    def convolve(
+        self,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        bias: Tensor | None,
+        dilation: int,
+        space: Space,
+    ) -> Tensor:
+        """As the reference."""
+        if x.dtype != torch.float32 or not is_pointwise(weight):
+            return super().convolve(x, affine, weight, bias, dilation, space)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        self._ops.pointwise(x, affine.scale, affine.shift, weight.flatten(1), bias, out, None, None)
+        return out
+
+    def convolve_backward(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+    ) -> tuple[Tensor | None, NormGradient, Tensor]:
+        """As the reference."""
+        g = x.new_empty(x.shape)
+        grad_weight, norm = self._convolve_backward(
+            grad, x, affine, weight, dilation, space, needs_weight, g, None, False
+        )
+        return grad_weight, norm, g
+
+    def convolve_backward_add(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+        total: Tensor,
+        base: Tensor | None,
+    ) -> tuple[Tensor | None, NormGradient]:
+        """As the reference."""
+        return self._convolve_backward(
+            grad, x, affine, weight, dilation, space, needs_weight, total, base, True
+        )
+
+    def _convolve_backward(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+        out: Tensor,
+        base: Tensor | None,
+        accumulate: bool,
+    ) -> tuple[Tensor | None, NormGradient]:
+        norm = NormGradient(*_vectors(2, x))
+        if x.dtype == torch.float32:
+            if not is_pointwise(weight) or isinstance(grad, Tensor):
+                grad = Pending(self.form(grad), x, None, None, None, None)
+            by_tap = weight.flatten(2).permute(2, 0, 1).flatten(0, 1).contiguous()
+            grad_by_tap = torch.empty_like(by_tap) if needs_weight else None
+            geometry = _three(space.size) + _three(weight.shape[2:]) + [dilation]
+            self._ops.convolve_backward(
+                grad.g, grad.x, grad.scale, grad.mean, grad.a, grad.b, x, affine.scale,
+                affine.shift, affine.mean, affine.rstd, by_tap, geometry, base, out, accumulate,
+                grad_by_tap, *norm,
+            )  # fmt: skip
+            grad_weight = None
+            if grad_by_tap is not None:
+                taps = grad_by_tap.view(prod(weight.shape[2:]), *weight.shape[:2])
+                grad_weight = taps.permute(1, 2, 0).reshape(weight.shape)
+            return grad_weight, norm
+        act = self.norm_relu(x, affine)
+        g, grad_weight = convolve_backward(
+            self.form(grad), act, weight, dilation, space, needs_weight
+        )
+        self._ops.norm_relu_backward(
+            g.contiguous(),
+            act,
+            x,
+            affine.scale,
+            affine.mean,
+            affine.rstd,
+            base,
+            out,
+            accumulate,
+            *norm,
+        )
+        return grad_weight, norm
+
+    def form(self, grad: Tensor | Pending) -> Tensor:
+        """As the reference."""
+        if isinstance(grad, Tensor) or grad.x.dtype == torch.float64:
+            return super().form(grad)
+        out = grad.x.new_empty(grad.x.shape)
+        self._ops.form(*grad, out)
+        return out
+
+
+def _vectors(number: int, x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[1], dtype=accumulation_dtype(x)) for _ in range(number))
+
+
+def _three(sizes: tuple[int, ...]) -> list[int]:
+    """Sizes along depth, height and width; 1 along those that are not there."""
+    return [1] * (3 - len(sizes)) + list(sizes)

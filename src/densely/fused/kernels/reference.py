@@ -1,0 +1,324 @@
+"""The kernels of the fused steps in plain PyTorch: the readable twin of every faster set.
+
+All work on matrices: a map [N, C, *space] in channels-last order is [N * places, C], a row for each
+place, and the first C' channels are a view of its first columns. Rows may be further apart than
+they are long; columns stand side by side.
+
+Sums over rows are made in the accumulation dtype (float32, or float64 for float64), whatever the
+dtype of the maps.
+"""
+
+from math import prod
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Space(NamedTuple):
+    """Which place of which image a row is: row = (image * H + h) * W + w."""
+
+    batch: int
+    size: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of a matrix."""
+        return self.batch * prod(self.size)
+
+    def maps(self, matrix: Tensor) -> Tensor:
+        """[rows, C] as [N, C, *space], the same memory."""
+        return matrix.view(self.batch, *self.size, matrix.shape[1]).movedim(-1, 1)
+
+    def matrix(self, maps: Tensor) -> Tensor:
+        """[N, C, *space] as [rows, C]; copied only where it is not channels-last."""
+        return maps.movedim(1, -1).reshape(self.rows, maps.shape[1])
+
+
+class Affine(NamedTuple):
+    """What a batch norm does at a call, x * scale + shift; vectors [C] of the accumulation dtype.
+
+    `mean` and `rstd` (1 / sqrt(var + eps)) are of the batch if `training`, else constants.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    rstd: Tensor
+    training: bool
+
+
+class Pending(NamedTuple):
+    """A gradient that its reader forms as it reads: g * scale - a - (x - mean) * b.
+
+    This is what a batch norm hands back (see `densely.fused.block`). `g` and `x` are matrices, the
+    others vectors; None stands for a scale of 1, and for `a` and `b` of 0.
+    """
+
+    g: Tensor
+    x: Tensor
+    scale: Tensor | None
+    mean: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+
+class Pooling(NamedTuple):
+    """How places are pooled, an axis each.
+
+    "average": over windows of `step` that do not overlap; an incomplete last one is left out.
+    "max": over 3 places, padded by 1, every `step`.
+    """
+
+    kind: Literal["average", "max"]
+    step: tuple[int, ...]
+
+    def pooled(self, space: Space) -> Space:
+        """The space of the result."""
+        if self.kind == "average":
+            sizes = (size // step for size, step in zip(space.size, self.step, strict=True))
+        else:
+            sizes = (
+                (size - 1) // step + 1 for size, step in zip(space.size, self.step, strict=True)
+            )
+        return Space(space.batch, tuple(sizes))
+
+
+class NormGradient(NamedTuple):
+    """Gradients of a norm's weight and bias, of the accumulation dtype."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Kernels:
+    """The steps between which the dense block's memory is arranged."""
+
+    name = "reference"
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of each column, of the accumulation dtype."""
+        var, mean = torch.var_mean(x.to(accumulation_dtype(x)), dim=0, correction=0)
+        return mean, var
+
+    def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
+        """relu(x * scale + shift): a new matrix of x's dtype."""
+        return torch.addcmul(affine.shift, x, affine.scale).relu_().to(x.dtype)
+
+    def convolve(
+        self,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        bias: Tensor | None,
+        dilation: int,
+        space: Space,
+    ) -> Tensor:
+        """conv(relu(x * scale + shift)) + bias: [rows, C] to [rows, O]."""
+        return convolve(self.norm_relu(x, affine), weight, bias, dilation, space)
+
+    def convolve_backward(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+    ) -> tuple[Tensor | None, NormGradient, Tensor]:
+        """Back through `convolve`, up to the norm's output, of which relu's mask is applied.
+
+        Returns:
+            Gradients of the weight and of the norm's parameters, and the masked gradient g of
+            x * scale + shift, [rows, C]. What reaches x is up to the caller.
+        """
+        act = self.norm_relu(x, affine)
+        g, grad_weight = convolve_backward(
+            self.form(grad), act, weight, dilation, space, needs_weight
+        )
+        norm, g = self.norm_relu_backward(g, act, x, affine)
+        return grad_weight, norm, g
+
+    def convolve_backward_add(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+        total: Tensor,
+        base: Tensor | None,
+    ) -> tuple[Tensor | None, NormGradient]:
+        """As `convolve_backward`, but adds scale * g to the columns of `total`.
+
+        With a `base` the total becomes base + scale * g: the first writer stores, so that nobody
+        has to clear it.
+        """
+        grad_weight, norm, g = self.convolve_backward(
+            grad, x, affine, weight, dilation, space, needs_weight
+        )
+        torch.addcmul(total if base is None else base, g, affine.scale, out=total)
+        return grad_weight, norm
+
+    def norm_relu_backward(
+        self, g: Tensor, act: Tensor, x: Tensor, affine: Affine
+    ) -> tuple[NormGradient, Tensor]:
+        """Mask g [rows, C] where relu was zero, and sum up for the norm's parameters."""
+        g = torch.where(act > 0, g, 0.0).to(affine.scale.dtype)
+        bias = g.sum(dim=0)
+        weight = (g * (x - affine.mean)).sum(dim=0) * affine.rstd
+        return NormGradient(weight, bias), g
+
+    def pool(
+        self, x: Tensor, affine: Affine, pooling: Pooling, space: Space
+    ) -> tuple[Tensor, Tensor]:
+        """Pool relu(x * scale + shift): [rows, C] to [pooled rows, C], and what backward wants.
+
+        The second tensor is as `choice` makes it.
+        """
+        maps = _two_axes(space).maps(self.norm_relu(x, affine))
+        pooled = pooling.pooled(space).matrix(_pool(maps, pooling))
+        return pooled, self.choice(pooled, pooling)
+
+    def choice(self, pooled: Tensor, pooling: Pooling) -> Tensor:
+        """An uninitialised tensor for what `pool` lets `pool_backward` know; here it is empty."""
+        return pooled.new_empty(0, dtype=torch.uint8)
+
+    def pool_backward(
+        self,
+        grad: Tensor,
+        chosen: Tensor,
+        x: Tensor,
+        affine: Affine,
+        pooling: Pooling,
+        space: Space,
+    ) -> tuple[Tensor, NormGradient]:
+        """Back through `pool`: gradients of x, [rows, C], and of the norm's parameters.
+
+        `chosen` is what `pool` has given for it.
+        """
+        act = self.norm_relu(x, affine)
+        axes = _two_axes(space)
+        grads = _two_axes(pooling.pooled(space)).maps(grad)
+        g = axes.matrix(_pool_backward(grads, axes.maps(act), pooling))
+        norm, g = self.norm_relu_backward(g, act, x, affine)
+        return self.form(input_gradient(g, x, affine, norm)), norm
+
+    def form(self, grad: Tensor | Pending) -> Tensor:
+        """The gradient, in the dtype of the maps."""
+        if isinstance(grad, Tensor):
+            return grad
+        value = grad.g if grad.scale is None else grad.g * grad.scale
+        if grad.a is not None and grad.b is not None:
+            value = value - grad.a - (grad.x - grad.mean) * grad.b
+        return value.to(grad.x.dtype)
+
+
+def input_gradient(g: Tensor, x: Tensor, affine: Affine, norm: NormGradient) -> Pending:
+    """What a batch norm with one reader hands back for its input; see `densely.fused.block`."""
+    if not affine.training:
+        return Pending(g, x, affine.scale, None, None, None)
+    return Pending(g, x, affine.scale, affine.mean, *mean_terms(affine, norm, x.shape[0]))
+
+
+def mean_terms(affine: Affine, norm: NormGradient, rows: int) -> tuple[Tensor, Tensor]:
+    """Gradient by way of batch mean and variance: a + (x - mean) * b is to be taken off."""
+    over_rows = affine.scale / rows
+    return over_rows * norm.bias, over_rows * affine.rstd * norm.weight
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """In which sums over maps like x are made."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, space: Space) -> Tensor:
+    """Convolution that keeps the size, [rows, C] to [rows, O], through PyTorch."""
+    if is_pointwise(weight):
+        flat = weight.flatten(1).t()
+        return torch.mm(x, flat) if bias is None else torch.addmm(bias, x, flat)
+    maps, weight = two_dimensional(space.maps(x), weight)
+    padding = same_padding(weight, dilation)
+    return space.matrix(_CONV[maps.dim() - 2](maps, weight, bias, 1, padding, dilation))
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, space: Space, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the weight, in their dtypes."""
+    if is_pointwise(weight):
+        flat = weight.flatten(1)
+        grad_weight = torch.mm(grad.t(), x).view_as(weight) if needs_weight else None
+        return torch.mm(grad, flat), grad_weight
+    maps, kernel = two_dimensional(space.maps(x), weight)
+    grads, _ = two_dimensional(space.maps(grad.contiguous()), weight)
+    d = maps.dim() - 2
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grads, maps, kernel, None, [1] * d, same_padding(kernel, dilation), [dilation] * d,
+        False, [0] * d, 1, [True, needs_weight, False],
+    )  # fmt: skip
+    return space.matrix(grad_x), grad_weight.view_as(weight) if needs_weight else None
+
+
+def is_pointwise(weight: Tensor) -> bool:
+    """Whether the kernel sees one place only."""
+    return weight.shape[2:].numel() == 1
+
+
+def two_dimensional(maps: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Signals as images one pixel high, which have a channels-last layout in PyTorch."""
+    return (maps.unsqueeze(2), weight.unsqueeze(2)) if weight.dim() == 3 else (maps, weight)
+
+
+def same_padding(weight: Tensor, dilation: int) -> list[int]:
+    """Padding that keeps the size, an axis each."""
+    return [dilation * (size // 2) for size in weight.shape[2:]]
+
+
+def _two_axes(space: Space) -> Space:
+    """Signals as images one pixel high, for PyTorch's poolings."""
+    return Space(space.batch, (1, *space.size) if len(space.size) == 1 else space.size)
+
+
+def _pool(maps: Tensor, pooling: Pooling) -> Tensor:
+    step = (1,) * (maps.dim() - 2 - len(pooling.step)) + pooling.step
+    if pooling.kind == "average":
+        return _AVERAGE[maps.dim() - 2](maps, step)
+    pooled, _ = _MAX[maps.dim() - 2](maps, *_max_windows(maps, step))
+    return pooled  # type: ignore[no-any-return]
+
+
+def _pool_backward(grad: Tensor, maps: Tensor, pooling: Pooling) -> Tensor:
+    """Gradient of `_pool`'s input."""
+    step = (1,) * (maps.dim() - 2 - len(pooling.step)) + pooling.step
+    if pooling.kind == "max":
+        windows = _max_windows(maps, step)
+        _, index = _MAX[maps.dim() - 2](maps, *windows)
+        return _MAX_BACKWARD[maps.dim() - 2](  # type: ignore[no-any-return]
+            grad, maps, *windows, [1] * len(step), False, index
+        )
+    spread = grad / prod(step)
+    result = torch.zeros_like(maps)
+    for axis, count in enumerate(step, start=2):
+        spread = spread.repeat_interleave(count, dim=axis)
+    result[tuple(slice(size) for size in spread.shape)] = spread
+    return result
+
+
+def _max_windows(maps: Tensor, step: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+    """Kernel, stride and padding: 3 places and 1 more at the edge, but along an axis of 1."""
+    thin = [size == 1 and stride == 1 for size, stride in zip(maps.shape[2:], step, strict=True)]
+    return [1 if t else 3 for t in thin], list(step), [0 if t else 1 for t in thin]
+
+
+_CONV = {2: F.conv2d, 3: F.conv3d}
+_AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
+_MAX = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
+_MAX_BACKWARD = {
+    2: torch.ops.aten.max_pool2d_with_indices_backward,
+    3: torch.ops.aten.max_pool3d_with_indices_backward,
+}
