@@ -281,19 +281,26 @@ def test_a_model_without_a_densenet_says_so() -> None:
     assert str(done) == "nothing replaced: no DenseNet of torchvision, timm or MONAI was found"
 
 
-def test_denselys_own_and_scripted_nets_are_left_alone() -> None:
+def test_denselys_own_nets_are_accelerated_from_the_start() -> None:
     from densely.models import DenseNet
 
-    own = DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8)
+    sizes = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8}
+    done = accelerate(DenseNet(**sizes))
+    assert sum(map(len, done.replaced.values())) == done.already == 5
+    assert done.left_alone == {}
+    own = DenseNet(**sizes, fused=False)
+    assert accelerate(own).already == 0
+    restore(own)
+    assert type(own) is DenseNet
+
+
+def test_scripted_nets_are_left_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(foreign.torchvision())
-    done = accelerate(nn.ModuleDict({"own": own, "scripted": scripted}))
+    done = accelerate(nn.ModuleDict({"scripted": scripted}))
     assert done.replaced == {}
-    assert done.left_alone == {
-        "own": "is densely's own and runs densely's code already",
-        "scripted": "is scripted: its code cannot be replaced",
-    }
+    assert done.left_alone == {"scripted": "is scripted: its code cannot be replaced"}
 
 
 def test_the_report_reads_well_and_does_not_hold_the_model() -> None:

@@ -152,7 +152,7 @@ def test_transforms_of_functions() -> None:
     assert got.keys() == wanted.keys()
     for name in wanted:
         close(got[name], wanted[name])
-    assert paths(accelerated) == {(1, 0)}
+    assert paths(accelerated) == {(0, 1)}  # transforms go through plain operators only
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch itself calls it
@@ -168,7 +168,7 @@ def test_double_backward_and_forward_mode() -> None:
         torch.func.jvp(net, (x,), (torch.ones_like(x),))[1] for net in (original, accelerated)
     ]
     close(tangents[1], tangents[0])
-    assert paths(accelerated) == {(2, 0)}
+    assert paths(accelerated) == {(1, 1)}  # forward mode goes through plain operators only
 
 
 @pytest.mark.parametrize(

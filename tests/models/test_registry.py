@@ -97,7 +97,7 @@ def test_as_published(name: str) -> None:
     model = build_model(name)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     kind = FCDenseNet if "fc_" in name else ResNet if "resnet" in name else DenseNet
-    assert type(model) is kind
+    assert isinstance(model, kind)
     if isinstance(model, DenseNet):
         assert has_large_stem(model) == (name in [*IMAGENET, "d2l"])
     classes = 1000 if name in IMAGENET else 11 if kind is FCDenseNet else 10

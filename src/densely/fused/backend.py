@@ -87,12 +87,11 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv]) -> str | N
     rows = x.numel() // x.shape[1]
     wide = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     for norm in norms:
-        if norm.weight is None or norm.bias is None:
-            return "has a norm without weight and bias"
         if norm.takes_batch and rows == 1:
             return "has one value a channel"
-        if not all(_fits(tensor, x, wide) for tensor in (norm.weight, norm.bias)):
-            return f"has a norm of {norm.weight.dtype} for {x.dtype}"
+        for tensor in (norm.weight, norm.bias):
+            if tensor is not None and not _fits(tensor, x, wide):
+                return f"has a norm of {tensor.dtype} for {x.dtype}"
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     for conv in convs:
         if autocast and x.dtype != torch.get_autocast_dtype(x.device.type):

@@ -41,6 +41,7 @@ from densely.fused.kernels.reference import (
     mean_terms,
 )
 from densely.fused.packing import PackedStep, pack, unpack
+from densely.fused.second_order import gradients_with_gradients
 
 
 class Outcome(NamedTuple):
@@ -285,23 +286,26 @@ def _differentiable_backward(
     flags: Sequence[int],
     numbers: Sequence[float],
     needed: Sequence[bool],
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     """The same gradients through plain PyTorch, so that they have gradients of their own."""
-    space, output = Space(x.shape[0], tuple(x.shape[2:])), x
-    for layer in unpack(tensors, flags, numbers):
-        new = output
-        for step in layer:
-            new = F.batch_norm(
-                new, step.running_mean, step.running_var, step.norm_weight, step.norm_bias,
-                step.training, eps=step.eps,
-            )  # fmt: skip
-            conv = plain.Conv(step.weight.to(x.dtype), _to(step.bias, x.dtype), step.dilation)
-            new = plain.convolve(F.relu(new), conv)
-            if step.mask is not None:
-                new = space.maps(step.drop(space.matrix(new)))
-        output = torch.cat((output, new), dim=1)
-    inputs = [tensor for tensor, need in zip((x, *tensors), needed, strict=True) if need]
-    return torch.autograd.grad(output, inputs, grad, create_graph=True)
+    space = Space(x.shape[0], tuple(x.shape[2:]))
+
+    def forward(x: Tensor, *tensors: Tensor) -> Tensor:
+        for layer in unpack(tensors, flags, numbers):
+            new = x
+            for step in layer:
+                new = F.batch_norm(
+                    new, step.running_mean, step.running_var, step.norm_weight, step.norm_bias,
+                    step.training, eps=step.eps,
+                )  # fmt: skip
+                conv = plain.Conv(step.weight.to(x.dtype), _to(step.bias, x.dtype), step.dilation)
+                new = plain.convolve(F.relu(new), conv)
+                if step.mask is not None:
+                    new = space.maps(step.drop(space.matrix(new)))
+            x = torch.cat((x, new), dim=1)
+        return x
+
+    return gradients_with_gradients(forward, (x, *tensors), needed, grad)
 
 
 def _convolve(

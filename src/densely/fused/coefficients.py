@@ -23,6 +23,15 @@ def affine(
     return Affine(scale, bias.to(dtype) - mean * scale, mean, rstd, training)
 
 
+def parameters(norm: Norm, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias [channels] of a norm on maps like x; 1 and 0 where it has none."""
+    weight, bias = norm.weight, norm.bias
+    return (
+        x.new_ones(channels) if weight is None else weight,
+        x.new_zeros(channels) if bias is None else bias,
+    )
+
+
 def update_running_statistics(norms: Iterable[tuple[Norm, Tensor, Tensor]], rows: int) -> None:
     """Let norms in train mode learn batch means and biased variances, as nn.BatchNorm does."""
     with torch.no_grad():

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import affine, update_running_statistics
+from densely.fused.coefficients import affine, parameters, update_running_statistics
 from densely.fused.kernels import chosen
 from densely.fused.kernels.reference import Pooling, Space, accumulation_dtype
+from densely.fused.second_order import gradients_with_gradients
 
 
 class Moments(NamedTuple):
@@ -64,7 +65,7 @@ def _read(
     convolution: Sequence[Tensor | None] = (conv.weight, conv.bias) if conv else ()
     lists = [
         [tensor for tensor in tensors if tensor is not None]
-        for tensors in ((norm.weight, norm.bias), statistics, convolution)
+        for tensors in (parameters(norm, x, x.shape[1]), statistics, convolution)
     ]
     tensors = [x, *lists[0], *lists[2]]
     needed = [tensor.requires_grad for tensor in tensors]
@@ -89,27 +90,21 @@ class _Reader(torch.autograd.Function):
         statistics: list[Tensor],
         needed: list[bool],
         x: Tensor,
-        *parameters: Tensor,
+        *learnt: Tensor,
     ) -> tuple[Tensor, ...]:
-        output, mean, var, chosen = reader_forward(
-            x, parameters[:2], statistics, parameters[2:], *setting
-        )
-        ctx.save_for_backward(x, *(statistics or (mean, var)), chosen, *parameters)
+        output, mean, var, chosen = reader_forward(x, learnt[:2], statistics, learnt[2:], *setting)
+        ctx.save_for_backward(x, *(statistics or (mean, var)), chosen, *learnt)
         ctx.setting, ctx.needed = setting, needed
         ctx.mark_non_differentiable(mean, var, chosen)
         return output, mean, var, chosen
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, chosen, *parameters = ctx.saved_tensors
+        x, mean, var, chosen, *learnt = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            found = _differentiable_backward(
-                grad, x, parameters, (mean, var), ctx.setting, ctx.needed
-            )
+            found = _differentiable_backward(grad, x, learnt, (mean, var), ctx.setting, ctx.needed)
         else:
-            found = reader_backward(
-                grad, x, [mean, var], chosen, parameters, *ctx.setting, ctx.needed
-            )
+            found = reader_backward(grad, x, [mean, var], chosen, learnt, *ctx.setting, ctx.needed)
         remaining = iter(found)
         return None, None, None, *(next(remaining) if need else None for need in ctx.needed)
 
@@ -162,17 +157,17 @@ def reader_backward(
     x: Tensor,
     statistics: Sequence[Tensor],
     choice: Tensor,
-    parameters: Sequence[Tensor],
+    learnt: Sequence[Tensor],
     eps: float,
     training: bool,
     kind: str,
     step: Sequence[int],
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of those of (x, *parameters) that need one, in this order."""
+    """Gradients of those of (x, *learnt) that need one, in this order."""
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix, pooled = space.matrix(x), pooling.pooled(space)
-    norm_weight, norm_bias, *conv = parameters
+    norm_weight, norm_bias, *conv = learnt
     how = affine(norm_weight, norm_bias, *statistics, eps, training)
     upstream = pooled.matrix(grad)
     found: list[Tensor | None] = []
@@ -190,7 +185,7 @@ def reader_backward(
     every = [space.maps(grad_x), norm.weight, norm.bias, *found]
     return [
         g.to(t.dtype)
-        for g, t, need in zip(every, (x, *parameters), needed, strict=True)
+        for g, t, need in zip(every, (x, *learnt), needed, strict=True)
         if need and g is not None
     ]
 
@@ -201,7 +196,7 @@ def _(
     x: Tensor,
     statistics: Sequence[Tensor],
     choice: Tensor,
-    parameters: Sequence[Tensor],
+    learnt: Sequence[Tensor],
     eps: float,
     training: bool,
     kind: str,
@@ -209,33 +204,33 @@ def _(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     space = _space(x)
-    found = [space.maps(x.new_empty(space.rows, x.shape[1])), *map(torch.empty_like, parameters)]
+    found = [space.maps(x.new_empty(space.rows, x.shape[1])), *map(torch.empty_like, learnt)]
     return [tensor for tensor, need in zip(found, needed, strict=True) if need]
 
 
 def _differentiable_backward(
     grad: Tensor,
     x: Tensor,
-    parameters: Sequence[Tensor],
+    learnt: Sequence[Tensor],
     statistics: tuple[Tensor, Tensor],
     setting: tuple[float, bool, str, list[int]],
     needed: Sequence[bool],
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     """The same gradients through plain PyTorch, so that they have gradients of their own."""
     eps, training, kind, step = setting
-    norm_weight, norm_bias, *conv = parameters
     running = (None, None) if training else statistics
-    norm = plain.Norm(norm_weight, norm_bias, *running, None, None, eps, training)
-    if conv:
-        weight, *bias = (tensor.to(x.dtype) for tensor in conv)
-        convolution = plain.Conv(weight, bias[0] if bias else None)
-        output = plain.transition(x, norm, convolution, tuple(step))
-    elif kind == "max":
-        output = plain.stem(x, norm, tuple(step))
-    else:
-        output = plain.final(x, norm).view(grad.shape)
-    inputs = [tensor for tensor, need in zip((x, *parameters), needed, strict=True) if need]
-    return torch.autograd.grad(output, inputs, grad, create_graph=True)
+
+    def forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *conv: Tensor) -> Tensor:
+        norm = plain.Norm(norm_weight, norm_bias, *running, None, None, eps, training)
+        if conv:
+            weight, *bias = (tensor.to(x.dtype) for tensor in conv)
+            convolution = plain.Conv(weight, bias[0] if bias else None)
+            return plain.transition(x, norm, convolution, tuple(step))
+        if kind == "max":
+            return plain.stem(x, norm, tuple(step))
+        return plain.final(x, norm).view(grad.shape)
+
+    return gradients_with_gradients(forward, (x, *learnt), needed, grad)
 
 
 def _space(x: Tensor) -> Space:

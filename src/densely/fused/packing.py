@@ -67,7 +67,8 @@ def pack(x: Tensor, layers: tuple[plain.Layer, ...]) -> Packed:
             if drop_rate > 0:
                 width = conv.weight.shape[0]
                 mask = _dropout_mask(x, width, drop_rate, drop_maps, _layout(layers))
-            tensors = (norm.weight, norm.bias, *statistics, conv.weight, conv.bias, mask)
+            learnt = coefficients.parameters(norm, x, conv.weight.shape[1])
+            tensors = (*learnt, *statistics, conv.weight, conv.bias, mask)
             packed.tensors.extend(tensor for tensor in tensors if tensor is not None)
             flags = (norm.takes_batch, conv.bias is not None, mask is not None, i + 1 == len(layer))
             packed.flags.append(sum(1 << bit for bit, flag in enumerate(flags) if flag))

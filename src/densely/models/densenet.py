@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from densely.errors import ConfigError, ShapeError
+from densely.fused import accelerate
 from densely.models.geometry import Stride, plan
 from densely.models.init import INITS, InitName, initialize
 from densely.models.parts import POOLS, Activation, DropPath, Norm, Parts, PoolName
@@ -224,6 +225,9 @@ class DenseNet(nn.Module):
         drop_path_rate: stochastic depth; the rate of the last layer, which earlier ones approach
             linearly from 0.
         norm_eps: epsilon of the norms; None for each one's own (1e-5; Keras has 1.001e-5).
+        fused: run stem, dense blocks, transitions and final norm by densely's fused code where it
+            covers them: the same function in less memory and time. False for the plain code that
+            stands in this file; `densely.accelerate` and `densely.restore` switch later on.
 
     Attributes:
         feature_channels: channels of each block's output, as `forward_features` gives them.
@@ -259,6 +263,7 @@ class DenseNet(nn.Module):
         classifier_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float | None = None,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         parts = Parts(spatial_dims, norm, activation, bias, drop_rate)
@@ -359,6 +364,8 @@ class DenseNet(nn.Module):
         initialize(self, init)
         if norm_eps is not None:
             set_norm_eps(self, norm_eps)
+        if fused:
+            accelerate(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch: [N, in_channels, ...] to [N, num_classes]."""

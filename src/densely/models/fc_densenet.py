@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from densely.errors import ConfigError, ShapeError
+from densely.fused import accelerate
 from densely.models.densenet import DenseBlock, Transition
 from densely.models.init import INITS, InitName, initialize
 from densely.models.parts import TRANSPOSED_CONVS, Activation, Norm, Parts
@@ -44,6 +45,7 @@ class FCDenseNet(nn.Module):
         drop_rate: dropout after each convolution of blocks and transitions down.
         norm, activation: as `DenseNet`.
         init: how weights start; the paper's is He's, "torchvision" (fan-in).
+        fused: as `DenseNet`.
 
     Raises:
         ConfigError: an argument is out of range; all faults are named at once.
@@ -65,6 +67,7 @@ class FCDenseNet(nn.Module):
         norm: Norm = "batch",
         activation: Activation = "relu",
         init: InitName = "torchvision",
+        fused: bool = True,
     ) -> None:
         super().__init__()
         parts = Parts(spatial_dims, norm, activation, bias=True, drop_rate=drop_rate)
@@ -118,6 +121,8 @@ class FCDenseNet(nn.Module):
             new = layers * growth_rate
         self.classifier = parts.make_conv(channels + new, num_classes, 1)
         initialize(self, init)
+        if fused:
+            accelerate(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of each pixel: [N, in_channels, ...] to [N, num_classes, ...] of the same size."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densely.errors import ConfigError, unknown_name
+from densely.fused import restore
 from densely.models.densenet import DenseNet, Stem
 from densely.models.fc_densenet import FCDenseNet
 from densely.models.init import InitName
@@ -153,6 +154,7 @@ class ModelOptions(TypedDict, total=False):
     classifier_drop_rate: float
     drop_path_rate: float
     norm_eps: float | None
+    fused: bool
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -248,6 +250,7 @@ def model_facts(name: str) -> ModelFacts:
     chosen = preset(name)
     with torch.device("meta"), torch.no_grad():
         model = chosen.build().eval()
+        restore(model)  # fused operators do not tell the counter what they multiply
         shape = (int(model.in_channels), chosen.image_size, chosen.image_size)  # type: ignore[arg-type]
         counter = FlopCounterMode(display=False)
         with counter:
