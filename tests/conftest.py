@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from densely.cache import cache_folder
+
 REAL_DATA = os.environ.get("DENSELY_DATA")
+# Compiled once for all tests, in the cache folder of the user, and not in that of each test.
+os.environ.setdefault("DENSELY_KERNELS", str(cache_folder() / "kernels"))
 
 
 @pytest.fixture(autouse=True)

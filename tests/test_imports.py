@@ -11,7 +11,7 @@ SOURCE = Path(densely.__file__).parent
 
 #: From the ground up; a part may import what stands on a line above it, and itself.
 LAYERS = [
-    {"errors"},
+    {"errors", "cache"},
     {"runtime", "fused"},
     {"models"},
     {"data", "chapter", "environment"},

@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+from densely.cache import cache_folder
 from densely.data.fashion_mnist import complete_folder
-from densely.data.locations import VARIABLE, cache_folder
+from densely.data.locations import VARIABLE
 from densely.environment import environment
 from densely.runtime import can_keep_freed_memory, choose_runtime
 

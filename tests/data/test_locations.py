@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from densely.data.locations import cache_folder, user_folders
+from densely.cache import cache_folder
+from densely.data.locations import user_folders
 from densely.errors import DataError
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from densely.cache import cache_folder
 from densely.data.dataset import ImageSet, Splits
 from densely.data.download import digest_of, download, has_digest
 from densely.data.idx import read_idx
-from densely.data.locations import cache_folder, user_folders
+from densely.data.locations import user_folders
 from densely.errors import DataError
 
 CLASSES = (

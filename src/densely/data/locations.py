@@ -1,4 +1,4 @@
-"""Where data is looked for: a folder given by the user, DENSELY_DATA, and the cache folder."""
+"""Where data is looked for: folders that the user names, by an option or DENSELY_DATA."""
 
 import os
 from collections.abc import Iterator
@@ -7,12 +7,6 @@ from pathlib import Path
 from densely.errors import DataError
 
 VARIABLE = "DENSELY_DATA"
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/densely`, by default `~/.cache/densely`; made when something is stored."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "densely"
 
 
 def user_folders(data_dir: Path | None) -> Iterator[Path]:

@@ -92,19 +92,19 @@ class _Reader(torch.autograd.Function):
         x: Tensor,
         *learnt: Tensor,
     ) -> tuple[Tensor, ...]:
-        output, mean, var, chosen = reader_forward(x, learnt[:2], statistics, learnt[2:], *setting)
-        ctx.save_for_backward(x, *(statistics or (mean, var)), chosen, *learnt)
+        output, mean, var, choice = reader_forward(x, learnt[:2], statistics, learnt[2:], *setting)
+        ctx.save_for_backward(x, *(statistics or (mean, var)), choice, *learnt)
         ctx.setting, ctx.needed = setting, needed
-        ctx.mark_non_differentiable(mean, var, chosen)
-        return output, mean, var, chosen
+        ctx.mark_non_differentiable(mean, var, choice)
+        return output, mean, var, choice
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, chosen, *learnt = ctx.saved_tensors
+        x, mean, var, choice, *learnt = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
             found = _differentiable_backward(grad, x, learnt, (mean, var), ctx.setting, ctx.needed)
         else:
-            found = reader_backward(grad, x, [mean, var], chosen, learnt, *ctx.setting, ctx.needed)
+            found = reader_backward(grad, x, [mean, var], choice, learnt, *ctx.setting, ctx.needed)
         remaining = iter(found)
         return None, None, None, *(next(remaining) if need else None for need in ctx.needed)
 

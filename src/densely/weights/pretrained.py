@@ -10,8 +10,9 @@ the file is the right one.
 from dataclasses import dataclass
 from pathlib import Path
 
+from densely.cache import cache_folder
 from densely.data.download import download, has_digest
-from densely.data.locations import cache_folder, user_folders
+from densely.data.locations import user_folders
 from densely.data.preprocessing import Preprocessing
 from densely.errors import ConfigError, DataError, WeightsError, unknown_name
 

@@ -18,6 +18,7 @@ from densely.fused.kernels.reference import (
     Kernels,
     NormGradient,
     Pending,
+    Pooling,
     Space,
     accumulation_dtype,
     convolve_backward,
@@ -148,6 +149,45 @@ class CpuKernels(Kernels):
         )
         return grad_weight, norm
 
+    def pool(
+        self, x: Tensor, affine: Affine, pooling: Pooling, space: Space
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference."""
+        if x.dtype == torch.float64:
+            return super().pool(x, affine, pooling, space)
+        out = x.new_empty(pooling.pooled(space).rows, x.shape[1])
+        choice = self.choice(out, pooling)
+        self._ops.pool(
+            x, affine.scale, affine.shift, _windows(pooling, space), pooling.kind == "max", out,
+            choice,
+        )  # fmt: skip
+        return out, choice
+
+    def choice(self, pooled: Tensor, pooling: Pooling) -> Tensor:
+        """For maxima, which place of its window each one was."""
+        wanted = pooling.kind == "max" and pooled.dtype != torch.float64
+        return pooled.new_empty(pooled.shape if wanted else 0, dtype=torch.uint8)
+
+    def pool_backward(
+        self,
+        grad: Tensor,
+        choice: Tensor,
+        x: Tensor,
+        affine: Affine,
+        pooling: Pooling,
+        space: Space,
+    ) -> tuple[Tensor, NormGradient]:
+        """As the reference."""
+        if x.dtype == torch.float64:
+            return super().pool_backward(grad, choice, x, affine, pooling, space)
+        out = x.new_empty(x.shape)
+        norm = NormGradient(*_vectors(2, x))
+        self._ops.pool_backward(
+            grad, choice, x, affine.scale, affine.shift, affine.mean, affine.rstd,
+            affine.training, _windows(pooling, space), pooling.kind == "max", out, *norm,
+        )  # fmt: skip
+        return out, norm
+
     def form(self, grad: Tensor | Pending) -> Tensor:
         """As the reference."""
         if isinstance(grad, Tensor) or grad.x.dtype == torch.float64:
@@ -159,6 +199,10 @@ class CpuKernels(Kernels):
 
 def _vectors(number: int, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape[1], dtype=accumulation_dtype(x)) for _ in range(number))
+
+
+def _windows(pooling: Pooling, space: Space) -> list[int]:
+    return _three(space.size) + _three(pooling.step)
 
 
 def _three(sizes: tuple[int, ...]) -> list[int]:

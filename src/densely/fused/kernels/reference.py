@@ -191,7 +191,7 @@ class Kernels:
     def pool_backward(
         self,
         grad: Tensor,
-        chosen: Tensor,
+        choice: Tensor,
         x: Tensor,
         affine: Affine,
         pooling: Pooling,
@@ -199,7 +199,7 @@ class Kernels:
     ) -> tuple[Tensor, NormGradient]:
         """Back through `pool`: gradients of x, [rows, C], and of the norm's parameters.
 
-        `chosen` is what `pool` has given for it.
+        `choice` is what `pool` has given for it.
         """
         act = self.norm_relu(x, affine)
         axes = _two_axes(space)

@@ -89,6 +89,16 @@ struct NormSums {
   explicit NormSums(int64_t columns)
       : bias(columns), weight(columns), all_bias(columns), all_weight(columns) {}
 
+  template <class T>
+  void add(const float* __restrict g, const T* __restrict x, const float* __restrict mean) {
+    float* __restrict b = bias.data();
+    float* __restrict w = weight.data();
+    for (size_t c = 0; c < bias.size(); c++) {
+      b[c] += g[c];
+      w[c] += g[c] * (float(x[c]) - mean[c]);
+    }
+  }
+
   void flush() {
     for (size_t c = 0; c < bias.size(); c++) {
       all_bias[c] += bias[c], all_weight[c] += weight[c];

@@ -1,0 +1,196 @@
+// relu(x * scale + shift), pooled, and the way back; for averages and for maxima.
+//
+// Rows are [batch, depth, height, width]. Each row of the result reads a window of rows; on the way
+// back each row asks the windows that it is in, so that nobody adds to what another thread writes.
+
+#include <limits>
+
+#include "elementwise.h"
+
+namespace densely {
+
+struct Windows {
+  int64_t size[3], step[3], out[3], reach;  // reach: a window's places before and behind its step
+
+  Windows(const std::vector<int64_t>& numbers, bool max) : reach(max ? 1 : 0) {
+    for (int i = 0; i < 3; i++) {
+      size[i] = numbers[i], step[i] = numbers[3 + i];
+      out[i] = max ? (size[i] - 1) / step[i] + 1 : size[i] / step[i];
+    }
+  }
+
+  void place(int64_t row, const int64_t* sizes, int64_t* at) const {
+    at[2] = row % sizes[2], row /= sizes[2];
+    at[1] = row % sizes[1], row /= sizes[1];
+    at[0] = row % sizes[0], at[3] = row / sizes[0];
+  }
+
+  static int64_t row(const int64_t* at, const int64_t* sizes) {
+    return ((at[3] * sizes[0] + at[0]) * sizes[1] + at[1]) * sizes[2] + at[2];
+  }
+
+  // First and last place that the window of output place o has along an axis.
+  void span(int64_t o, int axis, int64_t* first, int64_t* last) const {
+    *first = std::max<int64_t>(0, o * step[axis] - reach);
+    *last = std::min(size[axis], reach ? o * step[axis] + 2 : (o + 1) * step[axis]) - 1;
+  }
+
+  // Calls f(input row, number of the place in the window) for each place of an output row's window.
+  template <class F>
+  void inputs(int64_t output, const F& f) const {
+    int64_t o[4], first[3], last[3];
+    place(output, out, o);
+    for (int i = 0; i < 3; i++) span(o[i], i, &first[i], &last[i]);
+    int64_t at[4] = {0, 0, 0, o[3]};
+    for (at[0] = first[0]; at[0] <= last[0]; at[0]++)
+      for (at[1] = first[1]; at[1] <= last[1]; at[1]++)
+        for (at[2] = first[2]; at[2] <= last[2]; at[2]++) f(row(at, size), number(at, o));
+  }
+
+  // Calls f(output row, number of this place in its window) for each window that holds a row.
+  template <class F>
+  void outputs(int64_t input, const F& f) const {
+    int64_t at[4], first[3], last[3];
+    place(input, size, at);
+    for (int i = 0; i < 3; i++) {
+      first[i] = reach ? std::max<int64_t>(0, (at[i] + step[i] - 2) / step[i]) : at[i] / step[i];
+      last[i] = std::min(out[i] - 1, (at[i] + reach) / step[i]);
+    }
+    int64_t o[4] = {0, 0, 0, at[3]};
+    for (o[0] = first[0]; o[0] <= last[0]; o[0]++)
+      for (o[1] = first[1]; o[1] <= last[1]; o[1]++)
+        for (o[2] = first[2]; o[2] <= last[2]; o[2]++) f(row(o, out), number(at, o));
+  }
+
+  // Of a maximum's 3 x 3 x 3 places, in the order in which PyTorch looks at them.
+  uint8_t number(const int64_t* at, const int64_t* o) const {
+    if (!reach) return 0;
+    int64_t n = 0;
+    for (int i = 0; i < 3; i++) n = n * 3 + (at[i] - o[i] * step[i] + 1);
+    return uint8_t(n);
+  }
+};
+
+// geometry: sizes of three axes, steps along them. `choice` [pooled rows, C] says for a maximum
+// which place of its window it was.
+void pool(
+    Tensor x, Tensor scale, Tensor shift, std::vector<int64_t> geometry, bool max, Tensor out,
+    Tensor choice) {
+  Windows windows(geometry, max);
+  for_dtype(x, [&](auto type) {
+    using T = element<decltype(type)>;
+    auto in = matrix<T>(x), to = matrix<T>(out);
+    auto s = vector(scale), b = vector(shift);
+    auto which = max ? matrix<uint8_t>(choice) : Matrix<uint8_t>{};
+    int64_t columns = in.columns;
+    in_chunks(to.rows, chunks_of(to.rows, columns), [&](int64_t, int64_t begin, int64_t end) {
+      std::vector<T> act_row(columns);
+      std::vector<float> best_row(columns), place_row(columns);
+      T* __restrict act = act_row.data();
+      float* __restrict best = best_row.data();
+      float* __restrict place = place_row.data();
+      for (int64_t r = begin; r < end; r++) {
+        std::fill_n(best, columns, max ? -std::numeric_limits<float>::infinity() : 0.0f);
+        int64_t places = 0;
+        windows.inputs(r, [&](int64_t row, uint8_t number) {
+          norm_relu_row(in.row(row), s, b, act, columns);
+          places++;
+          if (!max) {
+            for (int64_t c = 0; c < columns; c++) best[c] += float(act[c]);
+            return;
+          }
+          for (int64_t c = 0; c < columns; c++) {
+            float value = float(act[c]);
+            bool wins = value > best[c] || value != value;
+            best[c] = wins ? value : best[c];
+            place[c] = wins ? float(number) : place[c];
+          }
+        });
+        float share = max ? 1.0f : 1.0f / places;
+        for (int64_t c = 0; c < columns; c++) to.row(r)[c] = narrow<T>(best[c] * share);
+        if (max)
+          for (int64_t c = 0; c < columns; c++) which.row(r)[c] = uint8_t(place[c]);
+      }
+    });
+  });
+}
+
+// Gradient of x, with all that batch norm adds to it, and of the norm's parameters.
+void pool_backward(
+    Tensor grad, Tensor choice, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor rstd,
+    bool training, std::vector<int64_t> geometry, bool max, Tensor out, Tensor norm_weight,
+    Tensor norm_bias) {
+  Windows windows(geometry, max);
+  for_dtype(x, [&](auto type) {
+    using T = element<decltype(type)>;
+    auto g = matrix<T>(grad), in = matrix<T>(x), to = matrix<T>(out);
+    auto which = max ? matrix<uint8_t>(choice) : Matrix<uint8_t>{};
+    int64_t columns = in.columns, chunks = chunks_of(in.rows, columns);
+    float share = max ? 1.0f : 1.0f / (windows.step[0] * windows.step[1] * windows.step[2]);
+
+    // The gradient of x * scale + shift at a row, before the mask.
+    auto gather = [&](int64_t row, float* __restrict sum) {
+      std::fill_n(sum, columns, 0.0f);
+      windows.outputs(row, [&](int64_t output, uint8_t number) {
+        const T* __restrict from = g.row(output);
+        if (!max) {
+          for (int64_t c = 0; c < columns; c++) sum[c] = float(from[c]) * share;
+          return;
+        }
+        const uint8_t* __restrict chosen = which.row(output);
+        for (int64_t c = 0; c < columns; c++)
+          sum[c] += chosen[c] == number ? float(from[c]) : 0.0f;
+      });
+    };
+
+    std::vector<NormSums> parts(chunks, NormSums(columns));
+    auto back = [&](bool sums, const float* a, const float* b) {
+      in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+        NormSums& part = parts[chunk];
+        std::vector<float> up(columns), masked(columns);
+        std::vector<T> act(columns);
+        for (int64_t r = begin; r < end; r++) {
+          gather(r, up.data());
+          norm_relu_row(in.row(r), vector(scale), vector(shift), act.data(), columns);
+          for (int64_t c = 0; c < columns; c++) up[c] = float(act[c]) > 0 ? up[c] : 0.0f;
+          if (sums) {
+            part.add(up.data(), in.row(r), vector(mean));
+            if ((r - begin) % 64 == 63) part.flush();
+          } else {
+            form_row(
+                up.data(), in.row(r), vector(scale), vector(mean), a, b, to.row(r), columns);
+          }
+        }
+        part.flush();
+      });
+    };
+
+    back(true, nullptr, nullptr);
+    NormSums::finish(parts, vector(rstd), vector(norm_weight), vector(norm_bias));
+    if (!training) return back(false, nullptr, nullptr);
+    std::vector<float> a(columns), b(columns);
+    for (int64_t c = 0; c < columns; c++) {
+      float over_rows = vector(scale)[c] / in.rows;
+      a[c] = over_rows * vector(norm_bias)[c];
+      b[c] = over_rows * vector(rstd)[c] * vector(norm_weight)[c];
+    }
+    back(false, a.data(), b.data());
+  });
+}
+
+}  // namespace densely
+
+STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
+  m.def(
+      "pool(Tensor x, Tensor scale, Tensor shift, int[] geometry, bool max, Tensor(a!) out, "
+      "Tensor(b!) choice) -> ()");
+  m.def(
+      "pool_backward(Tensor grad, Tensor choice, Tensor x, Tensor scale, Tensor shift, "
+      "Tensor mean, Tensor rstd, bool training, int[] geometry, bool max, Tensor(a!) out, "
+      "Tensor(b!) norm_weight, Tensor(c!) norm_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(densely_cpu, CPU, m) {
+  m.impl("pool", TORCH_BOX(&densely::pool));
+  m.impl("pool_backward", TORCH_BOX(&densely::pool_backward));
+}
