@@ -13,7 +13,7 @@ from PIL import Image
 
 from densely.cli import main
 
-COMMANDS = ["train", "evaluate", "predict", "doctor"]
+COMMANDS = ["train", "evaluate", "predict", "bench", "doctor"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -87,6 +87,10 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate nowhere", "nowhere: no run directory"),
         ("predict nowhere a.png", "nowhere: no run directory"),
         ("predict nowhere", "required: images"),
+        ("bench --net d3l", "expected one of 'all', 'densenet121', 'd2l', 'bc_100_12', got 'd3l'"),
+        ("bench --rounds 0 --batch 0", "batch=0: must be at least 1; rounds=0"),
+        ("bench --device x", "device 'x' is not here"),
+        ("bench --output pyproject.toml/x --rounds", "expected one argument"),
         ("doctor --device x", "device 'x' is not here"),
     ],
 )

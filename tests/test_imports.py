@@ -17,6 +17,7 @@ LAYERS = [
     {"data", "chapter", "environment"},
     {"weights"},
     {"training"},
+    {"bench"},
     {"evaluation", "doctor"},
     {"cli"},
     {"__main__"},

@@ -22,6 +22,7 @@ from densely.errors import ConfigError, DenselyError, unknown_name
 from densely.training.config import FREE_ON_RESUME, HARDWARE, RECIPES, TrainConfig, read_yaml
 
 if TYPE_CHECKING:
+    from densely.bench.config import BenchConfig
     from densely.evaluation.evaluate import Evaluation
     from densely.training.reporting import Reporter
 
@@ -173,9 +174,11 @@ def _train(parser: _Parser, arguments: list[str]) -> None:
     )
 
 
-def _add_fields(parser: _Parser, base: TrainConfig, groups: Sequence[str] = ()) -> None:
+def _add_fields(
+    parser: _Parser, base: "TrainConfig | BenchConfig", groups: Sequence[str] = ()
+) -> None:
     """Give each field of the config its flag, with `base` as defaults; all groups, or some."""
-    hints = get_type_hints(TrainConfig)
+    hints = get_type_hints(type(base))
     titled: dict[str, Any] = {}
     for field in dataclasses.fields(base):
         title = field.metadata["group"]
@@ -400,6 +403,26 @@ def _models(parser: _Parser, arguments: list[str]) -> None:
         )
 
 
+def _bench(parser: _Parser, arguments: list[str]) -> None:
+    """Measure speed and memory beside other DenseNets, in turns; leave tables and pictures.
+
+    Each network runs as densely and as its peers run it: torchvision, timm and MONAI, or a plain
+    PyTorch net, as shipped and tuned. All have one turn before any has the next; ratios are taken
+    round by round. A peer that is not installed is a named gap. Run nothing beside it.
+    """
+    from densely.bench.config import BenchConfig
+
+    # Read first, so that --help shows the defaults that will hold.
+    _add_fields(parser, BenchConfig.starting_from(quick="--quick" in arguments))
+    chosen = parser.parse_args(arguments)
+    names = [field.name for field in dataclasses.fields(BenchConfig)]
+    config = BenchConfig(**{name: getattr(chosen, name) for name in names})
+
+    from densely.bench.run import run_bench
+
+    run_bench(config)
+
+
 def _doctor(parser: _Parser, arguments: list[str]) -> None:
     """Print what a bug report needs: versions, hardware, what was chosen and why, data folders."""
     parser.add_argument("--device", metavar="TEXT", default="auto", help="cpu, cuda, cuda:1, ...")
@@ -430,5 +453,6 @@ _COMMANDS: dict[str, Callable[[_Parser, list[str]], None]] = {
     "predict": _predict,
     "convert": _convert,
     "models": _models,
+    "bench": _bench,
     "doctor": _doctor,
 }

@@ -1,4 +1,4 @@
-"""The four steps of a DenseNet and their gradients in float64 NumPy: what the fused ones must equal.
+"""The four steps of a DenseNet and their gradients in float64 NumPy: what fused ones must equal.
 
 Written from the definitions, without torch and without the package: each layer normalises on its
 own what it reads, each operation gives its output and a function from the gradient of that output
@@ -27,11 +27,16 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Result(NamedTuple):
-    """An output, the gradients of all that has one, and the statistics after the step."""
+    """An output, the gradients of all that has one, and the statistics after the step.
+
+    `margin` is how near to zero an input of ReLU came that was not zero: in less than float64 one
+    nearer than the rounding may fall on the other side, which moves gradients but no output.
+    """
 
     output: np.ndarray
     grads: dict[str, np.ndarray]
     statistics: dict[str, np.ndarray]
+    margin: float = math.inf
 
     def all(self) -> dict[str, np.ndarray]:
         """Every tensor of the result under a name of its own."""
@@ -45,11 +50,12 @@ class Record:
     def __init__(self) -> None:
         self.grads: dict[str, np.ndarray] = {}
         self.statistics: dict[str, np.ndarray] = {}
+        self.margin = math.inf
 
     def result(self, made: Made, grad: np.ndarray) -> Result:
         output, backward = made
         self.grads["x"] = backward(grad)
-        return Result(output, self.grads, self.statistics)
+        return Result(output, self.grads, self.statistics, self.margin)
 
 
 # Operations.
@@ -118,6 +124,7 @@ def relu(x: np.ndarray) -> Made:
 
 def norm_relu(x: np.ndarray, norm: Any, name: str, record: Record) -> Made:
     normed, to_x = batch_norm(x, norm, name, record)
+    record.margin = min(record.margin, np.abs(normed[normed != 0]).min(initial=math.inf))
     y, to_normed = relu(normed)
     return y, lambda grad: to_x(to_normed(grad))
 
@@ -188,9 +195,10 @@ def max_pool(x: np.ndarray, stride: Sequence[int]) -> Made:
     padded = pad(x, sides, -np.inf)
     space = [(n - 1) // s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     parts = [
-        (..., *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(at, space, stride, strict=True)))
+        tuple(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(at, space, stride, strict=True))
         for at in itertools.product(range(3), repeat=len(space))
     ]
+    parts = [(..., *part) for part in parts]
     candidates = np.stack([padded[part] for part in parts])
     first = candidates.argmax(axis=0)  # NumPy too gives the first of equal ones
 
@@ -207,9 +215,10 @@ def global_mean(x: np.ndarray) -> Made:
     pixels = math.prod(x.shape[2:])
 
     def backward(grad: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(spread(grad, x).reshape(*grad.shape, *[1] * (x.ndim - 2)), x.shape)
+        share = grad.reshape(*grad.shape, *[1] * (x.ndim - 2)) / pixels
+        return np.broadcast_to(share, x.shape)
 
-    return x.reshape(*x.shape[:2], -1).mean(axis=2), lambda grad: backward(grad) / pixels
+    return x.reshape(*x.shape[:2], -1).mean(axis=2), backward
 
 
 # The four steps.
@@ -308,7 +317,7 @@ def named(tree: Any, name: str = "") -> dict[str, Any]:
 
 def arrays(tree: Any) -> Any:
     """A tree of tensors as one of float64 arrays that share no memory with them."""
-    return change(tree, lambda tensor: np.array(tensor.detach().double()))
+    return change(tree, lambda tensor: tensor.detach().double().numpy().copy())
 
 
 def fresh(tree: Any) -> Any:

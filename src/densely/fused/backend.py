@@ -113,7 +113,7 @@ def _moments(x: Tensor) -> Moments | None:
     if torch.compiler.is_compiling():
         return None
     moments, version = getattr(x, _MOMENTS, (None, None))
-    return moments if version == x._version else None
+    return moments if moments is not None and version == x._version else None
 
 
 def _note_fused(kind: str) -> None:

@@ -110,6 +110,7 @@ class _DenseBlock(torch.autograd.Function):
         ctx.num_kept, ctx.num_inputs = len(kept), x.shape[1]
         ctx.flags, ctx.numbers, ctx.needed = flags, numbers, needed
         ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
         return output, *kept
 
     @staticmethod
@@ -145,24 +146,28 @@ def dense_block_forward(
     layers = unpack(tensors, flags, numbers)
     space, kernels = Space(x.shape[0], tuple(x.shape[2:])), chosen(x)
     buffer, mean, var = _allocate(x, layers, space)
+    trained = mean.numel() > 0
 
-    def put(new: Tensor, start: int) -> int:
-        stop = start + new.shape[1]
-        buffer[:, start:stop] = new
-        if mean.numel():
-            mean[start:stop], var[start:stop] = kernels.moments(buffer[:, start:stop])
-        return stop
-
+    buffer[:, : x.shape[1]] = space.matrix(x)
+    if trained:
+        kernels.moments(buffer[:, : x.shape[1]], (mean[: x.shape[1]], var[: x.shape[1]]))
+    channels = x.shape[1]
     inner: list[Tensor] = []
-    channels = put(space.matrix(x), 0)
-    for first, *later in layers:
-        features = buffer[:, :channels]
-        features = _convolve(features, first, mean[:channels], var[:channels], space, kernels)
-        for step in later:
-            moments = kernels.moments(features) if step.training else _no_moments(x)
-            inner += [features if keep else features.new_empty(0, features.shape[1]), *moments]
-            features = _convolve(features, step, *moments, space, kernels)
-        channels = put(features, channels)
+    for layer in layers:
+        features, moments = buffer[:, :channels], (mean[:channels], var[:channels])
+        for step, following in zip(layer, [*layer[1:], None], strict=True):
+            width = step.weight.shape[0]
+            if following is None:
+                columns = slice(channels, channels + width)
+                out, out_moments = buffer[:, columns], (mean[columns], var[columns])
+            else:
+                out = x.new_empty(space.rows, width)
+                out_moments = _vectors(x, width if following.training else 0)
+                inner += [out if keep else out.new_empty(0, width), *out_moments]
+            wanted = out_moments if out_moments[0].numel() else None
+            _convolve(features, step, moments, space, kernels, out, wanted)
+            features, moments = out, out_moments
+        channels += width
     return [space.maps(buffer), mean, var, *inner]
 
 
@@ -182,7 +187,7 @@ def _(
         for step in later:
             width = step.weight.shape[1]
             inner.append(x.new_empty(space.rows if keep else 0, width))
-            inner += [mean.new_empty(width if step.training else 0) for _ in range(2)]
+            inner += _vectors(x, width if step.training else 0)
     return [space.maps(buffer), mean, var, *inner]
 
 
@@ -309,13 +314,24 @@ def _differentiable_backward(
 
 
 def _convolve(
-    x: Tensor, step: PackedStep, mean: Tensor, var: Tensor, space: Space, kernels: Kernels
-) -> Tensor:
-    new = kernels.convolve(
-        x, step.affine(mean, var), step.weight.to(x.dtype), _to(step.bias, x.dtype),
-        step.dilation, space,
+    x: Tensor,
+    step: PackedStep,
+    moments: tuple[Tensor, Tensor],
+    space: Space,
+    kernels: Kernels,
+    out: Tensor,
+    out_moments: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Run a step to `out`, and take the moments of that if they are wanted."""
+    dropped = step.mask is not None
+    kernels.convolve(
+        x, step.affine(*moments), step.weight.to(x.dtype), _to(step.bias, x.dtype), step.dilation,
+        space, out, None if dropped else out_moments,
     )  # fmt: skip
-    return step.drop(new)
+    if dropped:
+        out.copy_(step.drop(out))
+        if out_moments is not None:
+            kernels.moments(out, out_moments)
 
 
 def _allocate(
@@ -323,13 +339,13 @@ def _allocate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The buffer of a block and the statistics of its channels, as yet without values."""
     channels = x.shape[1] + sum(layer[-1].weight.shape[0] for layer in layers)
-    trained = channels if any(step.training for layer in layers for step in layer) else 0
-    mean, var = (x.new_empty(trained, dtype=accumulation_dtype(x)) for _ in range(2))
-    return x.new_empty(space.rows, channels), mean, var
+    trained = any(step.training for layer in layers for step in layer)
+    return x.new_empty(space.rows, channels), *_vectors(x, channels if trained else 0)
 
 
-def _no_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(0, dtype=accumulation_dtype(x)), x.new_empty(0, dtype=accumulation_dtype(x))
+def _vectors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(x)
+    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
 
 
 def _first_needed(layers: list[list[PackedStep]], needed: Sequence[bool]) -> int:

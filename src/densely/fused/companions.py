@@ -96,6 +96,7 @@ class _Reader(torch.autograd.Function):
         ctx.save_for_backward(x, *(statistics or (mean, var)), choice, *learnt)
         ctx.setting, ctx.needed = setting, needed
         ctx.mark_non_differentiable(mean, var, choice)
+        ctx.set_materialize_grads(False)
         return output, mean, var, choice
 
     @staticmethod
@@ -123,13 +124,15 @@ def reader_forward(
     """Output; mean and var of x, if they are not among the arguments; what backward wants."""
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix = space.matrix(x)
-    taken = () if statistics else kernels.moments(matrix)
+    taken = _vectors(x, 0 if statistics else x.shape[1])
+    if not statistics:
+        kernels.moments(matrix, taken)
     how = affine(*norm, *(statistics or taken), eps, training)
     pooled, choice = kernels.pool(matrix, how, pooling, space)
     if conv:
         weight, *bias = (tensor.to(x.dtype) for tensor in conv)
         pooled = F.linear(pooled, weight.flatten(1), *bias)
-    return [pooling.pooled(space).maps(pooled), *(taken or _none(x)), choice]
+    return [pooling.pooled(space).maps(pooled), *taken, choice]
 
 
 @reader_forward.register_fake
@@ -145,10 +148,10 @@ def _(
 ) -> list[Tensor]:
     space = Pooling(kind, tuple(step)).pooled(_space(x))  # type: ignore[arg-type]
     output = space.maps(x.new_empty(space.rows, conv[0].shape[0] if conv else x.shape[1]))
-    vectors = [x.new_empty(x.shape[1], dtype=accumulation_dtype(x)) for _ in range(2)]
+    taken = _vectors(x, 0 if statistics else x.shape[1])
     pooled = x.new_empty(space.rows, x.shape[1])
     choice = chosen(x).choice(pooled, Pooling(kind, tuple(step)))  # type: ignore[arg-type]
-    return [output, *(_none(x) if statistics else vectors), choice]
+    return [output, *taken, choice]
 
 
 @torch.library.custom_op("densely::reader_backward", mutates_args=())
@@ -237,5 +240,6 @@ def _space(x: Tensor) -> Space:
     return Space(x.shape[0], tuple(x.shape[2:]))
 
 
-def _none(x: Tensor) -> list[Tensor]:
-    return [x.new_empty(0, dtype=accumulation_dtype(x)) for _ in range(2)]
+def _vectors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(x)
+    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)

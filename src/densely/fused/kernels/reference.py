@@ -97,10 +97,11 @@ class Kernels:
 
     name = "reference"
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each column, of the accumulation dtype."""
+    def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """Mean and biased variance of each column, to two vectors of the accumulation dtype."""
         var, mean = torch.var_mean(x.to(accumulation_dtype(x)), dim=0, correction=0)
-        return mean, var
+        out[0].copy_(mean)
+        out[1].copy_(var)
 
     def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
         """relu(x * scale + shift): a new matrix of x's dtype."""
@@ -114,9 +115,16 @@ class Kernels:
         bias: Tensor | None,
         dilation: int,
         space: Space,
-    ) -> Tensor:
-        """conv(relu(x * scale + shift)) + bias: [rows, C] to [rows, O]."""
-        return convolve(self.norm_relu(x, affine), weight, bias, dilation, space)
+        out: Tensor,
+        moments: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """conv(relu(x * scale + shift)) + bias, [rows, C] to `out` [rows, O].
+
+        `moments`, if given, become mean and biased variance of the columns of `out`.
+        """
+        out.copy_(convolve(self.norm_relu(x, affine), weight, bias, dilation, space))
+        if moments is not None:
+            self.moments(out, moments)
 
     def convolve_backward(
         self,

@@ -97,6 +97,79 @@ void pointwise(
   if (mean) Moments::finish(parts, vector(*mean), vector(*var));
 }
 
+// out = conv(relu(x * scale + shift)) + bias over two axes, and the moments of its columns.
+//
+// Each place is multiplied once with all taps, [C] by [C, taps * O]; a row of the result adds up what
+// its neighbours hold for it. A band of rows at a time; the last ones of a band serve the next.
+void spatial(
+    Tensor x, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias,
+    std::vector<int64_t> geometry, Tensor out, std::optional<Tensor> mean,
+    std::optional<Tensor> var) {
+  Geometry space(geometry);
+  auto in = matrix<float>(x), to = matrix<float>(out), w = matrix<float>(weight);
+  int64_t height = space.size[1], wide = space.size[2], columns = in.columns, width = w.rows;
+  int64_t halo = space.dilation * (space.kernel[1] / 2), side = space.dilation * (space.kernel[2] / 2);
+  int64_t lines = in.rows / wide;  // of all images
+  int64_t band = std::clamp<int64_t>(tile_rows(columns + width) / wide, 1, height);
+  int64_t chunks = chunks_of(lines, wide * (columns + width));
+  std::vector<Moments> parts(chunks, Moments(to.columns));
+  in_chunks(lines, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    std::vector<float> act(band * wide * columns);
+    std::vector<float> products((band + 2 * halo) * wide * width);
+    // Products of lines [first, last) of an image that begins at `image`, to `at`.
+    auto multiply_lines = [&](int64_t image, int64_t first, int64_t last, float* at) {
+      for (int64_t line = first; line < last;) {
+        int64_t few = std::min(last - line, band), rows = few * wide;
+        if (line < 0 || line >= height) {
+          few = line < 0 ? std::min(last, int64_t(0)) - line : last - line;
+          std::fill_n(at, few * wide * width, 0.0f);
+          line += few, at += few * wide * width;
+          continue;
+        }
+        few = std::min(few, height - line), rows = few * wide;
+        for (int64_t r = 0; r < rows; r++)
+          norm_relu_row(
+              in.row((image + line) * wide + r), vector(scale), vector(shift),
+              act.data() + r * columns, columns);
+        multiply(
+            view(at, rows, width, width, 1), view(act.data(), rows, columns, columns, 1),
+            view(w.data, columns, width, 1, w.stride), false);
+        line += few, at += rows * width;
+      }
+    };
+    for (int64_t line = begin; line < end;) {
+      int64_t image = line / height * height, stop = std::min(end, image + height) - image;
+      int64_t line_size = wide * width;
+      multiply_lines(image, line - image - halo, line - image + halo, products.data());
+      for (int64_t first = line - image; first < stop; first += band) {
+        int64_t last = std::min(stop, first + band);
+        multiply_lines(image, first + halo, last + halo, products.data() + 2 * halo * line_size);
+        for (int64_t h = first; h < last; h++) {
+          for (int64_t c = 0; c < wide; c++) {
+            float* __restrict sum = to.row((image + h) * wide + c);
+            for (int64_t o = 0; o < to.columns; o++) sum[o] = bias ? vector(*bias)[o] : 0.0f;
+            for (int64_t i = 0; i < space.kernel[1]; i++) {
+              for (int64_t j = 0; j < space.kernel[2]; j++) {
+                int64_t place = c + j * space.dilation - side;
+                if (place < 0 || place >= wide) continue;
+                const float* __restrict from =
+                    products.data() + (h - first + i * space.dilation) * line_size +
+                    place * width + (i * space.kernel[2] + j) * to.columns;
+                for (int64_t o = 0; o < to.columns; o++) sum[o] += from[o];
+              }
+            }
+          }
+        }
+        if (mean) parts[chunk].add(to, (image + first) * wide, (image + last) * wide);
+        std::copy_n(
+            products.data() + (last - first) * line_size, 2 * halo * line_size, products.data());
+      }
+      line = image + stop;
+    }
+  });
+  if (mean) Moments::finish(parts, vector(*mean), vector(*var));
+}
+
 // Back through conv(relu(x * scale + shift)).
 //
 // The gradient of the output is g [rows, O], or, with a, b and the rest, what form_row makes of it
@@ -177,6 +250,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
       "pointwise(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
       "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
   m.def(
+      "spatial(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, int[] geometry, "
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
+  m.def(
       "convolve_backward(Tensor g, Tensor? g_input, Tensor? g_scale, Tensor? g_mean, Tensor? g_a, "
       "Tensor? g_b, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor weight, "
       "int[] geometry, Tensor? base, Tensor(a!) out, bool accumulate, Tensor(b!)? grad_weight, "
@@ -185,5 +261,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(densely_cpu, CPU, m) {
   m.impl("pointwise", TORCH_BOX(&densely::pointwise));
+  m.impl("spatial", TORCH_BOX(&densely::spatial));
   m.impl("convolve_backward", TORCH_BOX(&densely::convolve_backward));
 }

@@ -1,0 +1,1 @@
+"""Speed and memory beside the DenseNets of others, in turns, from one command."""

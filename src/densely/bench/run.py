@@ -1,0 +1,119 @@
+"""`densely bench`: all comparisons that a config asks for, and the files that keep them."""
+
+import dataclasses
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from densely.bench.compare import compare
+from densely.bench.config import BenchConfig
+from densely.bench.depth import DEPTHS, NOTE, DepthSeries, depth_series
+from densely.bench.pictures import draw_bars, draw_depth
+from densely.bench.progress import Progress
+from densely.bench.results import Comparison
+from densely.bench.tables import WIDTH, comparison_table, depth_table
+from densely.environment import environment
+from densely.errors import ConfigError
+from densely.runtime import Runtime, choose_runtime, keep_freed_memory
+
+PEERS = ("torchvision", "timm", "monai")
+ALLOCATORS = {"system": "memory as the system gives it", "keep": "freed memory kept for all"}
+
+
+def run_bench(config: BenchConfig) -> Path:
+    """Measure, print the tables as they come, and write JSON and pictures.
+
+    Returns:
+        The JSON file; the pictures lie beside it, with the same name and `.png`, `-depth.png`.
+
+    Raises:
+        ConfigError: the device does not exist, or the allocator cannot be set here.
+    """
+    runtime = choose_runtime(config.device)
+    stem = Path(config.file_stem(runtime.device.type))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.allocator == "keep" and not keep_freed_memory():
+        raise ConfigError("--allocator keep: works on Linux with glibc alone; leave it out")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+
+    facts = environment(runtime) | {"command": None}  # which holds paths
+    conditions = (
+        f"{facts['device_name']}, "
+        + (f"{facts['threads']} threads, " if runtime.device.type == "cpu" else "")
+        + ALLOCATORS[config.allocator]
+    )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(WIDTH, console.width)
+    comparisons: list[Comparison] = []
+    series: list[DepthSeries] = []
+    with Progress() as progress:
+        for net in config.nets:
+            for mode in config.modes:
+                comparisons.append(compare(config, net, mode, progress))
+                console.print(comparison_table(comparisons[-1], conditions))
+        if config.depth:
+            depths = DEPTHS[:2] if config.quick else DEPTHS
+            series = depth_series(config.device, progress, depths)
+            console.print(depth_table(series, NOTE))
+
+    path = stem.with_name(stem.name + ".json")
+    _write_json(path, _document(config, runtime, facts, comparisons, series))
+    pictures = [stem.with_name(stem.name + ".png")]
+    draw_bars(comparisons, pictures[0], conditions)
+    if series:
+        pictures.append(stem.with_name(stem.name + "-depth.png"))
+        draw_depth(series, pictures[1])
+    console.print(f"written: {', '.join(map(str, [path, *pictures]))}", soft_wrap=True)
+    return path
+
+
+def _document(
+    config: BenchConfig,
+    runtime: Runtime,
+    facts: dict[str, Any],
+    comparisons: list[Comparison],
+    series: list[DepthSeries],
+) -> dict[str, Any]:
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
+    document: dict[str, Any] = {
+        "command": config.command(),
+        "environment": facts,
+        "peers": {name: _version(name) for name in PEERS},
+        "allocator": config.allocator,
+        "peak_memory": _how_peak(runtime) if config.peak_memory else None,
+        "settings": settings,
+        "comparisons": [comparison.to_dict() for comparison in comparisons],
+    }
+    if series:
+        document["depth"] = {
+            "note": NOTE,
+            "precision": "float32",
+            "depths": list(series[0].depths),
+            "series": {line.name: line.to_dict() for line in series},
+        }
+    return document
+
+
+def _how_peak(runtime: Runtime) -> str:
+    if runtime.device.type == "cuda":
+        return "the allocator's, beyond what it had given out before the first step"
+    return "resident size of a fresh process, beyond that before the first step"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,124 @@
+"""Who takes part: densely in its ways, and each peer as shipped and as tuned as it can be."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from torch import nn
+
+from densely.bench import peers, plain_nets
+from densely.bench.nets import Net
+from densely.errors import DenselyError
+from densely.fused import accelerate
+from densely.models.registry import build_model
+from densely.runtime import Runtime, choose_runtime
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network in one way of running it.
+
+    Args:
+        name: what tables call it.
+        build: makes the network, with fresh weights.
+        runtime: device, precision and memory layout.
+        kind: whose code computes: "ours" in our own nets, "accelerated" is ours in a peer's net,
+            "peer" the peer's.
+        compiled: whether it goes through torch.compile.
+        gap: why it cannot be measured, where that is known beforehand.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    runtime: Runtime
+    kind: Literal["ours", "accelerated", "peer"] = "peer"
+    compiled: bool = False
+    gap: str | None = None
+
+
+def variants(net: Net, device: str = "auto", compiled: bool = False) -> list[Variant]:
+    """All variants of a network, in the order in which they take their turns.
+
+    Args:
+        net: the network.
+        device: as `densely.runtime.choose_runtime` takes it.
+        compiled: whether those under torch.compile are measured too, or named as gaps.
+    """
+    ours = partial(build_model, net.model)
+    best = choose_runtime(device)
+    found = [
+        Variant("densely", ours, best, "ours"),
+        Variant("densely float32", ours, choose_runtime(device, "float32"), "ours"),
+        Variant("densely, plain path", partial(ours, fused=False), best, "ours"),
+    ]
+    if best.precision == "float32":  # the same as the first one
+        found[1] = replace(found[1], gap=f"as densely decides here: {best.reasons['precision']}")
+
+    shipped = Runtime(best.device, "float32", "contiguous")
+    build, checkpointed = _peer(net)
+    found.append(Variant(net.reference, build, shipped))
+    tuned = Variant(
+        f"{net.reference} channels-last", build, replace(shipped, memory_format="channels_last")
+    )
+    found += [tuned, _in_bfloat16(tuned, best), _under_compile(tuned, best, compiled)]
+    if net.name == "densenet121":
+        found.append(Variant("torchvision memory_efficient", checkpointed, shipped))
+        found.append(Variant("timm", peers.timm_densenet121, shipped))
+        found.append(Variant("MONAI", peers.monai_densenet121, shipped))
+        found += _accelerated(build, shipped, best)
+    else:
+        found.append(Variant("plain net checkpointed", checkpointed, shipped))
+    return found
+
+
+def _peer(net: Net) -> tuple[Callable[[], nn.Module], Callable[[], nn.Module]]:
+    """What makes the peer's network, and what makes it with checkpoints."""
+    make: Callable[..., nn.Module]
+    if net.name == "densenet121":
+        make = peers.torchvision_densenet121
+        return make, partial(make, memory_efficient=True)
+    make = plain_nets.chapter_net if net.name == "d2l" else partial(plain_nets.bc_net, 100)
+    return make, partial(make, checkpointed=True)
+
+
+def find(net: Net, name: str, device: str) -> Variant:
+    """The variant of that name."""
+    return next(variant for variant in variants(net, device, True) if variant.name == name)
+
+
+def _accelerated(
+    build: Callable[[], nn.Module], shipped: Runtime, best: Runtime
+) -> Iterator[Variant]:
+    """The net of torchvision after one line, `densely.accelerate(model)`, and tuned besides."""
+
+    def make() -> nn.Module:
+        model = build()
+        if not accelerate(model).replaced:
+            raise DenselyError("densely.accelerate replaced nothing in torchvision's densenet121")
+        return model
+
+    yield Variant("torchvision accelerated", make, shipped, "accelerated")
+    yield Variant("torchvision accelerated, tuned", make, best, "accelerated")
+
+
+def _in_bfloat16(tuned: Variant, best: Runtime) -> Variant:
+    gap = None if best.precision == "bfloat16" else best.reasons["precision"]
+    return replace(
+        tuned,
+        name=f"{tuned.name} bf16",
+        runtime=replace(tuned.runtime, precision="bfloat16"),
+        gap=gap,
+    )
+
+
+def _under_compile(tuned: Variant, best: Runtime, asked: bool) -> Variant:
+    """The best-tuned peer, in bfloat16 where that is fast, under torch.compile."""
+    fastest = _in_bfloat16(tuned, best)
+    variant = fastest if fastest.gap is None else tuned
+    return replace(
+        variant,
+        name=f"{variant.name} compiled",
+        compiled=True,
+        gap=None if asked else "left out: --compile measures it, in minutes",
+    )
