@@ -8,6 +8,7 @@ from densely.cache import cache_folder
 from densely.data.fashion_mnist import complete_folder
 from densely.data.locations import VARIABLE
 from densely.environment import environment
+from densely.fused.kernels import missing
 from densely.runtime import can_keep_freed_memory, choose_runtime
 
 
@@ -20,13 +21,18 @@ def diagnosis(device: str = "auto") -> dict[str, object]:
     facts["keeps freed memory"] = (
         "yes, while training or evaluating (glibc)" if can_keep_freed_memory() else "no (not glibc)"
     )
-    facts["block backend"] = "plain PyTorch (the only one so far)"
+    facts["dense blocks"] = _block_code()
     facts["data is looked for in"] = [
         "--data-dir, if given",
         f"{VARIABLE}: {_state(os.environ.get(VARIABLE))}",
         f"cache: {_state(str(cache_folder()))}",
     ]
     return facts
+
+
+def _block_code() -> str:
+    why = missing()
+    return f"plain PyTorch kernels: {why}" if why else "fused, with kernels compiled for this CPU"
 
 
 def _state(folder: str | None) -> str:

@@ -114,7 +114,9 @@ class _DenseBlock(torch.autograd.Function):
         return output, *kept
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, *(None for _ in ctx.needed[1:])
         output, *rest = ctx.saved_tensors
         kept, tensors = rest[: ctx.num_kept], rest[ctx.num_kept :]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph

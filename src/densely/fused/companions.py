@@ -100,7 +100,9 @@ class _Reader(torch.autograd.Function):
         return output, mean, var, choice
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, *(None for _ in ctx.needed)
         x, mean, var, choice, *learnt = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
             found = _differentiable_backward(grad, x, learnt, (mean, var), ctx.setting, ctx.needed)

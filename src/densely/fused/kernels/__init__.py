@@ -65,5 +65,5 @@ def _cpu() -> CpuKernels | str:
     try:
         return CpuKernels(find_or_build())
     except (BuildError, OSError) as error:
-        _log.warning("DenseNets run as plain PyTorch, slower than they could: %s", error)
+        _log.warning("DenseNets run without compiled kernels, slower than they could: %s", error)
         return str(error)
