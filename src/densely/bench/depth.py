@@ -22,9 +22,8 @@ from densely.runtime import Runtime, choose_runtime
 DEPTHS = (40, 100, 160, 250)
 BATCH = 2
 NOTE = (
-    "DenseNet-BC, growth rate 12, float32, images of 3x32x32. torchvision's stem shrinks them 4 "
-    "times, so that its maps have a 16th of the others' pixels: compare how the bytes grow, not "
-    "the bytes."
+    "DenseNet-BC, growth rate 12, float32, images of 3x32x32. torchvision's stem shrinks them 4x "
+    "first: its maps have a 16th of the others' pixels, so compare the growth, not the bytes."
 )
 
 

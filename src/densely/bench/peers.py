@@ -26,9 +26,11 @@ def torchvision_module(name: str = "torchvision.models") -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _declared:
             raise
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for operator in ("nms", "qnms"):
+        library.define(  # type: ignore[no-untyped-call]
+            f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
     _declared.append(library)
     return _import(name)
 

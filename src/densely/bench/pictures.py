@@ -1,5 +1,6 @@
 """The two pictures: bars of speed and memory, and memory against depth."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,26 +35,36 @@ def draw_bars(comparisons: Sequence[Comparison], path: Path, conditions: str) ->
         for axes, panel in zip(axes_of_net, panels, strict=True):
             comparison = found[net, "train" if panel == "kept" else panel]
             if panel == "kept":
-                title, value, text = "kept for backward, MB/image", _kept_mb, _kept_text
+                title = "kept for backward, MB/image"
+                _bars(axes, comparison, names[net], _kept_mb, _kept_text(comparison))
             else:
                 title = f"{MODE_TITLES[panel]}, images/s, batch {comparison.batch}"
-                value, text = _rate, _rate_text(comparison)
-            _bars(axes, comparison, names[net], value, text)
+                _bars(axes, comparison, names[net], _rate, _rate_text(comparison))
             axes.set_title(title, fontsize=9)
             if axes is not axes_of_net[0]:
                 axes.set_yticklabels([])
         size = NETS[net].image_size
         axes_of_net[0].set_ylabel(f"{net}\n{size}x{size}", fontsize=10, fontweight="bold")
     _legend_of_kinds(figure, comparisons)
-    figure.suptitle(f"densely bench: {conditions}", fontsize=10, parse_math=False)
+    references = " and ".join(dict.fromkeys(c.reference for c in comparisons))
+    figure.suptitle(
+        f"densely bench ({conditions}); ratios to {references}", fontsize=10, parse_math=False
+    )
     _save(figure, path)
 
 
 def draw_depth(series: Sequence[DepthSeries], path: Path) -> None:
     """Kept bytes over those of the shallowest network, both axes logarithmic."""
-    figure = _figure(7, 5)
+    figure = _figure(7, 5.6)
     axes = figure.subplots()
     depths = series[0].depths
+    for power, name in ((1, "linear"), (2, "quadratic")):
+        ideal = [(depth / depths[0]) ** power for depth in depths]
+        axes.loglog(depths, ideal, color="0.75", linewidth=0.8, zorder=0)
+        axes.annotate(
+            name, (depths[-1], ideal[-1]), xytext=(-4, 4), textcoords="offset points",
+            fontsize=8, color="0.45", ha="right",
+        )  # fmt: skip
     styles = ["o-", "s-", "^--", "v--", "D:", "P:"]
     for i, (line, style) in enumerate(zip(series, styles, strict=False)):
         if line.gap is not None:
@@ -64,28 +75,20 @@ def draw_depth(series: Sequence[DepthSeries], path: Path) -> None:
             style,
             color=f"C{i}",
             markersize=5,
-            linewidth=2.2 if line.name == "densely" else 1.2,
-            label=f"{line.name}: L^{line.exponent:.2f}, "
-            f"{megabytes(line.kept_bytes_per_image[0])} MB/image at L = {depths[0]}",
+            linewidth=2.4 if line.name == "densely" else 1.2,
+            label=f"{line.name}: L^{line.exponent:.2f} from "
+            f"{megabytes(line.kept_bytes_per_image[0])} MB/image",
         )
-    for power, name in ((1, "linear"), (2, "quadratic")):
-        ideal = [(depth / depths[0]) ** power for depth in depths]
-        axes.loglog(depths, ideal, color="0.75", linewidth=0.8, zorder=0)
-        axes.annotate(
-            name, (depths[-1], ideal[-1]), xytext=(4, -3), textcoords="offset points",
-            fontsize=8, color="0.5",
-        )  # fmt: skip
     axes.set_xticks(depths, [str(depth) for depth in depths])
-    axes.minorticks_off()
     ticks = [n for n in (1, 2, 4, 8, 16, 32) if n <= (depths[-1] / depths[0]) ** 2]
-    axes.set_yticks(ticks, [f"x {n}" for n in ticks])
-    axes.set_xlabel("depth L")
-    axes.set_ylabel(f"kept for the backward pass, over that of L = {depths[0]}")
+    axes.set_yticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("depth L (layers with weights)")
+    axes.set_ylabel(f"kept for the backward pass, times that at L = {depths[0]}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left")
-    import textwrap
-
-    axes.set_title(textwrap.fill(NOTE, 100), fontsize=8, loc="left")
+    # Below the lines, which leave no corner free.
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    axes.set_title(textwrap.fill(NOTE, 95), fontsize=8, loc="left")
     _save(figure, path)
 
 
@@ -122,8 +125,14 @@ def _kept_mb(row: Measured) -> float | None:
     return None if row.kept_bytes_per_image is None else row.kept_bytes_per_image / 1e6
 
 
-def _kept_text(row: Measured) -> str:
-    return megabytes(row.kept_bytes_per_image)
+def _kept_text(comparison: Comparison) -> Callable[[Measured], str]:
+    def text(row: Measured) -> str:
+        base = comparison.find(comparison.reference).kept_bytes_per_image
+        kept = row.kept_bytes_per_image
+        less = f" ({base / kept:.1f}x less)" if base and kept and base > 1.05 * kept else ""
+        return f"{megabytes(kept)}{less}"
+
+    return text
 
 
 def _rate(row: Measured) -> float | None:
@@ -134,7 +143,7 @@ def _rate_text(comparison: Comparison) -> Callable[[Measured], str]:
     def text(row: Measured) -> str:
         ratio = comparison.ratio(row)
         shown = "" if ratio is None else f" ({ratio:.2f}x)"
-        return f"{rate(row.median or 0.0)}{shown}"
+        return f"{rate(row.median)}{shown}"
 
     return text
 

@@ -4,7 +4,7 @@ Nothing of densely is in here: `torch.cat` after each layer, modules in a row, a
 Learning, chapter 8.7, and in the PyTorch versions of the authors' code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +105,14 @@ def bc_net(depth: int, growth_rate: int = 12, checkpointed: bool = False) -> nn.
 
 
 def _assemble(
-    stem: list[nn.Module],
+    stem: Sequence[nn.Module],
     channels: int,
     blocks: list[int],
     growth_rate: int,
     layer: Callable[[int], nn.Module],
     bias: bool,
 ) -> nn.Sequential:
-    parts = list(stem)
+    parts: list[nn.Module] = list(stem)
     for i, num_layers in enumerate(blocks):
         parts.append(DenseBlock([layer(channels + j * growth_rate) for j in range(num_layers)]))
         channels += num_layers * growth_rate

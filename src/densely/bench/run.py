@@ -52,17 +52,20 @@ def run_bench(config: BenchConfig) -> Path:
         console.width = max(WIDTH, console.width)
     comparisons: list[Comparison] = []
     series: list[DepthSeries] = []
+    path = stem.with_name(stem.name + ".json")
+    console.print(conditions)
     with Progress() as progress:
         for net in config.nets:
             for mode in config.modes:
                 comparisons.append(compare(config, net, mode, progress))
-                console.print(comparison_table(comparisons[-1], conditions))
+                console.print(comparison_table(comparisons[-1]))
+                # After each, so that what was measured outlives an interruption.
+                _write_json(path, _document(config, runtime, facts, comparisons, series))
         if config.depth:
             depths = DEPTHS[:2] if config.quick else DEPTHS
             series = depth_series(config.device, progress, depths)
             console.print(depth_table(series, NOTE))
 
-    path = stem.with_name(stem.name + ".json")
     _write_json(path, _document(config, runtime, facts, comparisons, series))
     pictures = [stem.with_name(stem.name + ".png")]
     draw_bars(comparisons, pictures[0], conditions)

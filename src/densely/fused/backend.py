@@ -73,7 +73,8 @@ def final(x: Tensor, norm: Norm) -> Tensor:
 
 def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv]) -> str | None:
     """Why a step must run as plain PyTorch; None if it may run fused."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if torch.compiler.is_exporting() or tracing:
         return "is being exported: plain operators are what other programs know"
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -65,7 +65,9 @@ def dense_block(x: Tensor, layers: tuple[plain.Layer, ...]) -> Outcome:
     tensors, flags, numbers = pack(x, layers)
     needed = [tensor.requires_grad for tensor in (x, *tensors)]
     if torch.is_grad_enabled() and any(needed):
-        output, *kept = _DenseBlock.apply(x, flags, numbers, needed, *tensors)
+        output, *kept = _DenseBlock.apply(  # type: ignore[no-untyped-call]
+            x, flags, numbers, needed, *tensors
+        )
     else:
         output, *kept = dense_block_forward(x, tensors, flags, numbers, False)
     _update_running_statistics(layers, kept, x.numel() // x.shape[1])
@@ -233,7 +235,8 @@ def dense_block_backward(
                 upstream = step.drop(kernels.form(upstream))
             if needs(step, "bias"):
                 if step.mask is None and n + 1 < len(layer) and layer[n + 1].training:
-                    grads[step.places["bias"]] = torch.zeros_like(step.bias)  # the mean takes it
+                    width = step.weight.shape[0]  # the next norm's mean takes the bias off
+                    grads[step.places["bias"]] = step.weight.new_zeros(width)
                 else:
                     upstream = kernels.form(upstream)
                     grads[step.places["bias"]] = upstream.sum(0, dtype=total.dtype)

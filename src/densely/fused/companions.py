@@ -71,13 +71,15 @@ def _read(
     needed = [tensor.requires_grad for tensor in tensors]
     setting = (norm.eps, norm.takes_batch, pooling.kind, list(pooling.step))
     if torch.is_grad_enabled() and any(needed):
-        output, mean, var, _ = _Reader.apply(setting, lists[1], needed, *tensors)
+        output, mean, var, _ = _Reader.apply(  # type: ignore[no-untyped-call]
+            setting, lists[1], needed, *tensors
+        )
     else:
         output, mean, var, _ = reader_forward(x, lists[0], lists[1], lists[2], *setting)
     if moments is not None:
         mean, var = moments
     update_running_statistics([(norm, mean, var)], x.numel() // x.shape[1])
-    return output
+    return output  # type: ignore[no-any-return]
 
 
 class _Reader(torch.autograd.Function):
@@ -129,11 +131,13 @@ def reader_forward(
     taken = _vectors(x, 0 if statistics else x.shape[1])
     if not statistics:
         kernels.moments(matrix, taken)
-    how = affine(*norm, *(statistics or taken), eps, training)
+    weight, bias = norm
+    mean, var = statistics or taken
+    how = affine(weight, bias, mean, var, eps, training)
     pooled, choice = kernels.pool(matrix, how, pooling, space)
     if conv:
-        weight, *bias = (tensor.to(x.dtype) for tensor in conv)
-        pooled = F.linear(pooled, weight.flatten(1), *bias)
+        kernel, *biases = (tensor.to(x.dtype) for tensor in conv)
+        pooled = F.linear(pooled, kernel.flatten(1), *biases)
     return [pooling.pooled(space).maps(pooled), *taken, choice]
 
 
@@ -173,7 +177,8 @@ def reader_backward(
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix, pooled = space.matrix(x), pooling.pooled(space)
     norm_weight, norm_bias, *conv = learnt
-    how = affine(norm_weight, norm_bias, *statistics, eps, training)
+    mean, var = statistics
+    how = affine(norm_weight, norm_bias, mean, var, eps, training)
     upstream = pooled.matrix(grad)
     found: list[Tensor | None] = []
     if conv:
@@ -223,10 +228,10 @@ def _differentiable_backward(
 ) -> list[Tensor]:
     """The same gradients through plain PyTorch, so that they have gradients of their own."""
     eps, training, kind, step = setting
-    running = (None, None) if training else statistics
+    mean, var = (None, None) if training else statistics
 
     def forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *conv: Tensor) -> Tensor:
-        norm = plain.Norm(norm_weight, norm_bias, *running, None, None, eps, training)
+        norm = plain.Norm(norm_weight, norm_bias, mean, var, None, None, eps, training)
         if conv:
             weight, *bias = (tensor.to(x.dtype) for tensor in conv)
             convolution = plain.Conv(weight, bias[0] if bias else None)

@@ -264,7 +264,11 @@ def _conv(module: nn.Conv2d, dims: int, size: int) -> str | None:
         module.kernel_size in _EACH[size]
         and module.stride in _EACH[1]
         and len(set(dilation)) == 1
-        and (module.padding == "same" or each_axis(module.padding, dims) == padding)
+        and (
+            module.padding == "same"
+            if isinstance(module.padding, str)
+            else each_axis(module.padding, dims) == padding
+        )
         and module.groups == 1
         and module.padding_mode == "zeros"
     )

@@ -22,5 +22,5 @@ def gradients_with_gradients(
             every[i] = tensor
         return forward(*every)
 
-    _, backward = torch.func.vjp(of_needed, *(inputs[i] for i in places))
+    backward = torch.func.vjp(of_needed, *(inputs[i] for i in places))[1]
     return list(backward(grad))

@@ -146,8 +146,9 @@ def _read_layer(layer: nn.Module | None, dialect: Dialect, dims: int) -> Layer |
     if obstacle is not None:
         return obstacle.inside(dialect.layer_child)
     *earlier, last = parts.read_steps(modules)
-    if layer.training and getattr(layer, "drop_rate", 0):  # a function's, not a module's
-        last = last._replace(drop_rate=float(layer.drop_rate))  # type: ignore[arg-type]
+    rate: Any = getattr(layer, "drop_rate", None)  # of a function, where there is no module
+    if layer.training and rate:
+        last = last._replace(drop_rate=float(rate))
     return (*earlier, last)
 
 

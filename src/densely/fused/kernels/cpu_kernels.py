@@ -33,7 +33,7 @@ class CpuKernels(Kernels):
     name = "cpu"
 
     def __init__(self, path: Path) -> None:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         self._ops = torch.ops.densely_cpu
 
     def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:

@@ -221,7 +221,7 @@ class Kernels:
         if isinstance(grad, Tensor):
             return grad
         value = grad.g if grad.scale is None else grad.g * grad.scale
-        if grad.a is not None and grad.b is not None:
+        if grad.mean is not None and grad.a is not None and grad.b is not None:
             value = value - grad.a - (grad.x - grad.mean) * grad.b
         return value.to(grad.x.dtype)
 

@@ -1,0 +1,70 @@
+"""The comparison: turns, ratios, and gaps."""
+
+import pytest
+from tiny_nets import NET, RUNTIME, entrants, failing
+
+from densely.bench import compare as module
+from densely.bench.config import BenchConfig
+from densely.bench.progress import Progress
+from densely.bench.results import Comparison, Measured
+from densely.bench.variants import Variant
+
+CONFIG = BenchConfig(rounds=3, steps=1, peak_memory=False)
+
+
+def measure(
+    monkeypatch: pytest.MonkeyPatch, log: list[str], mode: str, *more: Variant
+) -> Comparison:
+    monkeypatch.setattr(module, "variants", lambda *_: [*entrants(log), *more])
+    return module.compare(CONFIG, NET, mode, Progress())
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_each_has_a_turn_before_any_has_the_next(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    log: list[str] = []
+    found = measure(monkeypatch, log, mode)
+    assert log[-6:] == 3 * ["densely", "plain net"]
+    assert [len(row.images_per_s) for row in found.rows] == [3, 3, 0, 0]
+    assert found.batch == 3
+    kept = [row.kept_bytes_per_image for row in found.rows[:2]]
+    assert kept == ([4 * (5 + 10) + 1] * 2 if mode == "train" else [None, None])
+
+
+def test_what_cannot_be_measured_is_a_gap_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Variant("MONAI", failing(ValueError("no such\nthing")), RUNTIME)
+    found = measure(monkeypatch, [], "train", broken)
+    gaps = {row.name: row.gap for row in found.rows if row.gap}
+    assert gaps == {
+        "timm": "not installed: timm",
+        "compiled": "left out",
+        "MONAI": "ValueError: no such",
+    }
+
+
+@pytest.mark.parametrize("kind", ["ours", "accelerated"])
+def test_a_failure_of_densely_is_no_gap(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    broken = Variant("x", failing(ValueError("ours")), RUNTIME, kind)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ours"):
+        measure(monkeypatch, [], "train", broken)
+
+
+def test_ratios_are_taken_round_by_round_and_then_their_median() -> None:
+    def row(name: str, *rates: float) -> Measured:
+        return Measured(name, "peer", "float32", "contiguous", images_per_s=list(rates))
+
+    # The machine slows down: the ratio of the medians, 4 / 2, would tell another story.
+    ours, base = row("densely", 8, 4, 3), row("plain net", 2, 4, 1)
+    found = Comparison("d2l", "train", 1, (1, 4, 4), 1, "plain net", [ours, base])
+    assert found.ratios(ours) == [4, 1, 3]
+    assert found.ratio(ours) == 3
+    assert found.to_dict()["variants"]["densely"]["ratio"] == 3
+
+
+def test_without_its_reference_a_comparison_has_no_ratios() -> None:
+    ours = Measured("densely", "ours", "float32", "contiguous", images_per_s=[8.0])
+    base = Measured("plain net", "peer", "float32", "contiguous", gap="not here")
+    found = Comparison("d2l", "train", 1, (1, 4, 4), 1, "plain net", [ours, base])
+    assert found.ratio(ours) is None
+    assert found.to_dict()["variants"]["densely"]["ratio"] is None

@@ -1,0 +1,32 @@
+"""How what is kept grows with depth."""
+
+import pytest
+
+from densely.bench import depth, peers
+from densely.bench.depth import depth_series, fitted_exponent
+from densely.bench.progress import Progress
+
+
+def test_the_exponent_of_a_power_is_found() -> None:
+    assert fitted_exponent([40, 100, 250], [3 * n**1.5 for n in (40, 100, 250)]) == pytest.approx(
+        1.5
+    )
+
+
+def test_the_depths_are_those_of_bc_nets() -> None:
+    assert all((layers - 4) % 6 == 0 for layers in depth.DEPTHS)
+
+
+def test_densely_grows_slower_than_the_plain_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+
+    monkeypatch.setattr(peers, "torchvision_bc", missing)
+    monkeypatch.setattr(depth, "BATCH", 1)
+    found = {line.name: line for line in depth_series("cpu", Progress(), (10, 28))}
+    exponents = {name: line.exponent for name, line in found.items()}
+    assert exponents["densely"] < exponents["densely, plain path"]
+    assert exponents["densely, plain path"] == pytest.approx(exponents["plain net"], abs=0.1)
+    assert found["densely"].relative()[0] == 1
+    assert found["torchvision"].gap == "not installed: torchvision"
+    assert found["torchvision"].to_dict()["exponent"] is None

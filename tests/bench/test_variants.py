@@ -1,0 +1,68 @@
+"""Who takes part, and in what way."""
+
+import sys
+
+import pytest
+import torch
+
+from densely.bench import peers, variants
+from densely.bench.compare import reason
+from densely.bench.nets import NETS, Net
+from densely.bench.variants import find
+from densely.runtime import Runtime, choose_runtime
+
+
+@pytest.mark.parametrize("net", NETS.values(), ids=list(NETS))
+def test_densely_and_the_reference_take_part_each_under_its_own_name(net: Net) -> None:
+    found = variants.variants(net)
+    names = [variant.name for variant in found]
+    assert names[0] == "densely"
+    assert net.reference in names
+    assert len(set(names)) == len(names)
+    assert find(net, "densely", "auto").runtime == choose_runtime()
+    assert sum(variant.compiled for variant in found) == 1
+    assert all("--compile" in str(variant.gap) for variant in found if variant.compiled)
+    assert all(variant.gap is None for variant in variants.variants(net, "auto", True)
+               if variant.compiled)  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_bfloat16_is_measured_where_it_is_fast_and_else_a_gap(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    def choose(device: str = "auto", asked: str = "auto") -> Runtime:
+        chosen = precision if asked == "auto" else asked
+        reasons = {"precision": "the CPU is such"}
+        return Runtime(torch.device("cpu"), chosen, "channels_last", reasons)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(variants, "choose_runtime", choose)
+    for net in NETS.values():
+        found = {variant.name: variant for variant in variants.variants(net, compiled=True)}
+        tuned = f"{net.reference} channels-last"
+        gaps = found[f"{tuned} bf16"].gap, found["densely float32"].gap
+        if precision == "bfloat16":
+            assert gaps == (None, None)
+            assert f"{tuned} bf16 compiled" in found
+        else:
+            assert all("the CPU is such" in str(gap) for gap in gaps)
+            assert f"{tuned} compiled" in found
+
+
+def test_the_peers_of_densenet121_are_there() -> None:
+    names = {variant.name for variant in variants.variants(NETS["densenet121"])}
+    assert names >= {
+        "torchvision",
+        "torchvision channels-last",
+        "torchvision channels-last bf16",
+        "torchvision memory_efficient",
+        "torchvision accelerated",
+        "timm",
+        "MONAI",
+    }
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "monai.networks.nets", None)
+    with pytest.raises(ImportError) as found:
+        peers.monai_densenet121()
+    assert "monai" in reason(found.value)
