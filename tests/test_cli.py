@@ -268,7 +268,7 @@ def test_interrupting_before_training_is_no_traceback(
 def test_doctor_tells_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    for part in ("torch", "device", "precision", "memory format", "backend", "DENSELY_DATA"):
+    for part in ("torch", "device", "precision", "memory format", "dense blocks", "DENSELY_DATA"):
         assert part in out
     facts = json.loads(run(capsys, "doctor", "--json")[1])
     assert set(facts["reasons"]) == {"device", "precision", "memory_format"}

@@ -316,7 +316,7 @@ def cases(draw: Callable[..., Any]) -> Case:
     return Case(shape, tuple(layers), learnt, draw(st.booleans()), draw(st.integers(0, 999)))
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=cases())
 def test_any_block_equals_the_oracle(case: Case) -> None:
     x, layers = build(case)
@@ -334,7 +334,7 @@ def test_the_kernels_chosen_take_float64() -> None:
 
 
 @every_kernel
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(case=cases())
 def test_any_block_is_near_the_oracle_in_float32(name: str, case: Case) -> None:
     x, layers = build(case, torch.float32)
@@ -427,8 +427,9 @@ NUMBERS = ["float32", "bfloat16", "float16", "autocast"]
 @pytest.mark.parametrize(
     ("shape", "kind", "name"),
     [
-        *((shape, kind, "cpu") for shape in LARGE for kind in NUMBERS),
+        *(("bottleneck", kind, "cpu") for kind in NUMBERS),
         *(("bottleneck", kind, "reference") for kind in NUMBERS),
+        *(("plain", kind, "cpu") for kind in ("float32", "autocast")),
     ],
 )
 def test_no_further_from_float64_than_plain(shape: str, kind: str, name: str) -> None:
@@ -846,11 +847,10 @@ def test_what_is_saved_for_backward_is_small(
 
 
 @every_kind
-@pytest.mark.parametrize("case", [KEPT["dropout"], KEPT["plain"]], ids=["dropout", "plain"])
 def test_nothing_large_is_kept_but_what_is_saved(
-    dtype: torch.dtype, name: str, near: float, case: Case, new_tensors: Any
+    dtype: torch.dtype, name: str, near: float, new_tensors: Any
 ) -> None:
-    tree = Inputs(*build(case._replace(shape=(4, 16, 12, 12)), dtype))
+    tree = Inputs(*build(KEPT["dropout"]._replace(shape=(4, 16, 12, 12)), dtype))
     packed: list[Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(packed.append, lambda none: none)
     with kernels.use(name), hooks:
@@ -890,9 +890,9 @@ def test_checkpointed_as_plain(dtype: torch.dtype, name: str, near: float) -> No
 # torch.compile.
 
 
-@pytest.mark.parametrize("norm", [TRAIN, EVAL], ids=["train", "eval"])
-def test_compiles_to_the_same(norm: NormCase) -> None:
-    case = block((2, 3, 4, 4), norm=norm, count=2)
+def test_compiles_to_the_same() -> None:
+    case = block((2, 3, 4, 4), count=1)
+    case = case._replace(layers=(*case.layers, *block(width=None, norm=EVAL, count=1).layers))
     x, layers = build(case, torch.float32)
     grad = gradient(case, torch.float32)
     torch._dynamo.reset()

@@ -189,17 +189,16 @@ def cases(draw: Callable[..., Any]) -> Case:
     )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=cases())
 def test_any_step_equals_the_oracle(case: Case) -> None:
     tree, grad = build(case), gradient(case)
-    for name in (None, "reference"):
-        with fused(name, case.counted_as):
-            assert_same(run(backend, case, tree, grad), oracle(case, tree, grad))
+    with fused(None, case.counted_as):
+        assert_same(run(backend, case, tree, grad), oracle(case, tree, grad))
 
 
 @every_kernel
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=cases())
 def test_any_step_is_near_the_oracle_in_float32(name: str, case: Case) -> None:
     tree, grad = build(case, torch.float32), gradient(case, torch.float32)
@@ -309,7 +308,7 @@ def function(
 
 @every_mode
 def test_gradcheck(case: Case) -> None:
-    call, values = function(backend, case._replace(shape=(2, 2, 3, 3)))
+    call, values = function(backend, case._replace(shape=(2, 2, 2, 3), out=2))
     with kernels.use("reference"):
         assert torch.autograd.gradcheck(call, asking(values))
         assert torch.autograd.gradgradcheck(call, asking(values), fast_mode=True)

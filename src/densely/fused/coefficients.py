@@ -17,10 +17,10 @@ def affine(
     `mean` and `var` are of the accumulation dtype, or running statistics in any.
     """
     dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-    mean = mean.to(dtype)
-    rstd = (var.to(dtype) + eps).rsqrt()
-    scale = weight.to(dtype) * rstd
-    return Affine(scale, bias.to(dtype) - mean * scale, mean, rstd, training)
+    weight, bias, mean, var = (v.to(dtype).contiguous() for v in (weight, bias, mean, var))
+    rstd = (var + eps).rsqrt()
+    scale = weight * rstd
+    return Affine(scale, bias - mean * scale, mean, rstd, training)
 
 
 def parameters(norm: Norm, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:

@@ -64,12 +64,13 @@ class CpuKernels(Kernels):
     ) -> None:
         """As the reference."""
         mean, var = moments or (None, None)
+        bias = None if bias is None else bias.contiguous()
         whole_vectors = weight.shape[0] % 16 == 0 or len(space.size) == 3
         if x.dtype != torch.float32 or (whole_vectors and not is_pointwise(weight)):
             super().convolve(x, affine, weight, bias, dilation, space, out, moments)
         elif is_pointwise(weight):
             self._ops.pointwise(
-                x, affine.scale, affine.shift, weight.flatten(1), bias, out, mean, var
+                x, affine.scale, affine.shift, weight.flatten(1).contiguous(), bias, out, mean, var
             )
         else:
             self._ops.spatial(

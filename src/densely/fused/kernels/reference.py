@@ -32,8 +32,9 @@ class Space(NamedTuple):
         return matrix.view(self.batch, *self.size, matrix.shape[1]).movedim(-1, 1)
 
     def matrix(self, maps: Tensor) -> Tensor:
-        """[N, C, *space] as [rows, C]; copied only where it is not channels-last."""
-        return maps.movedim(1, -1).reshape(self.rows, maps.shape[1])
+        """[N, C, *space] as [rows, C]; copied only where its channels do not stand side by side."""
+        matrix = maps.movedim(1, -1).reshape(self.rows, maps.shape[1])
+        return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 class Affine(NamedTuple):
