@@ -85,6 +85,10 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv]) -> str | N
         return f"runs on {x.device.type}, for which there are no kernels yet"
     if x.layout != torch.strided or x.dtype not in _DTYPES or x.numel() == 0:
         return f"reads {x.dtype} of shape {list(x.shape)}"
+    norms = list(norms)
+    statistics = [id(norm.running_mean) for norm in norms if norm.running_mean is not None]
+    if len(set(statistics)) < len(statistics):
+        return "uses a norm twice"
     rows = x.numel() // x.shape[1]
     wide = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     for norm in norms:

@@ -37,8 +37,6 @@ from densely.fused.kernels.reference import (
     Pending,
     Space,
     accumulation_dtype,
-    input_gradient,
-    mean_terms,
 )
 from densely.fused.packing import PackedStep, pack, unpack
 from densely.fused.second_order import gradients_with_gradients
@@ -211,8 +209,8 @@ def dense_block_backward(
     space, kernels = Space(output.shape[0], tuple(output.shape[2:])), chosen(output)
     buffer, direct = space.matrix(output), space.matrix(grad)
     mean, var, *inner = kept
-    total = torch.empty_like(buffer, dtype=accumulation_dtype(output))
-    a, b = total.new_zeros(2, total.shape[1])
+    total = torch.empty_like(buffer, dtype=kernels.total_dtype(buffer))
+    a, b = buffer.new_zeros(2, buffer.shape[1], dtype=accumulation_dtype(buffer))
     any_reader = False
     grads: dict[int, Tensor] = {}
 
@@ -239,29 +237,24 @@ def dense_block_backward(
                     grads[step.places["bias"]] = step.weight.new_zeros(width)
                 else:
                     upstream = kernels.form(upstream)
-                    grads[step.places["bias"]] = upstream.sum(0, dtype=total.dtype)
+                    grads[step.places["bias"]] = upstream.sum(0, dtype=a.dtype)
             if n == 0:
                 features, moments = buffer[:, :start], (mean[:start], var[:start])
             else:
                 *_, features, inner_mean, inner_var = inner
                 moments = (inner_mean, inner_var)
                 del inner[-3:]
-            affine = step.affine(*moments)
+            affine = step.affine(kernels, *moments)
             weight = step.weight.to(output.dtype)
             conv = (upstream, features, affine, weight, step.dilation, space, needs(step, "weight"))
             if n == 0:
+                base = None if any_reader else direct[:, :start]
                 grad_weight, norm = kernels.convolve_backward_add(
-                    *conv, total[:, :start], None if any_reader else direct[:, :start]
+                    *conv, total[:, :start], base, (a[:start], b[:start])
                 )
                 any_reader = True
-                if step.training:
-                    for sums, more in zip(
-                        (a, b), mean_terms(affine, norm, space.rows), strict=True
-                    ):
-                        sums[:start] += more
             else:
-                grad_weight, norm, g = kernels.convolve_backward(*conv)
-                upstream = input_gradient(g, features, affine, norm)
+                grad_weight, norm, upstream = kernels.convolve_backward(*conv)
             grads[step.places["norm_weight"]] = norm.weight
             grads[step.places["norm_bias"]] = norm.bias
             if grad_weight is not None:
@@ -329,10 +322,10 @@ def _convolve(
 ) -> None:
     """Run a step to `out`, and take the moments of that if they are wanted."""
     dropped = step.mask is not None
-    kernels.convolve(
-        x, step.affine(*moments), step.weight.to(x.dtype), _to(step.bias, x.dtype), step.dilation,
-        space, out, None if dropped else out_moments,
-    )  # fmt: skip
+    affine = step.affine(kernels, *moments)
+    weight, bias = step.weight.to(x.dtype), _to(step.bias, x.dtype)
+    wanted = None if dropped else out_moments
+    kernels.convolve(x, affine, weight, bias, step.dilation, space, out, wanted)
     if dropped:
         out.copy_(step.drop(out))
         if out_moments is not None:

@@ -1,26 +1,12 @@
-"""Batch norms as vectors: what they do to maps at a call, and what they learn from it."""
+"""A batch norm beside the fused steps: the parameters they take, and what it learns at a call."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from densely.fused.kernels.reference import Affine
 from densely.fused.plain import Norm
-
-
-def affine(
-    weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, training: bool
-) -> Affine:
-    """X * scale + shift = weight * (x - mean) / sqrt(var + eps) + bias.
-
-    `mean` and `var` are of the accumulation dtype, or running statistics in any.
-    """
-    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-    weight, bias, mean, var = (v.to(dtype).contiguous() for v in (weight, bias, mean, var))
-    rstd = (var + eps).rsqrt()
-    scale = weight * rstd
-    return Affine(scale, bias - mean * scale, mean, rstd, training)
 
 
 def parameters(norm: Norm, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -33,16 +19,43 @@ def parameters(norm: Norm, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def update_running_statistics(norms: Iterable[tuple[Norm, Tensor, Tensor]], rows: int) -> None:
-    """Let norms in train mode learn batch means and biased variances, as nn.BatchNorm does."""
+    """Let norms in train mode learn batch means and biased variances, as nn.BatchNorm does.
+
+    All learn at once, so no norm may be among them twice.
+    """
+    counts: list[Tensor] = []
+    by_momentum: dict[float, _Learning] = defaultdict(_Learning)
     with torch.no_grad():
         for norm, mean, var in norms:
             if not norm.training or norm.running_mean is None or norm.running_var is None:
                 continue
-            momentum = 0.0 if norm.momentum is None else norm.momentum
+            momentum = norm.momentum
+            if momentum is None:  # the mean over all batches so far
+                count = norm.num_batches_tracked
+                momentum = 0.0 if count is None else 1.0 / (float(count) + 1)
+            learning = by_momentum[momentum]
+            learning.running_means.append(norm.running_mean)
+            learning.running_vars.append(norm.running_var)
+            learning.means.append(mean.to(norm.running_mean.dtype))
+            learning.vars.append(var)
             if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if norm.momentum is None:  # the mean over all batches so far
-                    momentum = 1.0 / float(norm.num_batches_tracked)
-            unbiased = var * (rows / (rows - 1))
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+                counts.append(norm.num_batches_tracked)
+        for momentum, learning in by_momentum.items():
+            unbiased = torch._foreach_mul(learning.vars, rows / (rows - 1))
+            typed = [
+                new.to(old.dtype) for new, old in zip(unbiased, learning.running_vars, strict=True)
+            ]
+            torch._foreach_lerp_(learning.running_means, learning.means, momentum)
+            torch._foreach_lerp_(learning.running_vars, typed, momentum)
+        if counts:
+            torch._foreach_add_(counts, 1)
+
+
+class _Learning:
+    """Norms of one momentum, as lists beside each other."""
+
+    def __init__(self) -> None:
+        self.running_means: list[Tensor] = []
+        self.running_vars: list[Tensor] = []
+        self.means: list[Tensor] = []
+        self.vars: list[Tensor] = []

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import affine, parameters, update_running_statistics
+from densely.fused.coefficients import parameters, update_running_statistics
 from densely.fused.kernels import chosen
 from densely.fused.kernels.reference import Pooling, Space, accumulation_dtype
 from densely.fused.second_order import gradients_with_gradients
@@ -133,7 +133,7 @@ def reader_forward(
         kernels.moments(matrix, taken)
     weight, bias = norm
     mean, var = statistics or taken
-    how = affine(weight, bias, mean, var, eps, training)
+    how = kernels.affine(weight, bias, mean, var, eps, training)
     pooled, choice = kernels.pool(matrix, how, pooling, space)
     if conv:
         kernel, *biases = (tensor.to(x.dtype) for tensor in conv)
@@ -178,7 +178,7 @@ def reader_backward(
     matrix, pooled = space.matrix(x), pooling.pooled(space)
     norm_weight, norm_bias, *conv = learnt
     mean, var = statistics
-    how = affine(norm_weight, norm_bias, mean, var, eps, training)
+    how = kernels.affine(norm_weight, norm_bias, mean, var, eps, training)
     upstream = pooled.matrix(grad)
     found: list[Tensor | None] = []
     if conv:

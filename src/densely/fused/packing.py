@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densely.fused import coefficients, plain
-from densely.fused.kernels.reference import Affine, Space
+from densely.fused.kernels.reference import Affine, Kernels, Space
 
 _TRAINING, _CONV_BIAS, _MASK, _LAST = 1, 2, 4, 8
 
@@ -42,13 +42,11 @@ class PackedStep(NamedTuple):
     keep_rate: float
     places: dict[str, int]
 
-    def affine(self, mean: Tensor, var: Tensor) -> Affine:
+    def affine(self, kernels: Kernels, mean: Tensor, var: Tensor) -> Affine:
         """The norm as vectors: by these statistics in train mode, by its own running ones else."""
         if self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean, self.running_var
-        return coefficients.affine(
-            self.norm_weight, self.norm_bias, mean, var, self.eps, self.training
-        )
+        return kernels.affine(self.norm_weight, self.norm_bias, mean, var, self.eps, self.training)
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of [rows, O], and its backward."""

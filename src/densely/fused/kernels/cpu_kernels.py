@@ -22,7 +22,9 @@ from densely.fused.kernels.reference import (
     Pooling,
     Space,
     accumulation_dtype,
+    add_mean_terms,
     convolve_backward,
+    input_gradient,
     is_pointwise,
 )
 
@@ -87,7 +89,7 @@ class CpuKernels(Kernels):
         dilation: int,
         space: Space,
         needs_weight: bool,
-    ) -> tuple[Tensor | None, NormGradient, Tensor]:
+    ) -> tuple[Tensor | None, NormGradient, Pending]:
         """As the reference."""
         if x.dtype == torch.float64:
             return super().convolve_backward(grad, x, affine, weight, dilation, space, needs_weight)
@@ -95,7 +97,7 @@ class CpuKernels(Kernels):
         grad_weight, norm = self._convolve_backward(
             grad, x, affine, weight, dilation, space, needs_weight, g, None, False
         )
-        return grad_weight, norm, g
+        return grad_weight, norm, input_gradient(g, x, affine, norm)
 
     def convolve_backward_add(
         self,
@@ -108,15 +110,18 @@ class CpuKernels(Kernels):
         needs_weight: bool,
         total: Tensor,
         base: Tensor | None,
+        mean_terms: tuple[Tensor, Tensor],
     ) -> tuple[Tensor | None, NormGradient]:
         """As the reference."""
         if x.dtype == torch.float64:
             return super().convolve_backward_add(
-                grad, x, affine, weight, dilation, space, needs_weight, total, base
+                grad, x, affine, weight, dilation, space, needs_weight, total, base, mean_terms
             )
-        return self._convolve_backward(
+        grad_weight, norm = self._convolve_backward(
             grad, x, affine, weight, dilation, space, needs_weight, total, base, True
         )
+        add_mean_terms(affine, norm, x.shape[0], mean_terms)
+        return grad_weight, norm
 
     def _convolve_backward(
         self,

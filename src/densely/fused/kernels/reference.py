@@ -98,6 +98,23 @@ class Kernels:
 
     name = "reference"
 
+    def total_dtype(self, x: Tensor) -> torch.dtype:
+        """In which the gradients of all readers of x's channels are summed up."""
+        return accumulation_dtype(x)
+
+    def affine(
+        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, training: bool
+    ) -> Affine:
+        """X * scale + shift = weight * (x - mean) / sqrt(var + eps) + bias.
+
+        `mean` and `var` are of the accumulation dtype, or running statistics in any.
+        """
+        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        weight, bias, mean, var = (v.to(dtype).contiguous() for v in (weight, bias, mean, var))
+        rstd = (var + eps).rsqrt()
+        scale = weight * rstd
+        return Affine(scale, bias - mean * scale, mean, rstd, training)
+
     def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """Mean and biased variance of each column, to two vectors of the accumulation dtype."""
         var, mean = torch.var_mean(x.to(accumulation_dtype(x)), dim=0, correction=0)
@@ -136,19 +153,14 @@ class Kernels:
         dilation: int,
         space: Space,
         needs_weight: bool,
-    ) -> tuple[Tensor | None, NormGradient, Tensor]:
-        """Back through `convolve`, up to the norm's output, of which relu's mask is applied.
+    ) -> tuple[Tensor | None, NormGradient, Pending]:
+        """Back through `convolve`, where nobody else reads x.
 
         Returns:
-            Gradients of the weight and of the norm's parameters, and the masked gradient g of
-            x * scale + shift, [rows, C]. What reaches x is up to the caller.
+            Gradients of the weight, of the norm's parameters, and of x.
         """
-        act = self.norm_relu(x, affine)
-        g, grad_weight = convolve_backward(
-            self.form(grad), act, weight, dilation, space, needs_weight
-        )
-        norm, g = self.norm_relu_backward(g, act, x, affine)
-        return grad_weight, norm, g
+        grad_weight, norm, g = self._masked(grad, x, affine, weight, dilation, space, needs_weight)
+        return grad_weight, norm, input_gradient(g, x, affine, norm)
 
     def convolve_backward_add(
         self,
@@ -161,17 +173,36 @@ class Kernels:
         needs_weight: bool,
         total: Tensor,
         base: Tensor | None,
+        mean_terms: tuple[Tensor, Tensor],
     ) -> tuple[Tensor | None, NormGradient]:
-        """As `convolve_backward`, but adds scale * g to the columns of `total`.
+        """As `convolve_backward`, but adds to what reaches x from its other readers.
 
-        With a `base` the total becomes base + scale * g: the first writer stores, so that nobody
-        has to clear it.
+        Adds scale * g to `total` [rows, C]; with a `base` the total becomes base + scale * g: the
+        first writer stores, so that nobody has to clear it. If the norm takes its statistics from
+        the batch, adds its a and b (see `densely.fused.block`) to `mean_terms`, two vectors [C].
         """
-        grad_weight, norm, g = self.convolve_backward(
-            grad, x, affine, weight, dilation, space, needs_weight
-        )
+        grad_weight, norm, g = self._masked(grad, x, affine, weight, dilation, space, needs_weight)
         torch.addcmul(total if base is None else base, g, affine.scale, out=total)
+        add_mean_terms(affine, norm, x.shape[0], mean_terms)
         return grad_weight, norm
+
+    def _masked(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+    ) -> tuple[Tensor | None, NormGradient, Tensor]:
+        """Back through a convolution up to its norm's output: the last is that gradient, masked."""
+        act = self.norm_relu(x, affine)
+        g, grad_weight = convolve_backward(
+            self.form(grad), act, weight, dilation, space, needs_weight
+        )
+        norm, g = self.norm_relu_backward(g, act, x, affine)
+        return grad_weight, norm, g
 
     def norm_relu_backward(
         self, g: Tensor, act: Tensor, x: Tensor, affine: Affine
@@ -238,6 +269,15 @@ def mean_terms(affine: Affine, norm: NormGradient, rows: int) -> tuple[Tensor, T
     """Gradient by way of batch mean and variance: a + (x - mean) * b is to be taken off."""
     over_rows = affine.scale / rows
     return over_rows * norm.bias, over_rows * affine.rstd * norm.weight
+
+
+def add_mean_terms(
+    affine: Affine, norm: NormGradient, rows: int, sums: tuple[Tensor, Tensor]
+) -> None:
+    """Add the two terms to `sums`, if the norm is in train mode."""
+    if affine.training:
+        for total, more in zip(sums, mean_terms(affine, norm, rows), strict=True):
+            total += more
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
