@@ -1,12 +1,13 @@
 # make train   create .venv, install, train the quick start
 # make test    create .venv, install what tests need, run the fast tests
 # make lint    style and types
+# make wheel   dist/: a wheel with the CPU kernels compiled, for machines without a C++ compiler
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint clean
+.PHONY: train test lint wheel clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -19,6 +20,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: $(VENV)/installed-dev
+	$(BIN)/python -m densely.fused.kernels.prebuild
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . \
+		--config-settings=--build-option=--plat-name=linux_x86_64
 
 clean:
 	rm -rf $(VENV)

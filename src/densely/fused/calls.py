@@ -21,6 +21,10 @@ class Accelerated(nn.Module):
 
     _densely_kind: ClassVar[Kind]
 
+    def _get_name(self) -> str:
+        """A printed model shows the classes that its user knows."""
+        return original_class(self).__name__
+
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it was before acceleration."""

@@ -3,7 +3,7 @@
 Looked for in this order:
 
 1. `prebuilt/` beside the sources, for those who got densely as a wheel: a library for each level of
-   x86-64 with vectors of 32 bytes (v3) or 64 (v4), made by `python -m densely.fused.kernels.build`.
+   x86-64 with vectors of 32 bytes (v3) or 64 (v4), made by `prebuild`.
 2. the cache folder (or the folder that DENSELY_KERNELS names): built for this very CPU by the C++
    compiler at hand (CXX, c++, g++ or clang++), in some ten seconds, when first needed.
 
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ _FLAGS = [
     f"-DTORCH_TARGET_VERSION={_STABLE_SINCE}",
 ]
 #: What a CPU must have for the code of a level, by the names of `torch.cpu.get_capabilities`.
-_LEVELS = {
+LEVELS = {
     "x86-64-v4": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "fma3"),
     "x86-64-v3": ("avx2", "fma3", "f16c", "bmi2"),
 }
@@ -56,13 +56,12 @@ def find_or_build() -> Path:
         BuildError: there is none, and no compiler or one that fails.
     """
     has = torch.cpu.get_capabilities()
-    for level, needs in _LEVELS.items():
-        path = PREBUILT / _file_name(level)
+    for level, needs in LEVELS.items():
+        path = PREBUILT / file_name(level)
         if path.is_file() and all(has.get(name) for name in needs):
             return path
-    path = _built_here() / _file_name(f"native-{_fingerprint(str(sorted(has.items())))}")
+    path = _built_here() / file_name(f"native-{_fingerprint(str(sorted(has.items())))}")
     if not path.is_file():
-        _log.warning("building densely's CPU kernels, once: some ten seconds")
         build(path, ["-march=native"])
     return path
 
@@ -74,6 +73,7 @@ def build(path: Path, flags: Sequence[str]) -> None:
         BuildError: no compiler, or it fails.
     """
     compiler = _compiler()
+    _log.warning("building densely's CPU kernels, once: some ten seconds")
     torch_folder = Path(torch.__file__).parent
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,15 +82,12 @@ def build(path: Path, flags: Sequence[str]) -> None:
             objects = {
                 source: Path(folder) / f"{source.stem}.o" for source in SOURCES.glob("*.cpp")
             }
-            compiling = [
-                _start([*command, str(source), "-o", str(target)])
-                for source, target in objects.items()
-            ]
-            for process in compiling:
-                _finish(process)
+            _run_together(
+                [*command, str(source), "-o", str(target)] for source, target in objects.items()
+            )
             link = [compiler, "-shared", *map(str, sorted(objects.values()))]
             link += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", f"{folder}/library"]
-            _finish(_start(link))
+            _run_together([link])
             os.replace(f"{folder}/library", path)
     except OSError as error:
         raise BuildError(f"the kernels cannot be built in {path.parent}: {error}") from error
@@ -104,16 +101,16 @@ def _compiler() -> str:
     raise BuildError("no C++ compiler is here (CXX, c++, g++, clang++)")
 
 
-def _start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _finish(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate()
-    if process.returncode:
-        errors = [line for line in output.splitlines() if "error" in line]
-        said = (errors or output.splitlines() or ["nothing"])[0]
-        raise BuildError(f"the C++ compiler failed with: {said}")
+def _run_together(commands: Iterable[list[str]]) -> None:
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    said = [process.communicate()[0].splitlines() for process in processes]
+    for process, lines in zip(processes, said, strict=True):
+        if process.returncode:
+            errors = [line for line in lines if "error" in line]
+            raise BuildError(f"the C++ compiler failed with: {(errors or lines or ['nothing'])[0]}")
 
 
 def _built_here() -> Path:
@@ -121,7 +118,7 @@ def _built_here() -> Path:
     return Path(named) if named else cache_folder() / "kernels"
 
 
-def _file_name(suffix: str) -> str:
+def file_name(suffix: str) -> str:
     """Names the sources by their contents: a library is never older than they are."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*")))
     where = f"{sys.platform}-{platform.machine()}".lower()
@@ -130,16 +127,3 @@ def _file_name(suffix: str) -> str:
 
 def _fingerprint(text: bytes | str) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:12]
-
-
-def main() -> None:
-    """Build the libraries that a wheel carries."""
-    shutil.rmtree(PREBUILT, ignore_errors=True)
-    for level in _LEVELS:
-        path = PREBUILT / _file_name(level)
-        build(path, [f"-march={level}", "-mtune=generic"])
-        print(f"built {path.name}")
-
-
-if __name__ == "__main__":
-    main()

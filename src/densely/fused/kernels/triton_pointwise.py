@@ -1,0 +1,296 @@
+"""1x1 convolution behind a norm and relu, in Triton: products of matrices with a prologue.
+
+Forward reads x once: a program makes a tile of rows times up to 128 outputs, and their moments
+from the same registers. Backward reads x and what has its shape once as well: a program owns a tile
+of channels, keeps its weights, and walks over row tiles; each gives the input's gradient, masked,
+the sums that the norm wants and its share of the weight's gradient, which stays in registers.
+"""
+
+# Kernels are written in Triton's language, which has no types that mypy could follow.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from densely.fused.kernels.reference import Affine, Pending
+from densely.fused.kernels.triton_tiles import (
+    add_scaled_or_store,
+    arriving,
+    columns,
+    exact,
+    formed,
+    launch,
+    normalised,
+    precision,
+    splits_for,
+    store_moments,
+)
+
+
+class _Launch(NamedTuple):
+    """Tile of rows, channels and outputs; warps of a program; loads in flight; programs wanted."""
+
+    rows: int
+    channels: int
+    outputs: int
+    warps: int
+    stages: int
+    programs: int = 0
+
+
+def _forward_launch(x: Tensor, outputs: int) -> _Launch:
+    width = max(16, triton.next_power_of_2(outputs))
+    if exact(x):
+        return _Launch(64, 16, min(width, 64), 4, 2)
+    many = x.shape[0] >= 128 * 132 * 2
+    return _Launch(128 if many else 64, 64, min(width, 128), 8 if many else 4, 3)
+
+
+def _backward_launch(x: Tensor, outputs: int) -> _Launch:
+    width = max(16, triton.next_power_of_2(outputs))
+    if exact(x):
+        return _Launch(32, 32, 16, 4, 2, 4)
+    if x.shape[1] <= 64:
+        return _Launch(64, 64, min(width, 128), 4, 2, 3)
+    return _Launch(64, 128, min(width, 128), 8, 2, 1)
+
+
+def _weight_launch(x: Tensor) -> _Launch:
+    return _Launch(16, 32, 32, 4, 2, 4) if exact(x) else _Launch(64, 64, 128, 8, 3, 2)
+
+
+def forward(
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    want_moments: bool,
+) -> tuple[Tensor, int] | None:
+    """Relu(x * scale + shift) @ weight.T + bias, [rows, C] to `out` [rows, O].
+
+    Args:
+        x: rows may be further apart than they are long.
+        affine: vectors of float32.
+        weight: [O, C].
+        bias: [O].
+        out: as x.
+        want_moments: whether to take the moments of the columns of `out`.
+
+    Returns:
+        Mean and sum of squared differences from it of each tile of rows, [tiles, 2, O] in float32,
+        and the rows of a tile.
+    """
+    rows, outputs = out.shape
+    tile = _forward_launch(x, outputs)
+    cols, weight = columns(x), weight.contiguous()
+    tiles = triton.cdiv(rows, tile.rows)
+    parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
+    launch(
+        _forward_kernel, (triton.cdiv(outputs, tile.outputs), tiles), x,
+        x, affine.scale, affine.shift, weight, bias, out, parts, rows,
+        x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
+        out.stride(0), UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit,
+        BEYOND=cols.read > x.shape[1], O=outputs, BM=tile.rows, BC=tile.channels, BO=tile.outputs,
+        PRECISION=precision(x), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return None if parts is None else (parts, tile.rows)
+
+
+def backward(
+    grad: Tensor | Pending,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    needs_weight: bool,
+    total: Tensor,
+    base: Tensor | None,
+    add_scaled: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Back through `forward`: g is (grad @ weight) where the normalised x is above zero, else 0.
+
+    Args:
+        grad: [rows, O]; a pending one is formed while it is read.
+        x: as in `forward`.
+        affine: as in `forward`.
+        weight: [O, C].
+        needs_weight: whether to make the weight's gradient.
+        total: [rows, C]; becomes g, or with `add_scaled` (base or else total) + scale * g.
+        base: [rows, C] or None.
+        add_scaled: see `total`.
+
+    Returns:
+        The weight's gradient, [O, C] in float32; [parts, 2, C]: sums of g and of g * (x - mean)
+        over sets of rows that together are all rows.
+    """
+    (rows, channels), outputs = x.shape, weight.shape[0]
+    tile = _backward_launch(x, outputs)
+    cols, weight = columns(x, total, base), weight.contiguous()
+    grads = arriving(grad)
+    tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
+    splits = splits_for(tiles, across, tile.programs)
+    norm_parts = x.new_empty(splits, 2, channels, dtype=torch.float32)
+    in_passing = needs_weight and outputs <= tile.outputs
+    weight_parts = (
+        x.new_empty(splits, outputs, channels, dtype=torch.float32) if in_passing else None
+    )
+    launch(
+        _backward_kernel, (across, splits), x,
+        *grads, x, affine.scale, affine.shift, affine.mean, weight, total, base,
+        weight_parts, norm_parts, rows, channels // cols.unit, cols.read // cols.read_unit,
+        *grads.rows, x.stride(0) // cols.row_unit, total.stride(0) // cols.row_unit,
+        0 if base is None else base.stride(0) // cols.row_unit,
+        UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, O=outputs,
+        BM=tile.rows, BC=tile.channels, BO=tile.outputs, ADD=add_scaled, PRECISION=precision(x),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if needs_weight and weight_parts is None:
+        weight_parts = _weight_gradient(grad, x, affine, outputs)
+    return None if weight_parts is None else weight_parts.sum(0), norm_parts
+
+
+def _weight_gradient(grad: Tensor | Pending, x: Tensor, affine: Affine, outputs: int) -> Tensor:
+    """Parts of the weight's gradient, where it does not fit into the registers of `backward`."""
+    rows, channels = x.shape
+    tile, cols, grads = _weight_launch(x), columns(x), arriving(grad)
+    tiles = triton.cdiv(rows, tile.rows)
+    across = triton.cdiv(channels, tile.channels), triton.cdiv(outputs, tile.outputs)
+    splits = splits_for(tiles, across[0] * across[1], tile.programs)
+    parts = x.new_empty(splits, outputs, channels, dtype=torch.float32)
+    launch(
+        _weight_kernel, (*across, splits), x,
+        *grads, x, affine.scale, affine.shift, parts, rows, channels // cols.unit,
+        cols.read // cols.read_unit, *grads.rows, x.stride(0) // cols.row_unit,
+        UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, O=outputs, BM=tile.rows,
+        BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return parts
+
+
+@triton.jit(do_not_specialize=["rows", "c_units", "read_units", "x_units"])
+def _forward_kernel(
+    x, scale, shift, weight, bias, out, parts, rows, c_units, read_units, x_units, out_row,
+    UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, BEYOND: tl.constexpr,
+    O: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
+    tile = tl.program_id(1)
+    places = tile * BM + tl.arange(0, BM)
+    row_mask = places < rows
+    outputs = tl.program_id(0) * BO + tl.arange(0, BO)
+    out_mask = outputs < O
+    x_at = x + places.to(tl.int64)[:, None] * x_row
+    acc = tl.zeros((BM, BO), tl.float32)
+    for start in range(0, C, BC):
+        cols = start + tl.arange(0, BC)
+        mask = row_mask[:, None] & (cols < read)[None, :]
+        values = tl.load(x_at + cols[None, :], mask=mask, other=0.0)
+        scales = tl.load(scale + cols, mask=cols < C, other=0.0)
+        shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
+        act = normalised(values, scales, shifts)
+        if BEYOND:
+            act = tl.where((cols < C)[None, :], act, 0.0)
+        w = tl.load(weight + outputs[None, :] * C + cols[:, None],
+                    mask=out_mask[None, :] & (cols < C)[:, None], other=0.0)  # fmt: skip
+        acc = tl.dot(act, w, acc, input_precision=PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + outputs, mask=out_mask, other=0.0).to(tl.float32)[None, :]
+    result = acc.to(out.dtype.element_ty)
+    at = out + places.to(tl.int64)[:, None] * out_row + outputs[None, :]
+    tl.store(at, result, mask=row_mask[:, None] & out_mask[None, :])
+    if parts is not None:
+        count = tl.minimum(rows - tile * BM, BM).to(tl.float32)
+        store_moments(result.to(tl.float32), row_mask, count, parts, tile, outputs, O, out_mask)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "c_units", "read_units", "x_units", "total_units", "base_units"]
+)
+def _backward_kernel(
+    g, gx, g_scale, g_mean, g_a, g_b, x, scale, shift, mean, weight, total, base, weight_parts,
+    norm_parts, rows, c_units, read_units, g_row, gx_row, x_units, total_units, base_units,
+    UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, O: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    WHOLE: tl.constexpr = O <= BO
+    C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
+    split = tl.program_id(1)
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    col_mask, outputs = cols < C, tl.arange(0, BO)
+    scales = tl.load(scale + cols, mask=col_mask, other=0.0)
+    shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
+    means = tl.load(mean + cols, mask=col_mask, other=0.0)
+    if WHOLE:
+        w = tl.load(weight + outputs[:, None] * C + cols[None, :],
+                    mask=(outputs < O)[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
+    sum_g, sum_gx = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    if weight_parts is not None:
+        grad_w = tl.zeros((BC, BO), tl.float32)
+    for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(1)):
+        places = tile * BM + tl.arange(0, BM)
+        row_mask, places = places < rows, places.to(tl.int64)
+        values = tl.load(x + places[:, None] * x_row + cols[None, :],
+                         mask=row_mask[:, None] & (cols < read)[None, :], other=0.0)  # fmt: skip
+        if WHOLE:
+            grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row,
+                          outputs, outputs < O)  # fmt: skip
+            back = tl.dot(grad, w, input_precision=PRECISION)
+        else:
+            back = tl.zeros((BM, BC), tl.float32)
+            for start in range(0, O, BO):
+                some = start + outputs
+                grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row,
+                              some, some < O)  # fmt: skip
+                w = tl.load(weight + some[:, None] * C + cols[None, :],
+                            mask=(some < O)[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
+                back = tl.dot(grad, w, back, input_precision=PRECISION)
+        act = normalised(values, scales, shifts)
+        back = tl.where(act > 0, back, 0.0)
+        add_scaled_or_store(
+            back, scales, total, base, places, total_units * ROW_UNIT, base_units * ROW_UNIT,
+            cols, row_mask[:, None] & col_mask[None, :], ADD,
+        )  # fmt: skip
+        sum_g += tl.sum(back, axis=0)
+        sum_gx += tl.sum(back * (values.to(tl.float32) - means[None, :]), axis=0)
+        if weight_parts is not None:
+            grad_w = tl.dot(tl.trans(act), grad, grad_w, input_precision=PRECISION)
+    at = norm_parts + split.to(tl.int64) * 2 * C + cols
+    tl.store(at, sum_g, mask=col_mask)
+    tl.store(at + C, sum_gx, mask=col_mask)
+    if weight_parts is not None:
+        at_w = weight_parts + (split.to(tl.int64) * O + outputs[None, :]) * C + cols[:, None]
+        tl.store(at_w, grad_w, mask=(outputs < O)[None, :] & col_mask[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "c_units", "read_units", "x_units"])
+def _weight_kernel(
+    g, gx, g_scale, g_mean, g_a, g_b, x, scale, shift, parts, rows, c_units, read_units, g_row,
+    gx_row, x_units, UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr,
+    O: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
+    split = tl.program_id(2)
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    outputs = tl.program_id(1) * BO + tl.arange(0, BO)
+    scales = tl.load(scale + cols, mask=cols < C, other=0.0)
+    shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
+    grad_w = tl.zeros((BC, BO), tl.float32)
+    for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(2)):
+        places = tile * BM + tl.arange(0, BM)
+        row_mask, places = places < rows, places.to(tl.int64)
+        values = tl.load(x + places[:, None] * x_row + cols[None, :],
+                         mask=row_mask[:, None] & (cols < read)[None, :], other=0.0)  # fmt: skip
+        grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row, outputs,
+                      outputs < O)  # fmt: skip
+        act = normalised(values, scales, shifts)
+        grad_w = tl.dot(tl.trans(act), grad, grad_w, input_precision=PRECISION)
+    at = parts + (split.to(tl.int64) * O + outputs[None, :]) * C + cols[:, None]
+    tl.store(at, grad_w, mask=(outputs < O)[None, :] & (cols < C)[:, None])

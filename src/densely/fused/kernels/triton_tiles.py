@@ -1,0 +1,163 @@
+"""What the Triton convolutions share: how a tile is normalised, masked, summed up, and its layout.
+
+A tile of x is read once, normalised in registers and rounded to the dtype of the maps: forward and
+backward call the same function, so that backward's mask is exactly where forward's relu was zero.
+Nothing is summed by atomics: each program writes its part, and the order of all sums is fixed.
+
+Widths of vector accesses follow from what the compiler knows of strides and bounds. It asks only
+whether an integer divides by 16, so strides come in units: `stride // unit`, with the unit known.
+"""
+
+# Kernels are written in Triton's language, which has no types that mypy could follow.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from densely.fused.kernels.reference import Pending
+
+#: Streaming multiprocessors of an H100: what grids are sized for.
+MULTIPROCESSORS = 132
+
+
+@triton.jit
+def normalised(x, scale, shift):
+    """relu(x * scale + shift) [rows, columns], rounded to x's dtype; NaN stays NaN, as in torch."""
+    wide = x.to(tl.float32)
+    y = tl.fma(wide, tl.broadcast_to(scale[None, :], wide.shape),
+               tl.broadcast_to(shift[None, :], wide.shape))  # fmt: skip
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+
+
+@triton.jit
+def formed(g, gx, scale, mean, a, b, rows, row_mask, g_row, gx_row, cols, col_mask):
+    """A tile of a gradient, see `reference.Pending`: g * scale - a - (x - mean) * b, rounded to g.
+
+    `gx`, `mean`, `a` and `b` come together or are None; so may `scale`. Zero outside of the masks.
+    """
+    mask = row_mask[:, None] & col_mask[None, :]
+    value = tl.load(g + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0)
+    dtype = value.dtype
+    if scale is not None:
+        value = value.to(tl.float32) * tl.load(scale + cols, mask=col_mask, other=0.0)[None, :]
+    if b is not None:
+        dtype = gx.dtype.element_ty
+        x = tl.load(gx + rows[:, None] * gx_row + cols[None, :], mask=mask, other=0.0)
+        means = tl.load(mean + cols, mask=col_mask, other=0.0)[None, :]
+        slope = tl.load(b + cols, mask=col_mask, other=0.0)[None, :]
+        level = tl.load(a + cols, mask=col_mask, other=0.0)[None, :]
+        value = value.to(tl.float32) - level - (x.to(tl.float32) - means) * slope
+        value = tl.where(mask, value, 0.0)
+    return value.to(dtype)
+
+
+@triton.jit
+def add_scaled_or_store(
+    g, scale, total, base, rows, total_row, base_row, cols, mask, ADD: tl.constexpr
+):
+    """Total = (base or total) + scale * g, or total = g."""
+    at = total + rows[:, None] * total_row + cols[None, :]
+    if ADD:
+        if base is not None:
+            before = tl.load(base + rows[:, None] * base_row + cols[None, :], mask=mask, other=0.0)
+        else:
+            before = tl.load(at, mask=mask, other=0.0)
+        g = before.to(tl.float32) + g * scale[None, :]
+    tl.store(at, g.to(total.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_moments(values, row_mask, count, parts, tile, cols, O, col_mask):
+    """Mean and M2 of the columns of a tile, to parts[tile, :, cols]; `count` rows are valid."""
+    mean = tl.sum(tl.where(row_mask[:, None], values, 0.0), axis=0) / count
+    apart = tl.where(row_mask[:, None], values - mean[None, :], 0.0)
+    at = parts + tile.to(tl.int64) * 2 * O + cols
+    tl.store(at, mean, mask=col_mask)
+    tl.store(at + O, tl.sum(apart * apart, axis=0), mask=col_mask)
+
+
+class Columns(NamedTuple):
+    """How the columns of x and of what has its shape are read."""
+
+    #: Of C: a bound that may be read, a multiple of `read_unit` and at least C.
+    read: int
+    read_unit: int
+    #: Largest of 16, 8, 4, 1 that divides C, and that divides all row strides.
+    unit: int
+    row_unit: int
+
+
+def columns(x: Tensor, *others: Tensor | None) -> Columns:
+    """How to read x [rows, C], and others of its shape.
+
+    Rows are read up to a multiple of 8 columns where the memory behind x has them: what
+    is beyond C is thrown away, but lets the loads be 16 bytes wide.
+    """
+    channels = x.shape[1]
+    strides = [t.stride(0) for t in (x, *others) if t is not None]
+    row_unit = min(unit_of(stride) for stride in strides)
+    read = channels + -channels % 8
+    last = x.storage_offset() + (x.shape[0] - 1) * x.stride(0) + read
+    inside = last * x.element_size() <= x.untyped_storage().nbytes()
+    if x.stride(0) % 8 == 0 and inside:
+        return Columns(read, unit_of(read), unit_of(channels), row_unit)
+    return Columns(channels, unit_of(channels), unit_of(channels), row_unit)
+
+
+def unit_of(number: int) -> int:
+    """The largest of 16, 8, 4 and 1 that divides the number."""
+    return next(unit for unit in (16, 8, 4, 1) if number % unit == 0)
+
+
+class Arriving(NamedTuple):
+    """Arguments of `formed` for a gradient: None where a vector adds nothing."""
+
+    g: Tensor
+    gx: Tensor | None
+    scale: Tensor | None
+    mean: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Row strides of `g` and `gx`."""
+        return self.g.stride(0), 0 if self.gx is None else self.gx.stride(0)
+
+
+def arriving(grad: Tensor | Pending) -> Arriving:
+    """The gradient, formed where it is read."""
+    if isinstance(grad, Tensor):
+        return Arriving(grad, None, None, None, None, None)
+    if grad.mean is None or grad.a is None or grad.b is None:
+        return Arriving(grad.g, None, grad.scale, None, None, None)
+    return Arriving(*grad)
+
+
+def precision(x: Tensor) -> str:
+    """How a product of float32 is made; the others have one way only."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def exact(x: Tensor) -> bool:
+    """Whether products run outside of the tensor cores, which takes smaller tiles."""
+    return x.dtype == torch.float32 and precision(x) == "ieee"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
+    """Run a kernel on x's device."""
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def splits_for(tiles: int, columns_of_programs: int, programs: int) -> int:
+    """Into how many parts the row tiles go, for about `programs` programs on each processor."""
+    wanted = MULTIPROCESSORS * programs // columns_of_programs
+    return max(1, min(tiles, wanted))

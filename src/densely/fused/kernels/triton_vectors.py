@@ -1,0 +1,233 @@
+"""Triton kernels on a norm's vectors: its affine, and what is left of its sums over rows.
+
+Kernels that pass over rows leave partial results, a part for each tile of rows, and add nothing up:
+nothing is atomic, so sums have a fixed order. Here the parts are put together.
+
+- Parts of moments, float32 [tiles, 2, C]: a tile's mean and M2, its sum of squared deviations from
+  that mean. Tile t covers rows t * tile_rows up to (t + 1) * tile_rows, or to the last row.
+- Parts of a norm's sums, float32 [parts, 2, C]: sum(g) and sum(g * (x - mean)).
+
+A program takes 8 columns, which is a sector of memory, and up to 512 parts at once; thousands of
+parts are first put together in groups by more programs than the columns alone would give work to.
+
+Source of the combination of moments: Chan, Golub and LeVeque (1979), equation 2.1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from densely.fused.kernels.reference import Affine, NormGradient
+
+_COLUMNS = 8  # of a program: 32 bytes
+_PARTS = 512  # of a program's turn
+_MANY = 2048  # parts, from which on two launches are faster than one
+_GROUP = 64  # parts that the first of two launches puts together
+
+
+def affine(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> list[Tensor]:
+    """Scale, shift and rstd of a norm; vectors [C] of any floating dtypes to float32."""
+    columns = mean.shape[0]
+    found = _vectors(3, mean)
+    grid = (triton.cdiv(columns, 256),)
+    given = (vector.contiguous() for vector in (weight, bias, mean, var))
+    _affine[grid](*given, *found, eps, columns, BLOCK=256, num_warps=2)
+    return found
+
+
+def finish_moments(
+    partials: Tensor, tile_rows: int, rows: int, mean_out: Tensor, var_out: Tensor
+) -> None:
+    """Mean and biased variance of `rows` rows from the moments of their tiles."""
+    tiles, _, columns = partials.shape
+    blocks = triton.cdiv(columns, _COLUMNS)
+    if tiles > _MANY:
+        groups = triton.cdiv(tiles, _GROUP)
+        grouped = partials.new_empty(groups, 2, columns)
+        _combine_moments[(blocks, groups)](
+            partials, grouped, grouped[0, 1], tiles, tile_rows, rows, columns, 2 * columns,
+            FINAL=False, GROUP=_GROUP, PARTS=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
+        )  # fmt: skip
+        partials, tiles, tile_rows = grouped, groups, tile_rows * _GROUP
+    taken = min(_PARTS, triton.next_power_of_2(tiles))
+    _combine_moments[(blocks, 1)](
+        partials, mean_out, var_out, tiles, tile_rows, rows, columns, 0,
+        FINAL=True, GROUP=0, PARTS=taken, COLUMNS=_COLUMNS, num_warps=_warps(taken),
+    )  # fmt: skip
+
+
+def finish_norm(
+    partials: Tensor,
+    affine: Affine,
+    rows: int,
+    mean_terms: tuple[Tensor, Tensor] | None = None,
+) -> tuple[NormGradient, tuple[Tensor, Tensor] | None]:
+    """Gradients of a norm's parameters from its sums, and in train mode its a and b.
+
+    a = scale / rows * sum(g), b = scale * rstd^2 / rows * sum(g * (x - mean)): see
+    `densely.fused.block`. They are added to `mean_terms` where these are given, else new vectors;
+    there are none for a norm in eval mode.
+    """
+    parts, _, columns = partials.shape
+    blocks = triton.cdiv(columns, _COLUMNS)
+    if parts > _MANY:
+        groups = triton.cdiv(parts, _GROUP)
+        grouped = partials.new_empty(groups, 2, columns)
+        _add_parts[(blocks, groups)](
+            partials, grouped, parts, columns,
+            GROUP=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
+        )  # fmt: skip
+        partials, parts = grouped, groups
+    weight, bias, *new = _vectors(4 if affine.training and mean_terms is None else 2, partials)
+    terms = mean_terms or new if affine.training else (None, None)
+    taken = min(_PARTS, triton.next_power_of_2(parts))
+    _finish_norm[(blocks,)](
+        partials, affine.scale, affine.rstd, weight, bias, *terms, parts, rows, columns,
+        ADD=mean_terms is not None, PARTS=taken, COLUMNS=_COLUMNS, num_warps=_warps(taken),
+    )  # fmt: skip
+    return NormGradient(weight, bias), (terms[0], terms[1]) if affine.training else None
+
+
+def _vectors(number: int, like: Tensor) -> list[Tensor]:
+    """New float32 vectors of as many columns, each at an address for loads of 16 bytes."""
+    columns = like.shape[-1]
+    padded = triton.cdiv(columns, 4) * 4
+    made = like.new_empty(number, padded, dtype=torch.float32)
+    return [vector[:columns] for vector in made.unbind()]
+
+
+def _warps(parts: int) -> int:
+    """About 16 values a thread."""
+    return max(1, min(8, parts * _COLUMNS // 512))
+
+
+@triton.jit(do_not_specialize=["columns"])
+def _affine(
+    weight,  # [C], as all others
+    bias,
+    mean,
+    var,
+    scale,
+    shift,
+    rstd,
+    eps,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = c < columns
+    r = 1.0 / tl.sqrt_rn(tl.load(var + c, mask=valid, other=1.0).to(tl.float32) + eps)
+    s = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32) * r
+    m = tl.load(mean + c, mask=valid, other=0.0).to(tl.float32)
+    tl.store(scale + c, s, mask=valid)
+    tl.store(shift + c, tl.load(bias + c, mask=valid, other=0.0).to(tl.float32) - m * s, mask=valid)
+    tl.store(rstd + c, r, mask=valid)
+
+
+@triton.jit(do_not_specialize=["tiles", "tile_rows", "rows", "out_stride"])
+def _combine_moments(
+    partials,  # [tiles, 2, C]
+    mean_out,  # [groups, C], rows out_stride apart
+    second_out,  # the same: the variance if FINAL, else M2
+    tiles,
+    tile_rows,
+    rows,
+    columns,
+    out_stride,
+    FINAL: tl.constexpr,
+    GROUP: tl.constexpr,  # tiles of a program; 0 for all
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    group = tl.program_id(1)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first = group * GROUP
+    last = tl.minimum(first + GROUP, tiles) if GROUP > 0 else tiles
+    count = tl.zeros([PARTS, 1], tl.float32)
+    mean = tl.zeros([PARTS, COLUMNS], tl.float32)
+    m2 = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(first, last, PARTS):
+        tile = start + tl.arange(0, PARTS)[:, None]
+        valid = (tile < last) & (c < columns)
+        at = partials + tile.to(tl.int64) * (2 * columns) + c
+        new_mean = tl.load(at, mask=valid, other=0.0)
+        new_m2 = tl.load(at + columns, mask=valid, other=0.0)
+        more = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows)
+        more = tl.where(tile < last, more, 0).to(tl.float32)
+        share = more / tl.maximum(count + more, 1.0)
+        delta = tl.where(tile < last, new_mean - mean, 0.0)
+        mean += delta * share
+        m2 += new_m2 + delta * delta * (count * share)
+        count += more
+    total = tl.sum(count, axis=0)[None, :]
+    whole = tl.sum(mean * count, axis=0)[None, :] / total
+    delta = mean - whole
+    second = tl.sum(m2 + delta * delta * count, axis=0)[None, :]
+    if FINAL:
+        second = second / total
+    at = group.to(tl.int64) * out_stride + c
+    tl.store(mean_out + at, whole, mask=c < columns)
+    tl.store(second_out + at, second, mask=c < columns)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _add_parts(
+    partials,  # [parts, 2, C]
+    out,  # [groups, 2, C]
+    parts,
+    columns,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    group = tl.program_id(1)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    part = group * GROUP + tl.arange(0, GROUP)[:, None]
+    valid = (part < parts) & (c < columns)
+    at = partials + part.to(tl.int64) * (2 * columns) + c
+    g = tl.sum(tl.load(at, mask=valid, other=0.0), axis=0)[None, :]
+    gx = tl.sum(tl.load(at + columns, mask=valid, other=0.0), axis=0)[None, :]
+    to = out + group.to(tl.int64) * (2 * columns) + c
+    tl.store(to, g, mask=c < columns)
+    tl.store(to + columns, gx, mask=c < columns)
+
+
+@triton.jit(do_not_specialize=["parts", "rows"])
+def _finish_norm(
+    partials,  # [parts, 2, C]
+    scale,  # [C], as all that follow
+    rstd,
+    weight,
+    bias,
+    a,  # None in eval mode, as b
+    b,
+    parts,
+    rows,
+    columns,
+    ADD: tl.constexpr,  # to what is in a and b
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = c < columns
+    g = tl.zeros([PARTS, COLUMNS], tl.float32)
+    gx = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        valid = (part < parts) & inside[None, :]
+        at = partials + part.to(tl.int64) * (2 * columns) + c[None, :]
+        g += tl.load(at, mask=valid, other=0.0)
+        gx += tl.load(at + columns, mask=valid, other=0.0)
+    r = tl.load(rstd + c, mask=inside, other=0.0)
+    to_bias = tl.sum(g, axis=0)
+    to_weight = tl.sum(gx, axis=0) * r
+    tl.store(bias + c, to_bias, mask=inside)
+    tl.store(weight + c, to_weight, mask=inside)
+    if a is not None:
+        over_rows = tl.load(scale + c, mask=inside, other=0.0) / rows
+        to_a, to_b = over_rows * to_bias, over_rows * r * to_weight
+        if ADD:
+            to_a += tl.load(a + c, mask=inside, other=0.0)
+            to_b += tl.load(b + c, mask=inside, other=0.0)
+        tl.store(a + c, to_a, mask=inside)
+        tl.store(b + c, to_b, mask=inside)
