@@ -18,12 +18,12 @@ from torch import Tensor
 
 from densely.fused.kernels.reference import Affine, Pending
 from densely.fused.kernels.triton_tiles import (
-    add_scaled_or_store,
     arriving,
     columns,
     exact,
     formed,
     launch,
+    masked_back,
     normalised,
     precision,
     splits_for,
@@ -193,7 +193,7 @@ def _forward_kernel(
         values = tl.load(x_at + cols[None, :], mask=mask, other=0.0)
         scales = tl.load(scale + cols, mask=cols < C, other=0.0)
         shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
-        act = normalised(values, scales, shifts)
+        act = normalised(values, scales[None, :], shifts[None, :])
         if BEYOND:
             act = tl.where((cols < C)[None, :], act, 0.0)
         w = tl.load(weight + outputs[None, :] * C + cols[:, None],
@@ -228,39 +228,37 @@ def _backward_kernel(
     shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
     means = tl.load(mean + cols, mask=col_mask, other=0.0)
     if WHOLE:
-        w = tl.load(weight + outputs[:, None] * C + cols[None, :],
-                    mask=(outputs < O)[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
+        w = tl.load(weight + outputs[None, :] * C + cols[:, None],
+                    mask=(outputs < O)[None, :] & col_mask[:, None], other=0.0)  # fmt: skip
     sum_g, sum_gx = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     if weight_parts is not None:
         grad_w = tl.zeros((BC, BO), tl.float32)
     for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(1)):
         places = tile * BM + tl.arange(0, BM)
         row_mask, places = places < rows, places.to(tl.int64)
-        values = tl.load(x + places[:, None] * x_row + cols[None, :],
-                         mask=row_mask[:, None] & (cols < read)[None, :], other=0.0)  # fmt: skip
+        values = tl.load(x + places[None, :] * x_row + cols[:, None],
+                         mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         if WHOLE:
             grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row,
                           outputs, outputs < O)  # fmt: skip
-            back = tl.dot(grad, w, input_precision=PRECISION)
+            back = tl.dot(w, tl.trans(grad), input_precision=PRECISION)
         else:
-            back = tl.zeros((BM, BC), tl.float32)
+            back = tl.zeros((BC, BM), tl.float32)
             for start in range(0, O, BO):
                 some = start + outputs
                 grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row,
                               some, some < O)  # fmt: skip
-                w = tl.load(weight + some[:, None] * C + cols[None, :],
-                            mask=(some < O)[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
-                back = tl.dot(grad, w, back, input_precision=PRECISION)
-        act = normalised(values, scales, shifts)
-        back = tl.where(act > 0, back, 0.0)
-        add_scaled_or_store(
-            back, scales, total, base, places, total_units * ROW_UNIT, base_units * ROW_UNIT,
-            cols, row_mask[:, None] & col_mask[None, :], ADD,
+                w = tl.load(weight + some[None, :] * C + cols[:, None],
+                            mask=(some < O)[None, :] & col_mask[:, None], other=0.0)  # fmt: skip
+                back = tl.dot(w, tl.trans(grad), back, input_precision=PRECISION)
+        act, more_g, more_gx = masked_back(
+            back, values, scales, shifts, means, total, base, places, total_units * ROW_UNIT,
+            base_units * ROW_UNIT, cols, row_mask[None, :] & col_mask[:, None], ADD,
         )  # fmt: skip
-        sum_g += tl.sum(back, axis=0)
-        sum_gx += tl.sum(back * (values.to(tl.float32) - means[None, :]), axis=0)
+        sum_g += more_g
+        sum_gx += more_gx
         if weight_parts is not None:
-            grad_w = tl.dot(tl.trans(act), grad, grad_w, input_precision=PRECISION)
+            grad_w = tl.dot(act, grad, grad_w, input_precision=PRECISION)
     at = norm_parts + split.to(tl.int64) * 2 * C + cols
     tl.store(at, sum_g, mask=col_mask)
     tl.store(at + C, sum_gx, mask=col_mask)
@@ -286,11 +284,11 @@ def _weight_kernel(
     for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(2)):
         places = tile * BM + tl.arange(0, BM)
         row_mask, places = places < rows, places.to(tl.int64)
-        values = tl.load(x + places[:, None] * x_row + cols[None, :],
-                         mask=row_mask[:, None] & (cols < read)[None, :], other=0.0)  # fmt: skip
+        values = tl.load(x + places[None, :] * x_row + cols[:, None],
+                         mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row, outputs,
                       outputs < O)  # fmt: skip
-        act = normalised(values, scales, shifts)
-        grad_w = tl.dot(tl.trans(act), grad, grad_w, input_precision=PRECISION)
+        act = normalised(values, scales[:, None], shifts[:, None])
+        grad_w = tl.dot(act, grad, grad_w, input_precision=PRECISION)
     at = parts + (split.to(tl.int64) * O + outputs[None, :]) * C + cols[:, None]
     tl.store(at, grad_w, mask=(outputs < O)[None, :] & (cols < C)[:, None])

@@ -26,10 +26,12 @@ MULTIPROCESSORS = 132
 
 @triton.jit
 def normalised(x, scale, shift):
-    """relu(x * scale + shift) [rows, columns], rounded to x's dtype; NaN stays NaN, as in torch."""
+    """relu(x * scale + shift), rounded to x's dtype; NaN stays NaN, as in torch.
+
+    The vectors come with an axis of 1 beside them.
+    """
     wide = x.to(tl.float32)
-    y = tl.fma(wide, tl.broadcast_to(scale[None, :], wide.shape),
-               tl.broadcast_to(shift[None, :], wide.shape))  # fmt: skip
+    y = tl.fma(wide, tl.broadcast_to(scale, wide.shape), tl.broadcast_to(shift, wide.shape))
     return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
@@ -56,18 +58,31 @@ def formed(g, gx, scale, mean, a, b, rows, row_mask, g_row, gx_row, cols, col_ma
 
 
 @triton.jit
-def add_scaled_or_store(
-    g, scale, total, base, rows, total_row, base_row, cols, mask, ADD: tl.constexpr
-):
-    """Total = (base or total) + scale * g, or total = g."""
-    at = total + rows[:, None] * total_row + cols[None, :]
+def masked_back(
+    back, x, scale, shift, mean, total, base, places, total_row, base_row, cols, mask,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """What follows the product in backward, on tiles [channels, rows].
+
+    Masks `back` where relu was zero, and makes total = (base or total) + scale * back, or = back.
+    Returns the normalised x, and the sums over rows of back and of back * (x - mean).
+
+    Tiles stand upright because then a thread of the tensor cores holds a few channels and many
+    rows: the vectors take few registers, and sums over rows few exchanges between threads.
+    """
+    act = normalised(x, scale[:, None], shift[:, None])
+    back = tl.where(act > 0, back, 0.0)
+    at = total + places[None, :] * total_row + cols[:, None]
+    result = back
     if ADD:
         if base is not None:
-            before = tl.load(base + rows[:, None] * base_row + cols[None, :], mask=mask, other=0.0)
+            before = tl.load(base + places[None, :] * base_row + cols[:, None], mask=mask, other=0.0)
         else:
             before = tl.load(at, mask=mask, other=0.0)
-        g = before.to(tl.float32) + g * scale[None, :]
-    tl.store(at, g.to(total.dtype.element_ty), mask=mask)
+        result = before.to(tl.float32) + back * scale[:, None]
+    tl.store(at, result.to(total.dtype.element_ty), mask=mask)
+    apart = x.to(tl.float32) - mean[:, None]
+    return act, tl.sum(back, axis=1), tl.sum(back * apart, axis=1)
 
 
 @triton.jit

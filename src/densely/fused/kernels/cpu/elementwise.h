@@ -10,13 +10,16 @@ namespace densely {
 
 // relu(x * scale + shift). One rounding, here and wherever it is computed again.
 template <class T>
+inline T activate(T x, float scale, float shift) {
+  float y = std::fma(float(x), scale, shift);
+  return narrow<T>(y > 0 || y != y ? y : 0.0f);
+}
+
+template <class T>
 inline void norm_relu_row(
     const T* __restrict x, const float* __restrict scale, const float* __restrict shift,
     T* __restrict out, int64_t columns) {
-  for (int64_t c = 0; c < columns; c++) {
-    float y = std::fma(float(x[c]), scale[c], shift[c]);
-    out[c] = narrow<T>(y > 0 || y != y ? y : 0.0f);
-  }
+  for (int64_t c = 0; c < columns; c++) out[c] = activate(x[c], scale[c], shift[c]);
 }
 
 // Mean and sum of squares of a column's rows so far; merged by Chan, Golub and LeVeque (1983).

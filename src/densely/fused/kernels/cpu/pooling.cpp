@@ -71,6 +71,51 @@ struct Windows {
   }
 };
 
+// The loops over one row. A place wins if it is larger than those before it, or not a number.
+template <class T>
+void max_row(
+    const T* __restrict x, const float* __restrict scale, const float* __restrict shift,
+    float number, float* __restrict best, float* __restrict place, int64_t columns) {
+  for (int64_t c = 0; c < columns; c++) {
+    float value = float(activate(x[c], scale[c], shift[c]));
+    bool wins = value > best[c] || value != value;
+    best[c] = wins ? value : best[c];
+    place[c] = wins ? number : place[c];
+  }
+}
+
+template <class T>
+void sum_row(
+    const T* __restrict x, const float* __restrict scale, const float* __restrict shift,
+    float* __restrict sum, int64_t columns) {
+  for (int64_t c = 0; c < columns; c++) sum[c] += float(activate(x[c], scale[c], shift[c]));
+}
+
+template <class From, class To>
+void scale_row(const From* __restrict from, float factor, To* __restrict to, int64_t columns) {
+  for (int64_t c = 0; c < columns; c++) to[c] = narrow<To>(float(from[c]) * factor);
+}
+
+inline void number_row(
+    const float* __restrict place, uint8_t* __restrict choice, int64_t columns) {
+  for (int64_t c = 0; c < columns; c++) choice[c] = uint8_t(int(place[c]));
+}
+
+template <class T>
+void add_chosen_row(
+    const T* __restrict from, const uint8_t* __restrict choice, int number, float* __restrict sum,
+    int64_t columns) {
+  for (int64_t c = 0; c < columns; c++) sum[c] += choice[c] == number ? float(from[c]) : 0.0f;
+}
+
+template <class T>
+void mask_row(
+    const T* __restrict x, const float* __restrict scale, const float* __restrict shift,
+    float* __restrict g, int64_t columns) {
+  for (int64_t c = 0; c < columns; c++)
+    g[c] = float(activate(x[c], scale[c], shift[c])) > 0 ? g[c] : 0.0f;
+}
+
 // geometry: sizes of three axes, steps along them. `choice` [pooled rows, C] says for a maximum
 // which place of its window it was.
 void pool(
@@ -84,32 +129,19 @@ void pool(
     auto which = max ? matrix<uint8_t>(choice) : Matrix<uint8_t>{};
     int64_t columns = in.columns;
     in_chunks(to.rows, chunks_of(to.rows, columns), [&](int64_t, int64_t begin, int64_t end) {
-      std::vector<T> act_row(columns);
-      std::vector<float> best_row(columns), place_row(columns);
-      T* __restrict act = act_row.data();
-      float* __restrict best = best_row.data();
-      float* __restrict place = place_row.data();
+      std::vector<float> best(columns), place(columns);
       for (int64_t r = begin; r < end; r++) {
-        std::fill_n(best, columns, max ? -std::numeric_limits<float>::infinity() : 0.0f);
+        std::fill(best.begin(), best.end(), max ? -std::numeric_limits<float>::infinity() : 0.0f);
         int64_t places = 0;
         windows.inputs(r, [&](int64_t row, uint8_t number) {
-          norm_relu_row(in.row(row), s, b, act, columns);
           places++;
-          if (!max) {
-            for (int64_t c = 0; c < columns; c++) best[c] += float(act[c]);
-            return;
-          }
-          for (int64_t c = 0; c < columns; c++) {
-            float value = float(act[c]);
-            bool wins = value > best[c] || value != value;
-            best[c] = wins ? value : best[c];
-            place[c] = wins ? float(number) : place[c];
-          }
+          if (max)
+            max_row(in.row(row), s, b, number, best.data(), place.data(), columns);
+          else
+            sum_row(in.row(row), s, b, best.data(), columns);
         });
-        float share = max ? 1.0f : 1.0f / places;
-        for (int64_t c = 0; c < columns; c++) to.row(r)[c] = narrow<T>(best[c] * share);
-        if (max)
-          for (int64_t c = 0; c < columns; c++) which.row(r)[c] = uint8_t(place[c]);
+        scale_row(best.data(), max ? 1.0f : 1.0f / places, to.row(r), columns);
+        if (max) number_row(place.data(), which.row(r), columns);
       }
     });
   });
@@ -129,17 +161,13 @@ void pool_backward(
     float share = max ? 1.0f : 1.0f / (windows.step[0] * windows.step[1] * windows.step[2]);
 
     // The gradient of x * scale + shift at a row, before the mask.
-    auto gather = [&](int64_t row, float* __restrict sum) {
+    auto gather = [&](int64_t row, float* sum) {
       std::fill_n(sum, columns, 0.0f);
       windows.outputs(row, [&](int64_t output, uint8_t number) {
-        const T* __restrict from = g.row(output);
-        if (!max) {
-          for (int64_t c = 0; c < columns; c++) sum[c] = float(from[c]) * share;
-          return;
-        }
-        const uint8_t* __restrict chosen = which.row(output);
-        for (int64_t c = 0; c < columns; c++)
-          sum[c] += chosen[c] == number ? float(from[c]) : 0.0f;
+        if (max)
+          add_chosen_row(g.row(output), which.row(output), number, sum, columns);
+        else
+          scale_row(g.row(output), share, sum, columns);
       });
     };
 
@@ -147,12 +175,10 @@ void pool_backward(
     auto back = [&](bool sums, const float* a, const float* b) {
       in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
         NormSums& part = parts[chunk];
-        std::vector<float> up(columns), masked(columns);
-        std::vector<T> act(columns);
+        std::vector<float> up(columns);
         for (int64_t r = begin; r < end; r++) {
           gather(r, up.data());
-          norm_relu_row(in.row(r), vector(scale), vector(shift), act.data(), columns);
-          for (int64_t c = 0; c < columns; c++) up[c] = float(act[c]) > 0 ? up[c] : 0.0f;
+          mask_row(in.row(r), vector(scale), vector(shift), up.data(), columns);
           if (sums) {
             part.add(up.data(), in.row(r), vector(mean));
             if ((r - begin) % 64 == 63) part.flush();
