@@ -15,7 +15,9 @@ what reaches a channel from all of its readers is, with scale_l = weight_l * rst
 
 where `direct` is the gradient of the block's output. The last layer's backward stores direct +
 scale * g, earlier ones add; when a layer's turn comes all readers of its channels have been, and dx
-is formed once. Norms in eval mode have constant statistics and add nothing to a and b.
+is formed once. Norms in eval mode have constant statistics and add nothing to a and b. The sum of
+dx over the rows, which a bias of the convolution wants, is that of `direct`: what comes through a
+norm in train mode sums to zero, and through one in eval mode to scale_l * sum(g_l).
 
 Source: Huang et al. (2017), section 3; the algebra is that of batch norm (Ioffe and Szegedy, 2015),
 summed over readers.
@@ -148,12 +150,9 @@ def dense_block_forward(
     layers = unpack(tensors, flags, numbers)
     space, kernels = Space(x.shape[0], tuple(x.shape[2:])), chosen(x)
     buffer, mean, var = _allocate(x, layers, space)
-    trained = mean.numel() > 0
-
-    buffer[:, : x.shape[1]] = space.matrix(x)
-    if trained:
-        kernels.moments(buffer[:, : x.shape[1]], (mean[: x.shape[1]], var[: x.shape[1]]))
     channels = x.shape[1]
+    of_input = (mean[:channels], var[:channels]) if mean.numel() else None
+    kernels.place(space.matrix(x), buffer[:, :channels], of_input)
     inner: list[Tensor] = []
     for layer in layers:
         features, moments = buffer[:, :channels], (mean[:channels], var[:channels])
@@ -224,6 +223,8 @@ def dense_block_backward(
             return Pending(arriving, buffer[:, columns], None, None, None, None)
         return Pending(arriving, buffer[:, columns], None, mean[columns], a[columns], b[columns])
 
+    sums_wanted = any(needs(layer[-1], "bias") for layer in layers)
+    column_sums = direct.sum(0, dtype=a.dtype) if sums_wanted else a
     stop = buffer.shape[1]
     for layer in reversed(layers[_first_needed(layers, needed) :]):
         start = stop - layer[-1].weight.shape[0]
@@ -232,12 +233,14 @@ def dense_block_backward(
             if step.mask is not None:
                 upstream = step.drop(kernels.form(upstream))
             if needs(step, "bias"):
-                if step.mask is None and n + 1 < len(layer) and layer[n + 1].training:
-                    width = step.weight.shape[0]  # the next norm's mean takes the bias off
-                    grads[step.places["bias"]] = step.weight.new_zeros(width)
-                else:
+                following = layer[n + 1 :]
+                if step.mask is not None or (following and not following[0].training):
                     upstream = kernels.form(upstream)
                     grads[step.places["bias"]] = upstream.sum(0, dtype=a.dtype)
+                elif following:  # the next norm's mean takes the bias off
+                    grads[step.places["bias"]] = step.weight.new_zeros(step.weight.shape[0])
+                else:
+                    grads[step.places["bias"]] = column_sums[start:stop].clone()
             if n == 0:
                 features, moments = buffer[:, :start], (mean[:start], var[:start])
             else:
@@ -253,6 +256,8 @@ def dense_block_backward(
                     *conv, total[:, :start], base, (a[:start], b[:start])
                 )
                 any_reader = True
+                if sums_wanted and not step.training:
+                    column_sums[:start] += affine.scale * norm.bias
             else:
                 grad_weight, norm, upstream = kernels.convolve_backward(*conv)
             grads[step.places["norm_weight"]] = norm.weight
@@ -327,9 +332,7 @@ def _convolve(
     wanted = None if dropped else out_moments
     kernels.convolve(x, affine, weight, bias, step.dilation, space, out, wanted)
     if dropped:
-        out.copy_(step.drop(out))
-        if out_moments is not None:
-            kernels.moments(out, out_moments)
+        kernels.place(step.drop(out), out, out_moments)
 
 
 def _allocate(

@@ -45,6 +45,13 @@ class CpuKernels(Kernels):
         else:
             self._ops.moments(x, *out)
 
+    def place(self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
+        """As the reference."""
+        if x.dtype == torch.float64 or moments is None:
+            super().place(x, out, moments)
+        else:
+            self._ops.place(x, out, *moments)
+
     def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
         """As the reference."""
         if x.dtype == torch.float64:

@@ -121,6 +121,12 @@ class Kernels:
         out[0].copy_(mean)
         out[1].copy_(var)
 
+    def place(self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
+        """Copy a matrix to another one; mean and biased variance of its columns to `moments`."""
+        out.copy_(x)
+        if moments is not None:
+            self.moments(out, moments)
+
     def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
         """relu(x * scale + shift): a new matrix of x's dtype."""
         return torch.addcmul(affine.shift, x, affine.scale).relu_().to(x.dtype)
@@ -140,9 +146,7 @@ class Kernels:
 
         `moments`, if given, become mean and biased variance of the columns of `out`.
         """
-        out.copy_(convolve(self.norm_relu(x, affine), weight, bias, dilation, space))
-        if moments is not None:
-            self.moments(out, moments)
+        self.place(convolve(self.norm_relu(x, affine), weight, bias, dilation, space), out, moments)
 
     def convolve_backward(
         self,

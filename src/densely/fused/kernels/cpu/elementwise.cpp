@@ -16,6 +16,25 @@ void moments(Tensor x, Tensor mean, Tensor var) {
   });
 }
 
+// Copies x to `out`, few rows at a time, and takes their moments while they are in the cache.
+void place(Tensor x, Tensor out, Tensor mean, Tensor var) {
+  constexpr int64_t few = 64;
+  for_dtype(x, [&](auto type) {
+    using T = element<decltype(type)>;
+    auto in = matrix<T>(x), to = matrix<T>(out);
+    int64_t chunks = chunks_of(in.rows, in.columns);
+    std::vector<Moments> parts(chunks, Moments(in.columns));
+    in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      for (int64_t first = begin; first < end; first += few) {
+        int64_t last = std::min(end, first + few);
+        for (int64_t r = first; r < last; r++) std::copy_n(in.row(r), in.columns, to.row(r));
+        parts[chunk].add(to, first, last);
+      }
+    });
+    Moments::finish(parts, vector(mean), vector(var));
+  });
+}
+
 void norm_relu(Tensor x, Tensor scale, Tensor shift, Tensor out) {
   for_dtype(x, [&](auto type) {
     using T = element<decltype(type)>;
@@ -88,6 +107,7 @@ void norm_relu_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
   m.def("moments(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
+  m.def("place(Tensor x, Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var) -> ()");
   m.def("norm_relu(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
   m.def(
       "form(Tensor g, Tensor x, Tensor? scale, Tensor? mean, Tensor? a, Tensor? b, "
@@ -100,6 +120,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(densely_cpu, CPU, m) {
   m.impl("moments", TORCH_BOX(&densely::moments));
+  m.impl("place", TORCH_BOX(&densely::place));
   m.impl("norm_relu", TORCH_BOX(&densely::norm_relu));
   m.impl("form", TORCH_BOX(&densely::form));
   m.impl("norm_relu_backward", TORCH_BOX(&densely::norm_relu_backward));
