@@ -171,36 +171,37 @@ void pool_backward(
       });
     };
 
+    // Masked, and summed up for the norm; what the norm adds to it is known only then.
     std::vector<NormSums> parts(chunks, NormSums(columns));
-    auto back = [&](bool sums, const float* a, const float* b) {
-      in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-        NormSums& part = parts[chunk];
-        std::vector<float> up(columns);
-        for (int64_t r = begin; r < end; r++) {
-          gather(r, up.data());
-          mask_row(in.row(r), vector(scale), vector(shift), up.data(), columns);
-          if (sums) {
-            part.add(up.data(), in.row(r), vector(mean));
-            if ((r - begin) % 64 == 63) part.flush();
-          } else {
-            form_row(
-                up.data(), in.row(r), vector(scale), vector(mean), a, b, to.row(r), columns);
-          }
-        }
-        part.flush();
-      });
-    };
-
-    back(true, nullptr, nullptr);
+    in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      NormSums& part = parts[chunk];
+      std::vector<float> up(columns);
+      for (int64_t r = begin; r < end; r++) {
+        gather(r, up.data());
+        mask_row(in.row(r), vector(scale), vector(shift), up.data(), columns);
+        part.add(up.data(), in.row(r), vector(mean));
+        if ((r - begin) % 64 == 63) part.flush();
+        scale_row(up.data(), 1.0f, to.row(r), columns);
+      }
+      part.flush();
+    });
     NormSums::finish(parts, vector(rstd), vector(norm_weight), vector(norm_bias));
-    if (!training) return back(false, nullptr, nullptr);
+
     std::vector<float> a(columns), b(columns);
     for (int64_t c = 0; c < columns; c++) {
-      float over_rows = vector(scale)[c] / in.rows;
+      float over_rows = training ? vector(scale)[c] / in.rows : 0.0f;
       a[c] = over_rows * vector(norm_bias)[c];
       b[c] = over_rows * vector(rstd)[c] * vector(norm_weight)[c];
     }
-    back(false, a.data(), b.data());
+    in_chunks(in.rows, chunks, [&](int64_t, int64_t begin, int64_t end) {
+      std::vector<T> masked(columns);
+      for (int64_t r = begin; r < end; r++) {
+        std::copy_n(to.row(r), columns, masked.data());
+        form_row(
+            masked.data(), in.row(r), vector(scale), vector(mean), training ? a.data() : nullptr,
+            b.data(), to.row(r), columns);
+      }
+    });
   });
 }
 
