@@ -406,6 +406,11 @@ def _models(parser: _Parser, arguments: list[str]) -> None:
 def _bench(parser: _Parser, arguments: list[str]) -> None:
     """Measure speed and memory beside other DenseNets, in turns; leave tables and pictures.
 
+    Begin with `densely bench --quick`, a look in a minute or two. Without options all is measured,
+    in a quarter of an hour on two cores; `--net d2l --mode train` measures a part. Written to
+    --output: bench-DEVICE.json with every figure, machine, versions and commit; bench-DEVICE.png,
+    bars of speed and memory; bench-DEVICE-depth.png, memory against depth.
+
     Each network runs as densely and as its peers run it: torchvision, timm and MONAI, or a plain
     PyTorch net, as shipped and tuned. All have one turn before any has the next; ratios are taken
     round by round. A peer that is not installed is a named gap. Run nothing beside it.

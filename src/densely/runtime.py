@@ -44,7 +44,13 @@ class Runtime:
 
     def layout(self, images: Tensor) -> Tensor:
         """Put [N, C, H, W] images into the memory layout."""
-        return images.contiguous(memory_format=self._torch_format)
+        images = images.contiguous(memory_format=self._torch_format)
+        if self.memory_format == "channels_last" and images.shape[1] == 1:
+            # Grey images are in both orders at once, and convolutions take them for NCHW and answer
+            # in it, unless their strides say otherwise.
+            height, width = images.shape[2:]
+            return images.as_strided(images.shape, (height * width, 1, width, 1))
+        return images
 
     @property
     def _torch_format(self) -> torch.memory_format:

@@ -38,6 +38,7 @@ def test_tables_json_and_pictures(capsys: pytest.CaptureFixture[str], tmp_path: 
     found = json.loads((folder / "bench-cpu.json").read_text())
     assert found["command"] == "densely bench --net d2l --rounds 2"
     assert found["allocator"] == "system"
+    assert found["date"]
     assert {"versions", "commit", "device_name", "threads"} <= set(found["environment"])
     assert str(tmp_path) not in json.dumps(found)
     train, inference = found["comparisons"]

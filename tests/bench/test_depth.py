@@ -1,7 +1,10 @@
 """How what is kept grows with depth."""
 
+import peers as tests_peers
 import pytest
+import torch
 
+from densely import create_model
 from densely.bench import depth, peers
 from densely.bench.depth import depth_series, fitted_exponent
 from densely.bench.progress import Progress
@@ -15,6 +18,14 @@ def test_the_exponent_of_a_power_is_found() -> None:
 
 def test_the_depths_are_those_of_bc_nets() -> None:
     assert all((layers - 4) % 6 == 0 for layers in depth.DEPTHS)
+
+
+def test_torchvisions_net_is_the_papers() -> None:
+    tests_peers.torchvision()
+    with torch.device("meta"):
+        theirs, ours = peers.torchvision_bc(100), create_model("densenet_bc_100_12")
+        assert theirs(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+    assert [p.shape for p in theirs.parameters()] == [p.shape for p in ours.parameters()]
 
 
 def test_densely_grows_slower_than_the_plain_net(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_nets import NET, RUNTIME, mlp
 
+from densely.bench import trial as module
 from densely.bench.trial import make_trial
 from densely.bench.variants import Variant
 from densely.errors import TrainingError
@@ -25,3 +26,25 @@ def test_nonsense_is_not_timed() -> None:
     trial.images.fill_(float("nan"))
     with pytest.raises(TrainingError, match="not finite"):
         trial.warm_up()
+
+
+def test_a_step_that_cannot_be_captured_is_not_timed_as_if_it_were() -> None:
+    trial = make_trial(Variant("", mlp, RUNTIME, captured=True), NET, "train", 2)
+    with pytest.raises(TrainingError, match="CUDA graph"):
+        trial.warm_up()
+
+
+def test_a_captured_step_is_recorded_once_and_then_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replays = []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(1)
+
+    monkeypatch.setattr(module, "record_graph", lambda work, device: (Graph(), work()))
+    trial = make_trial(Variant("", mlp, RUNTIME, captured=True), NET, "inference", 2)
+    trial.warm_up()
+    assert trial.images_per_s(3) > 0
+    assert len(replays) == module.WARM_UP + 3

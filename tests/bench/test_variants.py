@@ -48,6 +48,16 @@ def test_bfloat16_is_measured_where_it_is_fast_and_else_a_gap(
             assert f"{tuned} compiled" in found
 
 
+def test_on_a_gpu_both_sides_are_captured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(device: str = "auto", asked: str = "bfloat16") -> Runtime:
+        return Runtime(torch.device("cuda"), asked, "channels_last")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(variants, "choose_runtime", choose)
+    for net in NETS.values():
+        captured = [variant.name for variant in variants.variants(net) if variant.captured]
+        assert captured == ["densely captured", f"{net.reference} channels-last bf16 captured"]
+
+
 def test_the_peers_of_densenet121_are_there() -> None:
     names = {variant.name for variant in variants.variants(NETS["densenet121"])}
     assert names >= {

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.training import loop
+from densely.training.captured import TrainingStep
 from densely.training.config import TrainConfig
 from densely.training.loop import batches, generator_seed, train
 from densely.training.reporting import Reporter, RunFacts, Summary
@@ -229,7 +230,7 @@ def test_too_little_memory_is_said_without_a_traceback(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop._Trainer, "_step", full)
+    monkeypatch.setattr(TrainingStep, "__call__", full)
     with pytest.raises(TrainingError, match="smaller --batch-size"):
         train(config(tmp_path))
 

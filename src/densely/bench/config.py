@@ -33,7 +33,9 @@ class BenchConfig:
         "all", _WHAT, "training step (forward, loss, backward, SGD with momentum) or inference"
     )
     compile: bool = _option(False, _WHAT, "also the best peer under torch.compile: takes minutes")
-    depth: bool = _option(True, _WHAT, "also bytes kept for backward against depth")
+    depth: bool = _option(
+        True, _WHAT, "also bytes kept for backward by DenseNet-BC of growing depth"
+    )
     peak_memory: bool = _option(
         True, _WHAT, "also peak memory: on a CPU in a fresh process for each variant"
     )
@@ -57,7 +59,9 @@ class BenchConfig:
         "for all variants alike: memory as the system gives it, or freed memory kept in the "
         "process, as densely's own commands do",
     )
-    output: str = _option("bench-results", _WHERE, "folder for the JSON and the pictures")
+    output: str = _option(
+        "bench-results", _WHERE, "folder for the JSON and the pictures; those there are replaced"
+    )
 
     def __post_init__(self) -> None:
         faults = [

@@ -21,10 +21,7 @@ from densely.runtime import Runtime, choose_runtime
 #: L of DenseNet-BC with growth rate 12: the paper's 100 and 250, and two more.
 DEPTHS = (40, 100, 160, 250)
 BATCH = 2
-NOTE = (
-    "DenseNet-BC, growth rate 12, float32, images of 3x32x32. torchvision's stem shrinks them 4x "
-    "first: its maps have a 16th of the others' pixels, so compare the growth, not the bytes."
-)
+NOTE = "DenseNet-BC, growth rate 12, float32, images of 3x32x32; torchvision's with a 3x3 stem."
 
 
 @dataclass(frozen=True)

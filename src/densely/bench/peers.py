@@ -41,12 +41,12 @@ def torchvision_densenet121(memory_efficient: bool = False) -> nn.Module:
 
 
 def torchvision_bc(depth: int, memory_efficient: bool = False) -> nn.Module:
-    """The class of torchvision at the depth and width of a BC net for small images.
+    """The class of torchvision as the paper's BC net for images of 32x32.
 
-    Its stem cannot be changed: 7x7 with stride 2 and pooling, so that the maps have a 16th of the
-    pixels that they have in the other nets.
+    It can only be built with the stem for large images; people then put a 3x3 convolution in its
+    place, as here.
     """
-    return _made(
+    net = _made(
         torchvision_module().DenseNet(
             growth_rate=12,
             block_config=3 * ((depth - 4) // 6,),
@@ -55,6 +55,10 @@ def torchvision_bc(depth: int, memory_efficient: bool = False) -> nn.Module:
             memory_efficient=memory_efficient,
         )
     )
+    features = net.get_submodule("features")
+    features.conv0 = nn.Conv2d(3, 24, 3, padding=1, bias=False)
+    features.norm0 = features.relu0 = features.pool0 = nn.Identity()
+    return net
 
 
 def timm_densenet121() -> nn.Module:

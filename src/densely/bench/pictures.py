@@ -15,28 +15,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {"ours": "#1f6fb4", "accelerated": "#7fb2dd", "peer": "#b8b8b8"}
+#: Panels of memory in training, by the field of a row that they show.
+MEMORY = {
+    "kept_bytes_per_image": "kept for backward, MB/image",
+    "peak_bytes": "peak memory in training, MB, batch {batch}",
+}
 KINDS = {"ours": "densely", "accelerated": "densely.accelerate", "peer": "others"}
 
 
 def draw_bars(comparisons: Sequence[Comparison], path: Path, conditions: str) -> None:
-    """A row of panels for each network: images a second in each mode, and megabytes kept."""
+    """A row of panels for each network: images a second in each mode, and memory in training."""
     nets = list(dict.fromkeys(comparison.net for comparison in comparisons))
-    modes = list(dict.fromkeys(comparison.mode for comparison in comparisons))
-    panels = [*modes, *(["kept"] if "train" in modes else [])]
     found = {(comparison.net, comparison.mode): comparison for comparison in comparisons}
+    modes = list(dict.fromkeys(comparison.mode for comparison in comparisons))
+    trained = [row for c in comparisons if c.mode == "train" for row in c.rows]
+    memory = [panel for panel in MEMORY if any(getattr(row, panel) is not None for row in trained)]
+    panels = [*modes, *memory]
     names = {net: _names([c for c in comparisons if c.net == net]) for net in nets}
     heights = [1.6 + len(names[net]) for net in nets]
 
-    figure = _figure(3.2 + 3.6 * len(panels), 0.26 * sum(heights) + 0.5)
+    figure = _figure(3.4 + 3.3 * len(panels), 0.26 * sum(heights) + 0.5)
     grid = figure.subplots(
         len(nets), len(panels), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
     for axes_of_net, net in zip(grid, nets, strict=True):
         for axes, panel in zip(axes_of_net, panels, strict=True):
-            comparison = found[net, "train" if panel == "kept" else panel]
-            if panel == "kept":
-                title = "kept for backward, MB/image"
-                _bars(axes, comparison, names[net], _kept_mb, _kept_text(comparison))
+            comparison = found[net, "train" if panel in MEMORY else panel]
+            if panel in MEMORY:
+                title = MEMORY[panel].format(batch=comparison.batch)
+                _bars(axes, comparison, names[net], _megabytes(panel), _less(comparison, panel))
             else:
                 title = f"{MODE_TITLES[panel]}, images/s, batch {comparison.batch}"
                 _bars(axes, comparison, names[net], _rate, _rate_text(comparison))
@@ -54,40 +61,48 @@ def draw_bars(comparisons: Sequence[Comparison], path: Path, conditions: str) ->
 
 
 def draw_depth(series: Sequence[DepthSeries], path: Path) -> None:
-    """Kept bytes over those of the shallowest network, both axes logarithmic."""
-    figure = _figure(7, 5.6)
+    """Bytes kept for the backward pass against depth, both axes logarithmic."""
+    lines = [line for line in series if line.gap is None]
+    figure = _figure(7, 5.8)
     axes = figure.subplots()
     depths = series[0].depths
+    # A straight line of slope 1 or 2 from where the ordinary network begins: which way is it going?
+    start = max(line.kept_bytes_per_image[0] for line in lines) / 1e6
     for power, name in ((1, "linear"), (2, "quadratic")):
-        ideal = [(depth / depths[0]) ** power for depth in depths]
-        axes.loglog(depths, ideal, color="0.75", linewidth=0.8, zorder=0)
+        ideal = [start * (depth / depths[0]) ** power for depth in depths]
+        axes.loglog(depths, ideal, color="0.8", linewidth=0.8, zorder=0)
         axes.annotate(
-            name, (depths[-1], ideal[-1]), xytext=(-4, 4), textcoords="offset points",
-            fontsize=8, color="0.45", ha="right",
+            name, (depths[-1], ideal[-1]), xytext=(-4, 3), textcoords="offset points",
+            fontsize=8, color="0.45", ha="right", va="bottom",
         )  # fmt: skip
-    styles = ["o-", "s-", "^--", "v--", "D:", "P:"]
-    for i, (line, style) in enumerate(zip(series, styles, strict=False)):
-        if line.gap is not None:
-            continue
+    for i, line in enumerate(lines):
+        ours = line.kind == "ours"
         axes.loglog(
             depths,
-            line.relative(),
-            style,
-            color=f"C{i}",
+            [kept / 1e6 for kept in line.kept_bytes_per_image],
+            f"{'os^vDP'[i % 6]}{'-' if ours else '--'}",
+            color=COLORS["ours"] if line.name == "densely" else f"C{i}",
             markersize=5,
             linewidth=2.4 if line.name == "densely" else 1.2,
-            label=f"{line.name}: L^{line.exponent:.2f} from "
-            f"{megabytes(line.kept_bytes_per_image[0])} MB/image",
+            zorder=3 if ours else 2,
+            label=f"{line.name}: {megabytes(line.kept_bytes_per_image[-1])} MB at L = "
+            f"{depths[-1]}, grows as L^{line.exponent:.2f}",
         )
     axes.set_xticks(depths, [str(depth) for depth in depths])
-    ticks = [n for n in (1, 2, 4, 8, 16, 32) if n <= (depths[-1] / depths[0]) ** 2]
-    axes.set_yticks(ticks, [str(n) for n in ticks])
+    low, high = axes.get_ylim()
+    ticks = [n * 10**k for k in range(-2, 5) for n in (1, 2, 5) if low <= n * 10**k <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("depth L (layers with weights)")
-    axes.set_ylabel(f"kept for the backward pass, times that at L = {depths[0]}")
+    axes.set_ylabel("kept for the backward pass, MB/image")
     axes.grid(alpha=0.3)
-    # Below the lines, which leave no corner free.
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    # Below the lines, which leave no corner free; in the order in which they end.
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(lines)), key=lambda i: -lines[i].kept_bytes_per_image[-1])
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order],
+        loc="outside lower center", ncols=1, fontsize=8, frameon=False,
+    )  # fmt: skip
     axes.set_title(textwrap.fill(NOTE, 95), fontsize=8, loc="left")
     _save(figure, path)
 
@@ -96,6 +111,12 @@ def _names(comparisons: Sequence[Comparison]) -> list[str]:
     """Variants with figures in any of these, in their order."""
     rows = [row for comparison in comparisons for row in comparison.rows if row.gap is None]
     return list(dict.fromkeys(row.name for row in rows))
+
+
+def _label(row: Measured) -> str:
+    """The name, and the precision where the name does not tell it."""
+    short = row.precision == "bfloat16" and "bf16" not in row.name
+    return f"{row.name}, bf16" if short else row.name
 
 
 def _bars(
@@ -114,23 +135,29 @@ def _bars(
             label, (values[i], i), xytext=(3, 0), textcoords="offset points", va="center",
             fontsize=7.5,
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.32 * max([*values, 1e-9]))
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _kept_mb(row: Measured) -> float | None:
-    return None if row.kept_bytes_per_image is None else row.kept_bytes_per_image / 1e6
+def _megabytes(panel: str) -> Callable[[Measured], float | None]:
+    def value(row: Measured) -> float | None:
+        count = getattr(row, panel)
+        return None if count is None else count / 1e6
+
+    return value
 
 
-def _kept_text(comparison: Comparison) -> Callable[[Measured], str]:
+def _less(comparison: Comparison, panel: str) -> Callable[[Measured], str]:
+    """Megabytes, and how many times less than the reference's."""
+
     def text(row: Measured) -> str:
-        base = comparison.find(comparison.reference).kept_bytes_per_image
-        kept = row.kept_bytes_per_image
-        less = f" ({base / kept:.1f}x less)" if base and kept and base > 1.05 * kept else ""
-        return f"{megabytes(kept)}{less}"
+        base = getattr(comparison.find(comparison.reference), panel)
+        this = getattr(row, panel)
+        less = f" ({base / this:.1f}x less)" if base and this and base > 1.05 * this else ""
+        return f"{megabytes(this)}{less}"
 
     return text
 

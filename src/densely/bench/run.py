@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def run_bench(config: BenchConfig) -> Path:
     facts = environment(runtime) | {"command": None}  # which holds paths
     conditions = (
         f"{facts['device_name']}, "
-        + (f"{facts['threads']} threads, " if runtime.device.type == "cpu" else "")
+        + (_threads(facts["threads"]) if runtime.device.type == "cpu" else "")
         + ALLOCATORS[config.allocator]
     )
     console = Console(highlight=False)
@@ -86,6 +87,7 @@ def _document(
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
     document: dict[str, Any] = {
         "command": config.command(),
+        "date": datetime.now(UTC).date().isoformat(),
         "environment": facts,
         "peers": {name: _version(name) for name in PEERS},
         "allocator": config.allocator,
@@ -101,6 +103,10 @@ def _document(
             "series": {line.name: line.to_dict() for line in series},
         }
     return document
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}, "
 
 
 def _how_peak(runtime: Runtime) -> str:

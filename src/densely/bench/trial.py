@@ -1,7 +1,8 @@
 """A variant made ready to take its turns: network, images, and the step that is timed."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from densely.bench.nets import Net
 from densely.bench.variants import Variant
 from densely.errors import TrainingError
 from densely.runtime import Runtime
+from densely.training.captured import record_graph, training_step
 
 #: Steps before any is timed: kernels are built, compilers run, primitives cached.
 WARM_UP = 2
@@ -25,6 +27,7 @@ class Trial:
         images: [N, C, H, W], in the layout.
         labels: [N].
         optimizer: of a network that trains; None for inference.
+        captured: whether steps are replays of a CUDA graph, which the first one records.
     """
 
     model: nn.Module
@@ -32,9 +35,19 @@ class Trial:
     images: Tensor
     labels: Tensor
     optimizer: torch.optim.Optimizer | None = None
+    captured: bool = False
+    _replay: Callable[[], Tensor] | None = field(default=None, init=False)
 
     def step(self) -> Tensor:
         """One training step, which gives the loss, or one inference, the logits."""
+        if not self.captured:
+            return self._launched()
+        if self._replay is None:
+            self._replay = self._recorded()
+        return self._replay()
+
+    def _launched(self) -> Tensor:
+        """A step, kernel after kernel."""
         if self.optimizer is None:
             with torch.inference_mode(), self.runtime.autocast():
                 logits: Tensor = self.model(self.images)
@@ -44,6 +57,26 @@ class Trial:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss
+
+    def _recorded(self) -> Callable[[], Tensor]:
+        """A step as one CUDA graph; one that trains gives the sum of all losses so far."""
+        if self.optimizer is None:
+            graph, logits = record_graph(self._launched, self.runtime.device)
+
+            def replay() -> Tensor:
+                graph.replay()
+                return logits
+
+            return replay
+        step = training_step(self.model, self.optimizer, self.runtime, self.images, self.labels)
+        if not step.captured:
+            raise TrainingError("could not be captured in a CUDA graph; the log says why")
+
+        def train() -> Tensor:
+            step(self.images, self.labels)
+            return step.loss_sum
+
+        return train
 
     def warm_up(self, steps: int = WARM_UP) -> None:
         """Run some steps untimed.
@@ -104,4 +137,5 @@ def make_trial(variant: Variant, net: Net, mode: str, batch: int) -> Trial:
         variant.runtime.layout(images.to(device)),
         labels.to(device),
         optimizer if mode == "train" else None,
+        variant.captured,
     )

@@ -26,6 +26,7 @@ class Variant:
         kind: whose code computes: "ours" in our own nets, "accelerated" is ours in a peer's net,
             "peer" the peer's.
         compiled: whether it goes through torch.compile.
+        captured: whether its steps are CUDA graphs, as densely trains on a GPU.
         gap: why it cannot be measured, where that is known beforehand.
     """
 
@@ -34,6 +35,7 @@ class Variant:
     runtime: Runtime
     kind: Literal["ours", "accelerated", "peer"] = "peer"
     compiled: bool = False
+    captured: bool = False
     gap: str | None = None
 
 
@@ -54,6 +56,8 @@ def variants(net: Net, device: str = "auto", compiled: bool = False) -> list[Var
     ]
     if best.precision == "float32":  # the same as the first one
         found[1] = replace(found[1], gap=f"as densely decides here: {best.reasons['precision']}")
+    if best.device.type == "cuda":
+        found.insert(1, replace(found[0], name="densely captured", captured=True))
 
     shipped = Runtime(best.device, "float32", "contiguous")
     build, checkpointed = _peer(net)
@@ -61,7 +65,11 @@ def variants(net: Net, device: str = "auto", compiled: bool = False) -> list[Var
     tuned = Variant(
         f"{net.reference} channels-last", build, replace(shipped, memory_format="channels_last")
     )
-    found += [tuned, _in_bfloat16(tuned, best), _under_compile(tuned, best, compiled)]
+    found += [tuned, _in_bfloat16(tuned, best)]
+    if best.device.type == "cuda":
+        fastest = _fastest(tuned, best)
+        found.append(replace(fastest, name=f"{fastest.name} captured", captured=True))
+    found.append(_under_compile(tuned, best, compiled))
     if net.name == "densenet121":
         found.append(Variant("torchvision memory_efficient", checkpointed, shipped))
         found.append(Variant("timm", peers.timm_densenet121, shipped))
@@ -112,10 +120,15 @@ def _in_bfloat16(tuned: Variant, best: Runtime) -> Variant:
     )
 
 
+def _fastest(tuned: Variant, best: Runtime) -> Variant:
+    """The best-tuned peer: in bfloat16 where that is fast."""
+    short = _in_bfloat16(tuned, best)
+    return short if short.gap is None else tuned
+
+
 def _under_compile(tuned: Variant, best: Runtime, asked: bool) -> Variant:
-    """The best-tuned peer, in bfloat16 where that is fast, under torch.compile."""
-    fastest = _in_bfloat16(tuned, best)
-    variant = fastest if fastest.gap is None else tuned
+    """The best-tuned peer under torch.compile."""
+    variant = _fastest(tuned, best)
     return replace(
         variant,
         name=f"{variant.name} compiled",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from densely.fused import block, companions, plain
 from densely.fused.companions import Moments
+from densely.fused.kernels import missing
 from densely.fused.plain import Conv, Layer, Norm
 
 _log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv]) -> str | N
             return "runs under a transform of torch.func"
         if forward_ad._current_level >= 0:
             return "runs under forward-mode differentiation"
-    if x.device.type != "cpu":
+    device = x.device.type
+    if device != "cpu" and (device != "cuda" or missing(device)):
         return f"runs on {x.device.type}, for which there are no kernels yet"
     if x.layout != torch.strided or x.dtype not in _DTYPES or x.numel() == 0:
         return f"reads {x.dtype} of shape {list(x.shape)}"

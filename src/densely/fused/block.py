@@ -147,7 +147,7 @@ def dense_block_forward(
     These are the step's input [rows, C] (empty unless `keep`), its mean and its var. Statistics
     are empty where no norm wants them.
     """
-    layers = unpack(tensors, flags, numbers)
+    layers = unpack(tensors, flags, numbers, x.dtype)
     space, kernels = Space(x.shape[0], tuple(x.shape[2:])), chosen(x)
     buffer, mean, var = _allocate(x, layers, space)
     channels = x.shape[1]
@@ -204,7 +204,7 @@ def dense_block_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of (x, *tensors) that need one, in this order."""
-    layers = unpack(tensors, flags, numbers)
+    layers = unpack(tensors, flags, numbers, output.dtype)
     space, kernels = Space(output.shape[0], tuple(output.shape[2:])), chosen(output)
     buffer, direct = space.matrix(output), space.matrix(grad)
     mean, var, *inner = kept
@@ -224,7 +224,7 @@ def dense_block_backward(
         return Pending(arriving, buffer[:, columns], None, mean[columns], a[columns], b[columns])
 
     sums_wanted = any(needs(layer[-1], "bias") for layer in layers)
-    column_sums = direct.sum(0, dtype=a.dtype) if sums_wanted else a
+    column_sums = kernels.column_sums(direct) if sums_wanted else a
     stop = buffer.shape[1]
     for layer in reversed(layers[_first_needed(layers, needed) :]):
         start = stop - layer[-1].weight.shape[0]
@@ -248,8 +248,15 @@ def dense_block_backward(
                 moments = (inner_mean, inner_var)
                 del inner[-3:]
             affine = step.affine(kernels, *moments)
-            weight = step.weight.to(output.dtype)
-            conv = (upstream, features, affine, weight, step.dilation, space, needs(step, "weight"))
+            conv = (
+                upstream,
+                features,
+                affine,
+                step.weight,
+                step.dilation,
+                space,
+                needs(step, "weight"),
+            )
             if n == 0:
                 base = None if any_reader else direct[:, :start]
                 grad_weight, norm = kernels.convolve_backward_add(
@@ -306,7 +313,8 @@ def _differentiable_backward(
                     new, step.running_mean, step.running_var, step.norm_weight, step.norm_bias,
                     step.training, eps=step.eps,
                 )  # fmt: skip
-                conv = plain.Conv(step.weight.to(x.dtype), _to(step.bias, x.dtype), step.dilation)
+                bias = None if step.bias is None else step.bias.to(x.dtype)
+                conv = plain.Conv(step.weight.to(x.dtype), bias, step.dilation)
                 new = plain.convolve(F.relu(new), conv)
                 if step.mask is not None:
                     new = space.maps(step.drop(space.matrix(new)))
@@ -328,9 +336,8 @@ def _convolve(
     """Run a step to `out`, and take the moments of that if they are wanted."""
     dropped = step.mask is not None
     affine = step.affine(kernels, *moments)
-    weight, bias = step.weight.to(x.dtype), _to(step.bias, x.dtype)
     wanted = None if dropped else out_moments
-    kernels.convolve(x, affine, weight, bias, step.dilation, space, out, wanted)
+    kernels.convolve(x, affine, step.weight, step.bias, step.dilation, space, out, wanted)
     if dropped:
         kernels.place(step.drop(out), out, out_moments)
 
@@ -355,7 +362,3 @@ def _first_needed(layers: list[list[PackedStep]], needed: Sequence[bool]) -> int
         if needed[0] or any(needed[1 + at] for step in layer for at in step.places.values()):
             return i
     return len(layers)
-
-
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)

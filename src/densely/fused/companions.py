@@ -189,7 +189,7 @@ def reader_backward(
         else:
             found.append(None)
         if len(conv) > 1:
-            found.append(upstream.sum(0, dtype=how.scale.dtype) if needed[4] else None)
+            found.append(kernels.column_sums(upstream) if needed[4] else None)
         upstream = upstream @ flat
     grad_x, norm = kernels.pool_backward(upstream.contiguous(), choice, matrix, how, pooling, space)
     every = [space.maps(grad_x), norm.weight, norm.bias, *found]

@@ -76,9 +76,12 @@ def pack(x: Tensor, layers: tuple[plain.Layer, ...]) -> Packed:
 
 
 def unpack(
-    tensors: Sequence[Tensor], flags: Sequence[int], numbers: Sequence[float]
+    tensors: Sequence[Tensor],
+    flags: Sequence[int],
+    numbers: Sequence[float],
+    dtype: torch.dtype | None = None,
 ) -> list[list[PackedStep]]:
-    """The layers, each a list of steps."""
+    """The layers, each a list of steps; their convolutions in `dtype`, if one is given."""
     layers: list[list[PackedStep]] = [[]]
     at = 0
     for i in range(0, len(flags), 2):
@@ -108,7 +111,33 @@ def unpack(
         )
         if flags[i] & _LAST:
             layers.append([])
+    if dtype is not None:
+        _convert(layers[:-1], dtype)
     return layers[:-1]
+
+
+def _convert(layers: list[list[PackedStep]], dtype: torch.dtype) -> None:
+    """Weights and biases of convolutions to another dtype, all at once."""
+    others = {
+        id(t): t
+        for layer in layers
+        for step in layer
+        for t in (step.weight, step.bias)
+        if t is not None and t.dtype != dtype
+    }
+    if not others:
+        return
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others.values()]
+    torch._foreach_copy_(copies, list(others.values()))
+    converted = dict(zip(others, copies, strict=True))
+    for layer in layers:
+        layer[:] = [
+            step._replace(
+                weight=converted.get(id(step.weight), step.weight),
+                bias=converted.get(id(step.bias), step.bias),
+            )
+            for step in layer
+        ]
 
 
 def _dropout_mask(

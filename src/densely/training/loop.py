@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densely.data import ImageSet, absolute
 from densely.environment import device_name
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.runtime import choose_runtime, keep_freed_memory
+from densely.training.captured import TrainingStep, training_step
 from densely.training.card import model_card
 from densely.training.checkpoint import (
     Progress,
@@ -182,6 +182,7 @@ class _Trainer:
         self.reporter.started(facts)
         try:
             with StopRequest() as self.stop:
+                self.step = self._training_step()
                 while self.progress.epoch < self.config.epochs:
                     self._train_epoch()
                     self._finish_epoch()
@@ -195,17 +196,15 @@ class _Trainer:
         return summary
 
     def _train_epoch(self) -> None:
-        progress, config, device = self.progress, self.config, self.runtime.device
+        progress, config = self.progress, self.config
         order = self._order()
-        # Sums stay on the device, so that no step waits for a number to be read.
-        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
-        correct = torch.tensor(progress.correct, dtype=torch.int64, device=device)
         begin, before = time.monotonic(), progress.seconds
         reported = 0.0
 
         def take_stock() -> None:
             # Reading the sums waits for the device: the clock comes after.
-            progress.loss_sum, progress.correct = loss_sum.item(), int(correct.item())
+            progress.loss_sum = self.step.loss_sum.item()
+            progress.correct = int(self.step.correct.item())
             progress.seconds = before + time.monotonic() - begin
             if not math.isfinite(progress.loss_sum):
                 raise TrainingError(
@@ -215,14 +214,13 @@ class _Trainer:
                 )
 
         self.model.train()
+        self.step.reset(progress.loss_sum, progress.correct)
         for first, end in self.batches[progress.step :]:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(progress.step)
             torch.manual_seed(generator_seed(config.seed, progress.epoch, progress.step))
             index = order[first:end]
-            loss, hits = self._step(self._inputs(index), self.train_set.labels[index])
-            loss_sum += loss.double() * (end - first)
-            correct += hits
+            self.step(self._inputs(index), self.train_set.labels[index])
             progress.step += 1
             progress.seen = end
             now = time.monotonic()
@@ -252,16 +250,16 @@ class _Trainer:
         """The training images at `index`, as the network takes them."""
         return self.runtime.layout(self.info.preprocessing(self.train_set.images[index]))
 
-    def _step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one gradient step; returns the mean loss and the number of right answers."""
-        with self.runtime.autocast():
-            logits = self.model(inputs)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+    def _training_step(self) -> TrainingStep:
+        first, end = self.batches[0]
+        index = self._order()[first:end]
+        return training_step(
+            self.model.train(),
+            self.optimizer,
+            self.runtime,
+            self._inputs(index),
+            self.train_set.labels[index],
+        )
 
     def _learning_rate(self, step: int) -> float:
         config = self.config

@@ -1,14 +1,17 @@
 """Which kernels run the fused steps: one set a device, and `reference` for all.
 
 A set is a subclass of `reference.Kernels` and overrides what it does faster. The choice is made by
-the input of a step, at each call.
+the input of a step, at each call. Triton is imported when the first step on a GPU asks for it.
 """
 
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from densely.errors import ConfigError
@@ -17,26 +20,32 @@ from densely.fused.kernels.cpu_kernels import CpuKernels
 from densely.fused.kernels.reference import Kernels
 
 _log = logging.getLogger(__name__)
+_HAS_TRITON = find_spec("triton") is not None
 _REFERENCE = Kernels()
 _forced: list[Kernels] = []
 
 
 def available() -> tuple[str, ...]:
     """Names of the sets that run on this machine, the readable one first."""
-    return (_REFERENCE.name,) if isinstance(_cpu(), str) else (_REFERENCE.name, CpuKernels.name)
+    return tuple(_sets())
 
 
 def chosen(x: Tensor) -> Kernels:
     """The set for steps on x."""
     if _forced:
         return _forced[-1]
-    found = _cpu()
+    found = _of_device(x.device.type)
     return _REFERENCE if isinstance(found, str) else found
 
 
-def missing() -> str | None:
-    """Why the CPU has no kernels of its own here; None if it has."""
-    found = _cpu()
+def missing(device_type: str = "cpu") -> str | None:
+    """Why a kind of device, "cpu" or "cuda", has no kernels of its own here; None if it has.
+
+    Asks for Triton without importing it, so that code being compiled may ask.
+    """
+    if device_type == "cuda":
+        return None if _HAS_TRITON else "Triton is not installed"
+    found = _of_device(device_type)
     return found if isinstance(found, str) else None
 
 
@@ -47,9 +56,7 @@ def use(name: str) -> Iterator[None]:
     Raises:
         ConfigError: there is no such set on this machine.
     """
-    sets = {
-        kernels.name: kernels for kernels in (_REFERENCE, _cpu()) if isinstance(kernels, Kernels)
-    }
+    sets = _sets()
     if name not in sets:
         raise ConfigError(f"kernels '{name}': this machine has {', '.join(sets)}")
     _forced.append(sets[name])
@@ -59,11 +66,35 @@ def use(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def _sets() -> dict[str, Kernels]:
+    """Triton's interpreter runs the kernels for GPUs on a machine without one, for tests."""
+    found: list[Kernels | str] = [_REFERENCE, _cpu()]
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        found.append(_triton())
+    return {kernels.name: kernels for kernels in found if isinstance(kernels, Kernels)}
+
+
+def _of_device(device_type: str) -> Kernels | str:
+    """The device's own kernels, or why there are none."""
+    if device_type == "cpu":
+        return _cpu()
+    return _triton() if device_type == "cuda" else f"there are none for {device_type}"
+
+
 @functools.cache
-def _cpu() -> CpuKernels | str:
-    """The CPU's own kernels, or why there are none."""
+def _cpu() -> Kernels | str:
     try:
         return CpuKernels(find_or_build())
     except (BuildError, OSError) as error:
         _log.warning("DenseNets run without compiled kernels, slower than they could: %s", error)
         return str(error)
+
+
+@functools.cache
+def _triton() -> Kernels | str:
+    try:
+        from densely.fused.kernels.triton_kernels import TritonKernels
+    except ImportError as error:
+        _log.warning("DenseNets run on GPUs as plain PyTorch, slower than they could: %s", error)
+        return f"Triton is not there: {error}"
+    return TritonKernels()

@@ -121,6 +121,12 @@ class Kernels:
         out[0].copy_(mean)
         out[1].copy_(var)
 
+    def column_sums(self, x: Tensor) -> Tensor:
+        """Sum of each column, of the accumulation dtype."""
+        mean = x.new_empty(x.shape[1], dtype=accumulation_dtype(x))
+        self.moments(x, (mean, torch.empty_like(mean)))
+        return mean * x.shape[0]
+
     def place(self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
         """Copy a matrix to another one; mean and biased variance of its columns to `moments`."""
         out.copy_(x)

@@ -5,9 +5,11 @@ is read twice. Columns and strides come in units of the largest power of two tha
 by the factor UNIT the compiler sees how wide it may load, and a kernel is compiled for each unit
 and not for each width. Row numbers are 32 bits wide, offsets 64.
 
-Sums over rows leave a part for each tile of rows (`triton_vectors` puts them together); there are
-about a thousand tiles and blocks of columns, enough for all multiprocessors and few to put together.
+Sums over rows leave a part for each tile of rows; `triton_vectors` puts them together.
 """
+
+# Kernels are written in Triton's language, which has no types that mypy could follow.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 from typing import NamedTuple
 
@@ -17,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.reference import Affine, Pending
-
-_PROGRAMS = 1024
+from densely.fused.kernels.triton_tiles import MULTIPROCESSORS, launch, normalised
 
 
 class Tiling(NamedTuple):
@@ -34,10 +35,13 @@ class Tiling(NamedTuple):
         """What a kernel is compiled for."""
         return {"UNIT": self.unit, "ROWS": self.rows, "COLUMNS": self.columns, "num_warps": 4}
 
-    def tile_rows(self, rows: int) -> int:
-        """Rows of a program that sums over rows: several turns where there are many."""
-        programs = max(1, _PROGRAMS // self.blocks)
-        return triton.cdiv(triton.cdiv(rows, programs), self.rows) * self.rows
+    def tile_rows(self, rows: int, programs: int) -> int:
+        """Rows of a program that sums over rows, for so many programs on each multiprocessor.
+
+        With as many as it has registers for, all run from the start and end together.
+        """
+        programs = max(1, MULTIPROCESSORS * programs // self.blocks)
+        return int(triton.cdiv(triton.cdiv(rows, programs), self.rows) * self.rows)
 
 
 def tiling(values: int, *matrices: Tensor) -> Tiling:
@@ -49,7 +53,7 @@ def tiling(values: int, *matrices: Tensor) -> Tiling:
     wide = max(16, min(128, triton.next_power_of_2(columns)))
     while wide > 32 and triton.cdiv(columns, wide) * wide > 1.15 * columns:
         wide //= 2
-    return Tiling(unit, values // wide, wide, triton.cdiv(columns, wide))
+    return Tiling(unit, values // max(wide, 32), wide, triton.cdiv(columns, wide))
 
 
 def norm_relu(x: Tensor, affine: Affine, out: Tensor) -> None:
@@ -57,21 +61,27 @@ def norm_relu(x: Tensor, affine: Affine, out: Tensor) -> None:
     rows, columns = x.shape
     tiles = tiling(4096, x, out)
     grid = (triton.cdiv(rows, tiles.rows) * tiles.blocks,)
-    _norm_relu[grid](
+    launch(
+        _norm_relu, grid, x,
         x, affine.scale, affine.shift, out, rows, columns // tiles.unit,
         x.stride(0) // tiles.unit, out.stride(0) // tiles.unit, **tiles.options,
     )  # fmt: skip
 
 
-def moments(x: Tensor) -> tuple[Tensor, int]:
-    """Moments of x's tiles of rows, and how many rows a tile has: see `triton_vectors`."""
+def moments(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, int]:
+    """Moments of x's tiles of rows, and how many rows a tile has: see `triton_vectors`.
+
+    Copies x to `out` in passing.
+    """
     rows, columns = x.shape
-    tiles = tiling(2048, x)
-    tile_rows = tiles.tile_rows(rows)
+    tiles = tiling(2048, x, x if out is None else out)
+    tile_rows = tiles.tile_rows(rows, 8)
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
-    _moments[(parts * tiles.blocks,)](
-        x, partials, rows, columns // tiles.unit, x.stride(0) // tiles.unit, tile_rows,
+    launch(
+        _moments, (parts * tiles.blocks,), x,
+        x, out, partials, rows, columns // tiles.unit, x.stride(0) // tiles.unit,
+        0 if out is None else out.stride(0) // tiles.unit, tile_rows,
         **tiles.options,
     )  # fmt: skip
     return partials, tile_rows
@@ -90,10 +100,11 @@ def norm_relu_backward(
     rows, columns = x.shape
     before = (total if base is None else base) if add_scaled else None
     tiles = tiling(2048, g, x, total, total if before is None else before)
-    tile_rows = tiles.tile_rows(rows)
+    tile_rows = tiles.tile_rows(rows, 4)
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
-    _norm_relu_backward[(parts * tiles.blocks,)](
+    launch(
+        _norm_relu_backward, (parts * tiles.blocks,), x,
         g, x, affine.scale, affine.shift, affine.mean, before, total, partials,
         rows, columns // tiles.unit, g.stride(0) // tiles.unit, x.stride(0) // tiles.unit,
         0 if before is None else before.stride(0) // tiles.unit, total.stride(0) // tiles.unit,
@@ -108,7 +119,8 @@ def form(pending: Pending, out: Tensor) -> None:
     rows, columns = g.shape
     tiles = tiling(4096, g, x, out)
     grid = (triton.cdiv(rows, tiles.rows) * tiles.blocks,)
-    _form[grid](
+    launch(
+        _form, grid, g,
         g, None if mean is None else x, scale, mean, a, b, out, rows, columns // tiles.unit,
         g.stride(0) // tiles.unit, x.stride(0) // tiles.unit, out.stride(0) // tiles.unit,
         **tiles.options,
@@ -116,16 +128,9 @@ def form(pending: Pending, out: Tensor) -> None:
 
 
 @triton.jit
-def active(x, scale, shift):
-    """relu(x * scale + shift), float32; NaN stays NaN."""
-    y = x.to(tl.float32) * scale + shift
-    return tl.where(y <= 0, 0.0, y)
-
-
-@triton.jit
 def masked(g, x, scale, shift):
-    """The gradient g where `active` in the dtype of x is above zero, as forward has rounded it."""
-    return tl.where(active(x, scale, shift).to(x.dtype) > 0, g.to(tl.float32), 0.0)
+    """The gradient g where relu(x * scale + shift) is above zero, as forward has rounded that."""
+    return tl.where(normalised(x, scale, shift) > 0, g.to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -157,16 +162,18 @@ def _norm_relu(
     s = tl.load(scale + c, mask=inside, other=0.0)
     b = tl.load(shift + c, mask=inside, other=0.0)
     to = out + r.to(tl.int64) * (out_stride * UNIT) + c
-    tl.store(to, active(value, s, b).to(out.dtype.element_ty), mask=valid)
+    tl.store(to, normalised(value, s, b), mask=valid)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "x_stride", "tile_rows"])
+@triton.jit(do_not_specialize=["rows", "columns", "x_stride", "out_stride", "tile_rows"])
 def _moments(
     x,  # [rows, C]
+    out,  # [rows, C] or None
     partials,  # [tiles, 2, C]
     rows,
-    columns,  # in units, as the stride
+    columns,  # in units, as the strides
     x_stride,
+    out_stride,
     tile_rows,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -182,6 +189,9 @@ def _moments(
         r = start + tl.arange(0, ROWS)[:, None]
         more = r < last
         value = tl.load(x + r.to(tl.int64) * (x_stride * UNIT) + c, mask=more & inside, other=0.0)
+        if out is not None:
+            to = out + r.to(tl.int64) * (out_stride * UNIT) + c
+            tl.store(to, value, mask=more & inside)
         value = value.to(tl.float32)
         count += more.to(tl.float32)
         delta = tl.where(more, value - mean, 0.0)

@@ -23,6 +23,7 @@ from densely.fused.kernels.triton_tiles import (
     exact,
     formed,
     launch,
+    loaded_total,
     masked_back,
     normalised,
     precision,
@@ -32,7 +33,10 @@ from densely.fused.kernels.triton_tiles import (
 
 
 class _Launch(NamedTuple):
-    """Tile of rows, channels and outputs; warps of a program; loads in flight; programs wanted."""
+    """Tile of rows, channels and outputs; warps of a program; loads in flight; programs wanted.
+
+    `registers` caps those of a thread, so that two programs fit on a processor; None caps nothing.
+    """
 
     rows: int
     channels: int
@@ -40,27 +44,37 @@ class _Launch(NamedTuple):
     warps: int
     stages: int
     programs: int = 0
+    registers: int | None = None
 
 
 def _forward_launch(x: Tensor, outputs: int) -> _Launch:
     width = max(16, triton.next_power_of_2(outputs))
     if exact(x):
         return _Launch(64, 16, min(width, 64), 4, 2)
-    many = x.shape[0] >= 128 * 132 * 2
-    return _Launch(128 if many else 64, 64, min(width, 128), 8 if many else 4, 3)
+    if x.dtype == torch.float32:
+        return _Launch(64, 32, min(width, 64), 4, 3)
+    rows, warps = (128, 8) if x.shape[0] >= 128 * 132 * 2 else (64, 4)
+    odd = x.stride(0) % 2  # addresses take more registers then
+    return _Launch(rows, 64, min(width, 128), warps, 3, registers=None if odd else 128)
 
 
 def _backward_launch(x: Tensor, outputs: int) -> _Launch:
     width = max(16, triton.next_power_of_2(outputs))
     if exact(x):
         return _Launch(32, 32, 16, 4, 2, 4)
-    if x.shape[1] <= 64:
-        return _Launch(64, 64, min(width, 128), 4, 2, 3)
-    return _Launch(64, 128, min(width, 128), 8, 2, 1)
+    if x.dtype == torch.float32:
+        return _Launch(32, 64, min(width, 128), 8, 2, 1)
+    if width <= 64:
+        return _Launch(64, 64, width, 8, 3, 1)
+    channels = x.shape[1]
+    half_empty = channels < 512 and -channels % 128 >= 64
+    return _Launch(32, 64 if half_empty else 128, 128, 8, 3, 1)
 
 
 def _weight_launch(x: Tensor) -> _Launch:
-    return _Launch(16, 32, 32, 4, 2, 4) if exact(x) else _Launch(64, 64, 128, 8, 3, 2)
+    if exact(x):
+        return _Launch(16, 32, 32, 4, 2, 4)
+    return _Launch(32 if x.dtype == torch.float32 else 64, 64, 128, 8, 2, 2)
 
 
 def forward(
@@ -91,12 +105,13 @@ def forward(
     tiles = triton.cdiv(rows, tile.rows)
     parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
     launch(
-        _forward_kernel, (triton.cdiv(outputs, tile.outputs), tiles), x,
+        _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
         x, affine.scale, affine.shift, weight, bias, out, parts, rows,
         x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
         out.stride(0), UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit,
-        BEYOND=cols.read > x.shape[1], O=outputs, BM=tile.rows, BC=tile.channels, BO=tile.outputs,
-        PRECISION=precision(x), num_warps=tile.warps, num_stages=tile.stages,
+        BEYOND=cols.read > x.shape[1], OUT=outputs, BM=tile.rows, BC=tile.channels, BO=tile.outputs,
+        PRECISION=precision(x),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return None if parts is None else (parts, tile.rows)
 
@@ -144,9 +159,9 @@ def backward(
         weight_parts, norm_parts, rows, channels // cols.unit, cols.read // cols.read_unit,
         *grads.rows, x.stride(0) // cols.row_unit, total.stride(0) // cols.row_unit,
         0 if base is None else base.stride(0) // cols.row_unit,
-        UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, O=outputs,
+        UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, OUT=outputs,
         BM=tile.rows, BC=tile.channels, BO=tile.outputs, ADD=add_scaled, PRECISION=precision(x),
-        num_warps=tile.warps, num_stages=tile.stages,
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if needs_weight and weight_parts is None:
         weight_parts = _weight_gradient(grad, x, affine, outputs)
@@ -165,7 +180,7 @@ def _weight_gradient(grad: Tensor | Pending, x: Tensor, affine: Affine, outputs:
         _weight_kernel, (*across, splits), x,
         *grads, x, affine.scale, affine.shift, parts, rows, channels // cols.unit,
         cols.read // cols.read_unit, *grads.rows, x.stride(0) // cols.row_unit,
-        UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, O=outputs, BM=tile.rows,
+        UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, OUT=outputs, BM=tile.rows,
         BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -176,15 +191,16 @@ def _weight_gradient(grad: Tensor | Pending, x: Tensor, affine: Affine, outputs:
 def _forward_kernel(
     x, scale, shift, weight, bias, out, parts, rows, c_units, read_units, x_units, out_row,
     UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, BEYOND: tl.constexpr,
-    O: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    OUT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
-    tile = tl.program_id(1)
+    ACROSS: tl.constexpr = (OUT + BO - 1) // BO
+    tile = tl.program_id(0) // ACROSS
     places = tile * BM + tl.arange(0, BM)
     row_mask = places < rows
-    outputs = tl.program_id(0) * BO + tl.arange(0, BO)
-    out_mask = outputs < O
+    outputs = (tl.program_id(0) % ACROSS) * BO + tl.arange(0, BO)
+    out_mask = outputs < OUT
     x_at = x + places.to(tl.int64)[:, None] * x_row
     acc = tl.zeros((BM, BO), tl.float32)
     for start in range(0, C, BC):
@@ -206,7 +222,7 @@ def _forward_kernel(
     tl.store(at, result, mask=row_mask[:, None] & out_mask[None, :])
     if parts is not None:
         count = tl.minimum(rows - tile * BM, BM).to(tl.float32)
-        store_moments(result.to(tl.float32), row_mask, count, parts, tile, outputs, O, out_mask)
+        store_moments(result.to(tl.float32), row_mask, count, parts, tile, outputs, OUT, out_mask)
 
 
 @triton.jit(
@@ -215,11 +231,11 @@ def _forward_kernel(
 def _backward_kernel(
     g, gx, g_scale, g_mean, g_a, g_b, x, scale, shift, mean, weight, total, base, weight_parts,
     norm_parts, rows, c_units, read_units, g_row, gx_row, x_units, total_units, base_units,
-    UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, O: tl.constexpr,
+    UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, OUT: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    WHOLE: tl.constexpr = O <= BO
+    WHOLE: tl.constexpr = OUT <= BO
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
     split = tl.program_id(1)
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -229,49 +245,55 @@ def _backward_kernel(
     means = tl.load(mean + cols, mask=col_mask, other=0.0)
     if WHOLE:
         w = tl.load(weight + outputs[None, :] * C + cols[:, None],
-                    mask=(outputs < O)[None, :] & col_mask[:, None], other=0.0)  # fmt: skip
+                    mask=(outputs < OUT)[None, :] & col_mask[:, None], other=0.0)  # fmt: skip
     sum_g, sum_gx = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     if weight_parts is not None:
         grad_w = tl.zeros((BC, BO), tl.float32)
-    for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(1)):
+    for tile in tl.range(split, tl.cdiv(rows, BM), tl.num_programs(1), num_stages=STAGES):
         places = tile * BM + tl.arange(0, BM)
         row_mask, places = places < rows, places.to(tl.int64)
         values = tl.load(x + places[None, :] * x_row + cols[:, None],
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
+        mask = row_mask[None, :] & col_mask[:, None]
+        before = loaded_total(total, base, places, total_units * ROW_UNIT, base_units * ROW_UNIT,
+                              cols, mask, ADD)  # fmt: skip
         if WHOLE:
             grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row,
-                          outputs, outputs < O)  # fmt: skip
+                          outputs, outputs < OUT)  # fmt: skip
             back = tl.dot(w, tl.trans(grad), input_precision=PRECISION)
         else:
             back = tl.zeros((BC, BM), tl.float32)
-            for start in range(0, O, BO):
+            for start in range(0, OUT, BO):
                 some = start + outputs
                 grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row,
-                              some, some < O)  # fmt: skip
+                              some, some < OUT)  # fmt: skip
                 w = tl.load(weight + some[None, :] * C + cols[:, None],
-                            mask=(some < O)[None, :] & col_mask[:, None], other=0.0)  # fmt: skip
+                            mask=(some < OUT)[None, :] & col_mask[:, None], other=0.0)  # fmt: skip
                 back = tl.dot(w, tl.trans(grad), back, input_precision=PRECISION)
         act, more_g, more_gx = masked_back(
-            back, values, scales, shifts, means, total, base, places, total_units * ROW_UNIT,
-            base_units * ROW_UNIT, cols, row_mask[None, :] & col_mask[:, None], ADD,
+            back, values, scales, shifts, means, before, total, places, total_units * ROW_UNIT,
+            cols, mask, ADD,
         )  # fmt: skip
         sum_g += more_g
         sum_gx += more_gx
         if weight_parts is not None:
+            # Without effect, for grad is zero there. But a product of what comes from one load
+            # alone gets a layout of its own, and x would no more be loaded ahead.
+            act = tl.where(row_mask[None, :], act, 0.0)
             grad_w = tl.dot(act, grad, grad_w, input_precision=PRECISION)
     at = norm_parts + split.to(tl.int64) * 2 * C + cols
     tl.store(at, sum_g, mask=col_mask)
     tl.store(at + C, sum_gx, mask=col_mask)
     if weight_parts is not None:
-        at_w = weight_parts + (split.to(tl.int64) * O + outputs[None, :]) * C + cols[:, None]
-        tl.store(at_w, grad_w, mask=(outputs < O)[None, :] & col_mask[:, None])
+        at_w = weight_parts + (split.to(tl.int64) * OUT + outputs[None, :]) * C + cols[:, None]
+        tl.store(at_w, grad_w, mask=(outputs < OUT)[None, :] & col_mask[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "c_units", "read_units", "x_units"])
 def _weight_kernel(
     g, gx, g_scale, g_mean, g_a, g_b, x, scale, shift, parts, rows, c_units, read_units, g_row,
     gx_row, x_units, UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr,
-    O: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    OUT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
@@ -287,8 +309,8 @@ def _weight_kernel(
         values = tl.load(x + places[None, :] * x_row + cols[:, None],
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row, outputs,
-                      outputs < O)  # fmt: skip
+                      outputs < OUT)  # fmt: skip
         act = normalised(values, scales[:, None], shifts[:, None])
         grad_w = tl.dot(act, grad, grad_w, input_precision=PRECISION)
-    at = parts + (split.to(tl.int64) * O + outputs[None, :]) * C + cols[:, None]
-    tl.store(at, grad_w, mask=(outputs < O)[None, :] & (cols < C)[:, None])
+    at = parts + (split.to(tl.int64) * OUT + outputs[None, :]) * C + cols[:, None]
+    tl.store(at, grad_w, mask=(outputs < OUT)[None, :] & (cols < C)[:, None])

@@ -4,10 +4,13 @@ In train mode the gradient of x needs sums over all rows first. So backward goes
 finds the gradient of what was pooled anew each time: nothing as large as x is stored in between.
 
 - Averages: each row looks up its window's gradient. Windows do not overlap.
-- Maxima: forward leaves for each maximum which place of its window it was, and 255 where it was not
-  above zero, so that backward need not ask for relu. The sums are made over maxima, which are fewer
-  than rows; then each row asks the windows that it is in, so that nobody adds to what another wrote.
+- Maxima: forward leaves for each which place of its window it was, and 255 where it was not above
+  zero, so that backward need not ask for relu. The sums are made over maxima, which are fewer than
+  rows; then each row asks the windows that it is in, so that nobody adds to what another wrote.
 """
+
+# Kernels are written in Triton's language, which has no types that mypy could follow.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 from math import prod
 from typing import Any
@@ -18,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.reference import Affine, NormGradient, Pooling, Space
-from densely.fused.kernels.triton_elementwise import active, masked, tiling
+from densely.fused.kernels.triton_elementwise import masked, tiling
+from densely.fused.kernels.triton_tiles import launch, normalised
 from densely.fused.kernels.triton_vectors import finish_norm
 
 _UNROLLED = 9  # places of a window that are all in flight at once; of larger ones 32 are
@@ -37,13 +41,15 @@ def pool(
     shared = (x, affine.scale, affine.shift, out)
     if not largest and prod(kernel) > _UNROLLED:
         tiles = tiling(4096, x, out)
-        _average_large[(rows * tiles.blocks,)](
+        launch(
+            _average_large, (rows * tiles.blocks,), x,
             *shared, columns // tiles.unit, x.stride(0) // tiles.unit,
             out.stride(0) // tiles.unit, *_geometry(pooling, space), **tiles.options,
         )  # fmt: skip
         return
-    tiles = tiling(2048, x, out)
-    _pool[(triton.cdiv(rows, tiles.rows) * tiles.blocks,)](
+    tiles = tiling(1024 if largest else 2048, x, out)
+    launch(
+        _pool, (triton.cdiv(rows, tiles.rows) * tiles.blocks,), x,
         *shared, choice, rows, columns // tiles.unit, x.stride(0) // tiles.unit,
         out.stride(0) // tiles.unit, *_geometry(pooling, space),
         LARGEST=largest, KERNEL_H=kernel[0], KERNEL_W=kernel[1], **tiles.options,
@@ -61,9 +67,7 @@ def pool_backward(
 ) -> NormGradient:
     """Back through `pool`: the gradient of x to `out` [rows, C], and those of the norm's weights.
 
-    Args:
-        grad: [pooled rows, C].
-        choice: what `pool` has left for maxima.
+    `grad` is [pooled rows, C], `choice` what `pool` has left for maxima.
     """
     if pooling.kind == "max":
         assert choice is not None
@@ -93,10 +97,11 @@ def _average_back(
     """One pass over x: the parts of the norm's sums, if asked for, and the gradient, if `out`."""
     rows, columns = x.shape
     tiles = tiling(2048, x, grad, x if out is None else out)
-    tile_rows = tiles.tile_rows(rows) if sums else tiles.rows
+    tile_rows = tiles.tile_rows(rows, 5) if sums else tiles.rows
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32) if sums else None
-    _average_backward[(parts * tiles.blocks,)](
+    launch(
+        _average_backward, (parts * tiles.blocks,), x,
         grad, x, affine.scale, affine.shift, affine.mean, *(terms or (None, None)), out, partials,
         rows, columns // tiles.unit, grad.stride(0) // tiles.unit, x.stride(0) // tiles.unit,
         0 if out is None else out.stride(0) // tiles.unit, tile_rows,
@@ -110,12 +115,13 @@ def _largest_sums(
 ) -> Tensor:
     """Parts of the norm's sums."""
     rows, columns = grad.shape
-    tiles = tiling(2048, x, grad, choice)
-    tile_rows = tiles.tile_rows(rows)
+    tiles = tiling(1024, x, grad, choice)
+    tile_rows = tiles.tile_rows(rows, 6)
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
     kernel = _kernel(pooling)
-    _max_sums[(parts * tiles.blocks,)](
+    launch(
+        _max_sums, (parts * tiles.blocks,), x,
         grad, choice, x, affine.mean, partials, rows, columns // tiles.unit,
         grad.stride(0) // tiles.unit, x.stride(0) // tiles.unit, tile_rows,
         *_geometry(pooling, space), KERNEL_H=kernel[0], KERNEL_W=kernel[1], **tiles.options,
@@ -137,7 +143,8 @@ def _largest_spread(
     rows, columns = x.shape
     tiles = tiling(2048, x, grad, choice, out)
     kernel, step = _kernel(pooling), _two(pooling.step)
-    _max_spread[(triton.cdiv(rows, tiles.rows) * tiles.blocks,)](
+    launch(
+        _max_spread, (triton.cdiv(rows, tiles.rows) * tiles.blocks,), x,
         grad, choice, x, affine.scale, affine.mean, *(terms or (None, None)), out,
         rows, columns // tiles.unit, grad.stride(0) // tiles.unit, x.stride(0) // tiles.unit,
         out.stride(0) // tiles.unit, *_geometry(pooling, space),
@@ -164,7 +171,7 @@ def _geometry(pooling: Pooling, space: Space) -> tuple[int, ...]:
 
 @triton.jit
 def _divide(number, divisor):
-    """number // divisor for numbers below a million, at a fraction of the price."""
+    """The quotient of numbers below a million, rounded down, for a fraction of the price."""
     return ((number.to(tl.float32) + 0.5) * (1.0 / divisor)).to(tl.int32)
 
 
@@ -234,7 +241,7 @@ def _pool(
             row = (image * height + h + i) * width + w + j
             at = x + row.to(tl.int64) * (x_stride * UNIT) + c
             value = tl.load(at, mask=there & inside, other=0.0)
-            value = active(value, s, b).to(x.dtype.element_ty).to(tl.float32)
+            value = normalised(value, s, b).to(tl.float32)
             if LARGEST:
                 wins = ((value > best) | (value != value)) & there  # the first of equal ones; NaN
                 best = tl.where(wins, value, best)
@@ -285,7 +292,7 @@ def _average_large(
         row = first + i * width + (place - i * step_w)
         at = x + row.to(tl.int64) * (x_stride * UNIT) + c
         value = tl.load(at, mask=there & inside, other=0.0)
-        value = active(value, s, b).to(x.dtype.element_ty).to(tl.float32)
+        value = normalised(value, s, b).to(tl.float32)
         total += tl.where(there, value, 0.0)
     mean = tl.sum(total, axis=0)[None, :] / places
     to = out + r.to(tl.int64) * (out_stride * UNIT) + c

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densely.fused.kernels.reference import Pending
+from densely.fused.kernels.reference import Pending, Space
 
 #: Streaming multiprocessors of an H100: what grids are sized for.
 MULTIPROCESSORS = 132
@@ -58,13 +58,28 @@ def formed(g, gx, scale, mean, a, b, rows, row_mask, g_row, gx_row, cols, col_ma
 
 
 @triton.jit
+def loaded_total(total, base, places, total_row, base_row, cols, mask, ADD: tl.constexpr):
+    """The tile [channels, rows] that `masked_back` adds to; it is asked for early."""
+    before = None
+    if ADD:
+        if base is not None:
+            before = tl.load(
+                base + places[None, :] * base_row + cols[:, None], mask=mask, other=0.0
+            )
+        else:
+            before = tl.load(
+                total + places[None, :] * total_row + cols[:, None], mask=mask, other=0.0
+            )
+    return before
+
+
+@triton.jit
 def masked_back(
-    back, x, scale, shift, mean, total, base, places, total_row, base_row, cols, mask,
-    ADD: tl.constexpr,
-):  # fmt: skip
+    back, x, scale, shift, mean, before, total, places, total_row, cols, mask, ADD: tl.constexpr
+):
     """What follows the product in backward, on tiles [channels, rows].
 
-    Masks `back` where relu was zero, and makes total = (base or total) + scale * back, or = back.
+    Masks `back` where relu was zero, and stores total = before + scale * back, or back.
     Returns the normalised x, and the sums over rows of back and of back * (x - mean).
 
     Tiles stand upright because then a thread of the tensor cores holds a few channels and many
@@ -72,27 +87,23 @@ def masked_back(
     """
     act = normalised(x, scale[:, None], shift[:, None])
     back = tl.where(act > 0, back, 0.0)
-    at = total + places[None, :] * total_row + cols[:, None]
     result = back
     if ADD:
-        if base is not None:
-            before = tl.load(base + places[None, :] * base_row + cols[:, None], mask=mask, other=0.0)
-        else:
-            before = tl.load(at, mask=mask, other=0.0)
         result = before.to(tl.float32) + back * scale[:, None]
+    at = total + places[None, :] * total_row + cols[:, None]
     tl.store(at, result.to(total.dtype.element_ty), mask=mask)
     apart = x.to(tl.float32) - mean[:, None]
     return act, tl.sum(back, axis=1), tl.sum(back * apart, axis=1)
 
 
 @triton.jit
-def store_moments(values, row_mask, count, parts, tile, cols, O, col_mask):
+def store_moments(values, row_mask, count, parts, tile, cols, width, col_mask):
     """Mean and M2 of the columns of a tile, to parts[tile, :, cols]; `count` rows are valid."""
     mean = tl.sum(tl.where(row_mask[:, None], values, 0.0), axis=0) / count
     apart = tl.where(row_mask[:, None], values - mean[None, :], 0.0)
-    at = parts + tile.to(tl.int64) * 2 * O + cols
+    at = parts + tile.to(tl.int64) * 2 * width + cols
     tl.store(at, mean, mask=col_mask)
-    tl.store(at + O, tl.sum(apart * apart, axis=0), mask=col_mask)
+    tl.store(at + width, tl.sum(apart * apart, axis=0), mask=col_mask)
 
 
 class Columns(NamedTuple):
@@ -101,7 +112,7 @@ class Columns(NamedTuple):
     #: Of C: a bound that may be read, a multiple of `read_unit` and at least C.
     read: int
     read_unit: int
-    #: Largest of 16, 8, 4, 1 that divides C, and that divides all row strides.
+    #: Largest of 8, 4, 2, 1 that divides C, and that divides all row strides.
     unit: int
     row_unit: int
 
@@ -124,8 +135,8 @@ def columns(x: Tensor, *others: Tensor | None) -> Columns:
 
 
 def unit_of(number: int) -> int:
-    """The largest of 16, 8, 4 and 1 that divides the number."""
-    return next(unit for unit in (16, 8, 4, 1) if number % unit == 0)
+    """The largest of 8, 4, 2 and 1 that divides the number: more than 16 bytes help nobody."""
+    return next(unit for unit in (8, 4, 2, 1) if number % unit == 0)
 
 
 class Arriving(NamedTuple):
@@ -176,3 +187,26 @@ def splits_for(tiles: int, columns_of_programs: int, programs: int) -> int:
     """Into how many parts the row tiles go, for about `programs` programs on each processor."""
     wanted = MULTIPROCESSORS * programs // columns_of_programs
     return max(1, min(tiles, wanted))
+
+
+class Window(NamedTuple):
+    """A convolution's window and the images it moves over; signals are images one pixel high."""
+
+    #: [O, kh, kw, C], contiguous.
+    weight: Tensor
+    kh: int
+    kw: int
+    height: int
+    width: int
+    #: Of how many rows to each side of its own an output needs the products, within an image row.
+    rim: int
+
+
+def window_of(weight: Tensor, dilation: int, space: Space) -> Window:
+    """The window of weights [O, C, kh, kw] or [O, C, kw]."""
+    if weight.dim() == 3:
+        weight = weight.unsqueeze(2)
+    height, width = space.size if len(space.size) == 2 else (1, *space.size)
+    kh, kw = weight.shape[2:]
+    taps = weight.permute(0, 2, 3, 1).contiguous()
+    return Window(taps, kh, kw, height, width, dilation * (kw // 2))

@@ -13,12 +13,16 @@ parts are first put together in groups by more programs than the columns alone w
 Source of the combination of moments: Chan, Golub and LeVeque (1979), equation 2.1.
 """
 
+# Kernels are written in Triton's language, which has no types that mypy could follow.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.reference import Affine, NormGradient
+from densely.fused.kernels.triton_tiles import launch
 
 _COLUMNS = 8  # of a program: 32 bytes
 _PARTS = 512  # of a program's turn
@@ -30,9 +34,11 @@ def affine(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) 
     """Scale, shift and rstd of a norm; vectors [C] of any floating dtypes to float32."""
     columns = mean.shape[0]
     found = _vectors(3, mean)
-    grid = (triton.cdiv(columns, 256),)
     given = (vector.contiguous() for vector in (weight, bias, mean, var))
-    _affine[grid](*given, *found, eps, columns, BLOCK=256, num_warps=2)
+    launch(
+        _affine, (triton.cdiv(columns, 256),), mean,
+        *given, *found, eps, columns, BLOCK=256, num_warps=2,
+    )  # fmt: skip
     return found
 
 
@@ -45,13 +51,15 @@ def finish_moments(
     if tiles > _MANY:
         groups = triton.cdiv(tiles, _GROUP)
         grouped = partials.new_empty(groups, 2, columns)
-        _combine_moments[(blocks, groups)](
+        launch(
+            _combine_moments, (blocks, groups), partials,
             partials, grouped, grouped[0, 1], tiles, tile_rows, rows, columns, 2 * columns,
             FINAL=False, GROUP=_GROUP, PARTS=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
         )  # fmt: skip
         partials, tiles, tile_rows = grouped, groups, tile_rows * _GROUP
     taken = min(_PARTS, triton.next_power_of_2(tiles))
-    _combine_moments[(blocks, 1)](
+    launch(
+        _combine_moments, (blocks, 1), partials,
         partials, mean_out, var_out, tiles, tile_rows, rows, columns, 0,
         FINAL=True, GROUP=0, PARTS=taken, COLUMNS=_COLUMNS, num_warps=_warps(taken),
     )  # fmt: skip
@@ -74,27 +82,28 @@ def finish_norm(
     if parts > _MANY:
         groups = triton.cdiv(parts, _GROUP)
         grouped = partials.new_empty(groups, 2, columns)
-        _add_parts[(blocks, groups)](
+        launch(
+            _add_parts, (blocks, groups), partials,
             partials, grouped, parts, columns,
             GROUP=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
         )  # fmt: skip
         partials, parts = grouped, groups
-    weight, bias, *new = _vectors(4 if affine.training and mean_terms is None else 2, partials)
-    terms = mean_terms or new if affine.training else (None, None)
+    made = _vectors(2 if mean_terms or not affine.training else 4, partials)
+    terms = (mean_terms or (made[2], made[3])) if affine.training else None
     taken = min(_PARTS, triton.next_power_of_2(parts))
-    _finish_norm[(blocks,)](
-        partials, affine.scale, affine.rstd, weight, bias, *terms, parts, rows, columns,
+    launch(
+        _finish_norm, (blocks,), partials,
+        partials, affine.scale, affine.rstd, made[0], made[1], *(terms or (None, None)),
+        parts, rows, columns,
         ADD=mean_terms is not None, PARTS=taken, COLUMNS=_COLUMNS, num_warps=_warps(taken),
     )  # fmt: skip
-    return NormGradient(weight, bias), (terms[0], terms[1]) if affine.training else None
+    return NormGradient(made[0], made[1]), terms
 
 
 def _vectors(number: int, like: Tensor) -> list[Tensor]:
-    """New float32 vectors of as many columns, each at an address for loads of 16 bytes."""
+    """New float32 vectors of as many columns; outputs of an operator may not share memory."""
     columns = like.shape[-1]
-    padded = triton.cdiv(columns, 4) * 4
-    made = like.new_empty(number, padded, dtype=torch.float32)
-    return [vector[:columns] for vector in made.unbind()]
+    return [like.new_empty(columns, dtype=torch.float32) for _ in range(number)]
 
 
 def _warps(parts: int) -> int:

@@ -6,6 +6,10 @@
 
 #include "elementwise.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // as it was called before PyTorch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace densely {
 
 constexpr int32_t kFloat = 6;  // ScalarType::Float, as the C interface has it

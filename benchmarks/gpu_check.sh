@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# What a CUDA GPU must show, in stages of less than nine minutes:
+#
+#   benchmarks/gpu_check.sh OUTDIR                  correct and speed, half of the time each
+#   benchmarks/gpu_check.sh OUTDIR correct          every step and net against float64
+#   benchmarks/gpu_check.sh OUTDIR speed            beside plain PyTorch, tuned, captured, compiled
+#   benchmarks/gpu_check.sh OUTDIR profile          the kernels that steps spend their time in
+#   benchmarks/gpu_check.sh OUTDIR chapter          densely train --recipe d2l, everything included
+#   benchmarks/gpu_check.sh OUTDIR cifar            not yet
+#
+# Words behind the stage go to it, such as --budget SECONDS, --nets d2l,bc,121, --dtypes bfloat16,
+# --compile default (or '' for none), and --smoke: a dry run of tiny nets on a CPU.
+#
+# PYTHON      the Python with PyTorch and Triton (python3); nothing of densely need be installed
+# WHEELS      chapter: folder with wheels of jsonargparse and rich and what they need, if missing
+# DENSELY_DATA  chapter: the folder that holds fashion-mnist/
+#
+# Every finding is written to OUTDIR at once, so that a run that is cut off still counts.
+# Exit code: 0 fine, 1 something is wrong or was left out for want of time, 2 usage.
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "$0" >&2
+  exit 2
+}
+
+[ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+shift
+stage=both
+if [ $# -ge 1 ] && [ "${1#-}" = "$1" ]; then
+  stage=$1
+  shift
+fi
+
+here=$(cd "$(dirname "$0")" && pwd)
+export PYTHONPATH="$here/../src:$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+
+# run STAGE SECONDS [OPTIONS]: the stage itself keeps to its budget; timeout stops one that hangs.
+run() {
+  local name=$1 seconds=$2
+  shift 2
+  timeout --kill-after 10 $((seconds + 45)) \
+    "$python" -m gpu_check "$name" "$out" --budget "$seconds" "$@" 2>&1 | tee -a "$out/log.txt"
+}
+
+case $stage in
+  both)
+    code=0
+    run correct 220 "$@" || code=$?
+    run speed 240 "$@" || code=$?
+    exit $code
+    ;;
+  correct | speed | profile)
+    run "$stage" 480 "$@"
+    ;;
+  chapter)
+    if [ -n "${WHEELS:-}" ]; then
+      site=$(mktemp -d)
+      trap 'rm -rf "$site"' EXIT
+      "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+        --target "$site" "$WHEELS"/*.whl
+      export PYTHONPATH="$PYTHONPATH:$site"
+    fi
+    : "${DENSELY_DATA:?chapter: set it to the folder that holds fashion-mnist/}"
+    run chapter 480 "$@"
+    ;;
+  cifar)
+    echo "cifar: not yet: densely's trainer lacks the paper's recipe" \
+      "(learning rate divided by 10 at 50% and 75%, flips and shifts of the images)" >&2
+    exit 2
+    ;;
+  *)
+    usage
+    ;;
+esac

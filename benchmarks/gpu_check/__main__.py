@@ -1,0 +1,52 @@
+"""One stage: `python -m gpu_check STAGE OUTDIR`, as benchmarks/gpu_check.sh calls it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from gpu_check import chapter, correct, profiles, speed
+from gpu_check.setting import NETS, Setting
+
+STAGES = {
+    "correct": correct.run,
+    "speed": speed.run,
+    "profile": profiles.run,
+    "chapter": chapter.run,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds; later work is left")
+    parser.add_argument("--nets", default=",".join(NETS), help="some of them, in this order")
+    parser.add_argument("--dtypes", default="bfloat16,float32,float16", help="of `correct`")
+    parser.add_argument("--kernels", default="triton", help="the set to be forced; auto for none")
+    parser.add_argument("--compile", default="default,max-autotune", help="modes; empty for none")
+    parser.add_argument("--smoke", action="store_true", help="tiny nets on the CPU: a dry run")
+    options = parser.parse_args()
+    if unknown := set(options.nets.split(",")) - set(NETS):
+        parser.error(f"--nets: {', '.join(unknown)} not among {', '.join(NETS)}")
+    if not options.smoke and not torch.cuda.is_available():
+        parser.error("no CUDA GPU is here; --smoke is a dry run on the CPU")
+    if options.smoke:
+        torch.set_num_threads(1)  # of a machine that has other work too
+    options.out.mkdir(parents=True, exist_ok=True)
+    return STAGES[options.stage](
+        Setting(
+            out=options.out,
+            nets=tuple(NETS[name] for name in options.nets.split(",")),
+            dtypes=tuple(getattr(torch, name) for name in options.dtypes.split(",")),
+            kernels=options.kernels,
+            compile_modes=tuple(filter(None, options.compile.split(","))),
+            budget_s=options.budget,
+            smoke=options.smoke,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

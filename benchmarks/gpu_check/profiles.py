@@ -1,0 +1,107 @@
+"""Stage `profile`: which kernels a training step spends its time in, captured and not.
+
+A text file for each network, profile-NET.txt, and the head of it on standard output.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from densely.training.captured import TrainingStep, training_step
+from gpu_check.setting import CheckedNet, Setting, in_a_line
+from gpu_check.speed import batch_of, peer_of
+
+STEPS = 5
+ROWS, ROWS_SHOWN = 60, 14
+
+
+def run(setting: Setting) -> int:
+    """Run the stage; 0 if all could be profiled."""
+    torch.backends.cudnn.benchmark = True
+    failed = 0
+    with setting.forced_kernels() as kernels:
+        for net in setting.nets:
+            parts = [f"{net.name}, batch {batch_of(setting)}, bf16, kernels {kernels}"]
+            for title, build, captured in (
+                ("densely captured", net.build, True),
+                ("densely eager", net.build, False),
+                ("plain NHWC captured", peer_of(net), True),
+            ):
+                if setting.left_s() < 0:
+                    parts.append(f"{title}: out of time")
+                    continue
+                try:
+                    parts.append(_profiled(setting, net, title, build, captured))
+                except Exception as error:
+                    failed += 1
+                    parts.append(f"{title}: {in_a_line(error)}")
+                if title == "densely captured":
+                    print("\n".join("\n\n".join(parts).splitlines()[: ROWS_SHOWN + 5]), flush=True)
+                path = setting.out / f"profile-{net.name}.txt"
+                path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+def _profiled(
+    setting: Setting, net: CheckedNet, title: str, build: Callable[[], nn.Module], captured: bool
+) -> str:
+    runtime = setting.runtime
+    model = runtime.place(build()).train()
+    shape = (batch_of(setting), net.in_channels, net.image_size, net.image_size)
+    images = runtime.layout(torch.randn(shape, device=runtime.device))
+    labels = torch.randint(0, net.num_classes, shape[:1], device=runtime.device)
+    fused = None if setting.smoke else True
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
+    step = TrainingStep(model, optimizer, runtime)
+    if captured:
+        step = training_step(model, optimizer, runtime, images, labels)
+    steps = 1 if setting.smoke else STEPS
+    for _ in range(2):
+        step(images, labels)
+    _wait(setting)
+
+    begin = time.perf_counter()
+    for _ in range(steps):
+        step(images, labels)
+    _wait(setting)
+    wall_ms = 1000 * (time.perf_counter() - begin) / steps
+
+    activities = [ProfilerActivity.CPU]
+    if not setting.smoke:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step(images, labels)
+        _wait(setting)
+    return _table(setting, f"{title} ({step.captured=})", profiler.key_averages(), steps, wall_ms)
+
+
+def _table(setting: Setting, title: str, events: Any, steps: int, wall_ms: float) -> str:
+    kind = "CPU" if setting.smoke else "CUDA"
+    time_of = "self_cpu_time_total" if setting.smoke else "self_device_time_total"
+    kernels = [
+        (getattr(event, time_of) / steps, event.count / steps, event.key)
+        for event in events
+        if event.device_type.name == kind and getattr(event, time_of) > 0
+    ]
+    kernels.sort(reverse=True)
+    total = sum(us for us, _, _ in kernels)
+    lines = [
+        f"{title}: {wall_ms:.3f} ms a step on the clock, {total / 1000:.3f} ms in "
+        f"{sum(count for _, count, _ in kernels):.0f} kernels",
+        f"{'us/step':>9} {'share':>6} {'calls':>6} {'us/call':>8}  kernel",
+    ]
+    lines += [
+        f"{us:9.1f} {100 * us / total:5.1f}% {count:6.0f} {us / count:8.1f}  {name[:110]}"
+        for us, count, name in kernels[:ROWS]
+    ]
+    return "\n".join(lines)
+
+
+def _wait(setting: Setting) -> None:
+    if not setting.smoke:
+        torch.cuda.synchronize()

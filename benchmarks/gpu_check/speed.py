@@ -1,0 +1,361 @@
+"""Stage `speed`: densely beside plain PyTorch as it comes, tuned, captured and compiled.
+
+Each variant is measured as soon as it is ready, the most wanted first; then all take turns. What
+takes minutes to compile comes last.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from densely.bench import peers, plain_nets
+from densely.bench.kept import kept_bytes
+from densely.bench.trial import Trial
+from densely.fused import backend
+from densely.runtime import Runtime
+from densely.training.captured import TrainingStep, training_step
+from gpu_check.inference import InferenceStep
+from gpu_check.setting import CheckedNet, Findings, Setting, in_a_line
+
+BATCH = 256
+ROUNDS = 5
+ROUND_S = 0.2
+#: What a variant's first measurement and turns may take; where less is left, none is begun.
+RESERVE_S = 5.0
+COMPILE_RESERVE_S = 75.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a network.
+
+    Args:
+        name: in tables.
+        build: makes the network.
+        memory_format: of images and weights.
+        precision: of convolutions and products.
+        ours: whether densely's fused code must be what runs.
+        captured: as one CUDA graph.
+        compiled: mode of torch.compile; None for none.
+        tuned: cuDNN tries its algorithms, and SGD is one kernel. Else PyTorch as it comes.
+        kept: count what is kept for the backward pass.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    ours: bool = False
+    captured: bool = False
+    compiled: str | None = None
+    tuned: bool = True
+    kept: bool = False
+
+
+@dataclass
+class Entrant:
+    """A variant that is ready: its step, and the row of its figures."""
+
+    variant: Variant
+    row: dict[str, Any]
+    step: Callable[[], None]
+    steps: int = 1
+    ms: list[float] = field(default_factory=list)
+
+
+def run(setting: Setting) -> int:
+    """Run the stage; 0 if densely's variants all ran, fused and captured."""
+    with setting.forced_kernels() as kernels:
+        findings = Findings(setting, "speed", kernels=kernels, batch=batch_of(setting))
+        print(f"speed: kernels {kernels}; {findings.facts['environment']['device_name']}")
+        if not setting.smoke:
+            findings.facts["ceilings"] = _ceilings(setting.device)
+            print(f"ceilings: {findings.facts['ceilings']}", flush=True)
+        for mode in ("train", "inference"):
+            for net in setting.nets:
+                _compare(setting, findings, net, mode, list(_variants(net, mode)))
+        for compile_mode in setting.compile_modes:
+            _print_table(setting, findings.rows)  # compiling may be cut off
+            for net in setting.nets:
+                _compare(setting, findings, net, "train", list(_compiled(net, compile_mode)))
+    _print_table(setting, findings.rows)
+    return 1 if any(row["ours"] and "error" in row for row in findings.rows) else 0
+
+
+def _variants(net: CheckedNet, mode: str) -> Iterator[Variant]:
+    """The most wanted first."""
+    plain = peer_of(net)
+    yield Variant("densely captured", net.build, ours=True, captured=True)
+    yield Variant("eager NHWC", plain, kept=True)
+    if mode == "train":
+        yield Variant("eager NCHW", plain, memory_format="contiguous")
+    yield Variant("captured NHWC", plain, captured=True)
+    yield Variant("densely eager", net.build, ours=True, kept=True)
+    if mode == "train":
+        yield Variant("checkpointed NHWC", _checkpointed(net), kept=True)
+    yield Variant(
+        "as shipped fp32 NCHW", plain, memory_format="contiguous", precision="float32", tuned=False
+    )
+
+
+def _compiled(net: CheckedNet, mode: str) -> Iterator[Variant]:
+    """torch.compile of the best, beside the best of the others, which are there for the ratios."""
+    plain = peer_of(net)
+    yield Variant("densely captured", net.build, ours=True, captured=True)
+    yield Variant("captured NHWC", plain, captured=True)
+    yield Variant(f"compiled {mode}", plain, compiled=mode)
+    if mode == "default":
+        yield Variant(f"compiled {mode} captured", plain, compiled=mode, captured=True)
+
+
+def peer_of(net: CheckedNet) -> Callable[[], nn.Module]:
+    """Somebody else's network: torchvision's where it has it, else plain modules in a row."""
+    if net.name == "d2l":
+        return plain_nets.chapter_net
+    if net.name == "bc":
+        depth = 4 + 6 * net.blocks[0]
+        return lambda: plain_nets.bc_net(depth)
+
+    def build() -> nn.Module:
+        try:
+            return peers.torchvision_densenet121()
+        except ImportError:
+            return net.build(fused=False)
+
+    return build
+
+
+def _checkpointed(net: CheckedNet) -> Callable[[], nn.Module]:
+    if net.name == "d2l":
+        return lambda: plain_nets.chapter_net(checkpointed=True)
+    if net.name == "bc":
+        return lambda: plain_nets.bc_net(4 + 6 * net.blocks[0], checkpointed=True)
+    return lambda: peers.torchvision_densenet121(memory_efficient=True)
+
+
+def _compare(
+    setting: Setting, findings: Findings, net: CheckedNet, mode: str, variants: Sequence[Variant]
+) -> None:
+    """Measure each as soon as it is ready, then all in turns."""
+    entrants: list[Entrant] = []
+    for variant in variants:
+        row: dict[str, Any] = {
+            "net": net.name,
+            "mode": mode,
+            "variant": variant.name,
+            "ours": variant.ours,
+            "group": ", ".join(v.compiled for v in variants if v.compiled) or "eager",
+        }
+        findings.add(row)
+        compiles = any(v.compiled for v in variants) and not any(
+            e.variant.compiled for e in entrants
+        )
+        if setting.left_s() < (COMPILE_RESERVE_S if compiles else RESERVE_S):
+            row["gap"] = "out of time"
+            continue
+        begin = time.monotonic()
+        try:
+            entrants.append(_ready(setting, net, mode, variant, row))
+            _turn(setting, entrants[-1])
+        except Exception as error:  # one that fails must not stop the others
+            row["error"] = in_a_line(error)
+            entrants = [entrant for entrant in entrants if entrant.row is not row]
+        row["ready_s"] = round(time.monotonic() - begin, 1)
+        findings.flush()
+        print(_progress(row), flush=True)
+        _free(setting)
+    for _ in range(1 if setting.smoke else ROUNDS):
+        if setting.left_s() < RESERVE_S:
+            break
+        for entrant in list(entrants):
+            try:
+                _turn(setting, entrant)
+            except Exception as error:  # as of memory, which they share
+                entrant.row["error"] = in_a_line(error)
+                entrants.remove(entrant)
+        findings.flush()
+    entrants.clear()
+    if any(variant.compiled for variant in variants):
+        torch.compiler.reset()
+    _free(setting)
+
+
+def _ready(
+    setting: Setting, net: CheckedNet, mode: str, variant: Variant, row: dict[str, Any]
+) -> Entrant:
+    """Build, take the memory figures, and warm up."""
+    precision = "float32" if setting.smoke else variant.precision
+    runtime = Runtime(setting.device, precision, variant.memory_format)
+    torch.manual_seed(0)
+    model = runtime.place(variant.build()).train(mode == "train")
+    shape = (batch_of(setting), net.in_channels, net.image_size, net.image_size)
+    images = runtime.layout(torch.randn(shape, device=runtime.device))
+    labels = torch.randint(0, net.num_classes, shape[:1], device=runtime.device)
+    if variant.kept and mode == "train":
+        kept = kept_bytes(Trial(model, runtime, images, labels))
+        row["kept_mb_per_image"] = round(kept / len(images) / 1e6, 3)
+    runs: nn.Module = model
+    if variant.compiled is not None:
+        runs = torch.compile(model, mode=variant.compiled)  # type: ignore[assignment]
+
+    torch.backends.cudnn.benchmark = variant.tuned
+    before = backend.fused_calls.total()
+    start = _memory_mark(setting)
+    step: Callable[[], None]
+    if mode == "train":
+        training = _training(runs, runtime, images, labels, variant)
+        row["captured"] = training.captured
+        step = partial(training, images, labels)
+    else:
+        step = inference = InferenceStep(runs, runtime, images, variant.captured)
+        row["captured"] = inference.captured
+    for _ in range(3):
+        step()
+    if start is not None:
+        peak = torch.cuda.max_memory_allocated() - start
+        row["peak_gb"] = round(peak / 1e9, 3)
+    if variant.captured and not row["captured"] and not setting.smoke:
+        row["error"] = "was not captured: see the log"
+    if variant.ours and backend.fused_calls.total() == before:
+        row["error"] = "densely ran plain PyTorch: see `correct`"
+    seconds = _seconds(setting, step, 1)
+    steps = 1 if setting.smoke else max(1, min(200, round(ROUND_S / seconds)))
+    return Entrant(variant, row, step, steps)
+
+
+def _training(
+    model: nn.Module, runtime: Runtime, images: Tensor, labels: Tensor, variant: Variant
+) -> TrainingStep:
+    fused = variant.tuned and runtime.device.type == "cuda"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused or None)
+    if variant.captured:
+        return training_step(model, optimizer, runtime, images, labels)
+    return TrainingStep(model, optimizer, runtime)
+
+
+def _turn(setting: Setting, entrant: Entrant) -> None:
+    """Some steps in a row, timed as a whole; the row's figures are renewed."""
+    torch.backends.cudnn.benchmark = entrant.variant.tuned
+    entrant.ms.append(1000 * _seconds(setting, entrant.step, entrant.steps) / entrant.steps)
+    median = statistics.median(entrant.ms[1:] or entrant.ms)  # the first was taken alone
+    entrant.row["step_ms"] = round(median, 4)
+    entrant.row["images_per_s"] = round(1000 * batch_of(setting) / median, 1)
+    entrant.row["step_ms_by_round"] = [round(ms, 4) for ms in entrant.ms]
+
+
+def _seconds(setting: Setting, step: Callable[[], None], steps: int) -> float:
+    if setting.smoke:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        return time.perf_counter() - begin
+    return _seconds_on_gpu(step, steps)
+
+
+def _seconds_on_gpu(work: Callable[[], object], times: int) -> float:
+    """Between two events, so that the launches' own gaps count and Python's lead does not."""
+    start, end = _event(), _event()
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _memory_mark(setting: Setting) -> int | None:
+    if setting.smoke:
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _ceilings(device: torch.device) -> dict[str, float]:
+    """What this card reaches: bytes copied and bf16 products a second."""
+    source = torch.randn(2**29, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    found = {}
+    for name, work, count in (
+        ("copy_tb_per_s", lambda: target.copy_(source), 2 * source.nbytes / 1e12),
+        ("bf16_tflop_per_s", lambda: torch.mm(a, b), 2 * 8192**3 / 1e12),
+    ):
+        seconds = [_seconds_on_gpu(work, 1) for _ in range(8)]
+        found[name] = round(count / statistics.median(seconds[2:]), 2)
+    return found
+
+
+def batch_of(setting: Setting) -> int:
+    """Images of a step."""
+    return 4 if setting.smoke else BATCH
+
+
+def _free(setting: Setting) -> None:
+    gc.collect()
+    if not setting.smoke:
+        torch.cuda.empty_cache()
+
+
+def _progress(row: dict[str, Any]) -> str:
+    found = row.get("error") or row.get("gap") or f"{row['images_per_s']:,.0f} images/s"
+    ready = f"(ready in {row['ready_s']} s)"
+    return f"{row['net']:4} {row['mode']:9} {row['variant']:26} {found} {ready}"
+
+
+def _print_table(setting: Setting, rows: Sequence[dict[str, Any]]) -> None:
+    print(f"\nbatch {batch_of(setting)}; ratios are of images/s")
+    print(
+        f"{'net':4} {'mode':9} {'variant':26} {'ms/step':>8} {'images/s':>9} {'/eager':>6} "
+        f"{'/captd':>6} {'/compd':>6} {'peak GB':>7} {'kept MB':>7}"
+    )
+    for row in rows:
+        head = f"{row['net']:4} {row['mode']:9} {row['variant']:26}"
+        if "images_per_s" not in row:
+            print(f"{head} {row.get('error') or row.get('gap')}")
+            continue
+        ratios = "".join(
+            f" {_ratio(row, _best(rows, row, kind)):>6}"
+            for kind in ("eager", "captured", "compiled")
+        )
+        peak, kept = (str(row.get(name, "")) for name in ("peak_gb", "kept_mb_per_image"))
+        print(
+            f"{head} {row['step_ms']:8.3f} {row['images_per_s']:9,.0f}{ratios} {peak:>7} {kept:>7}"
+            + (f"  {row['error']}" if "error" in row else "")
+        )
+
+
+def _best(rows: Sequence[dict[str, Any]], row: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    """The fastest of the others of a kind: measured in turns with the row, if there is one."""
+    others = [
+        other
+        for other in rows
+        if not other["ours"]
+        and (other["net"], other["mode"]) == (row["net"], row["mode"])
+        and _kind(other) == kind
+        and "images_per_s" in other
+    ]
+    beside = [other for other in others if other["group"] == row["group"]]
+    return max(beside or others, key=lambda other: other["images_per_s"], default=None)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    if row["variant"].startswith("compiled"):
+        return "compiled"
+    return "captured" if row["variant"].startswith("captured") else "eager"
+
+
+def _ratio(row: dict[str, Any], other: dict[str, Any] | None) -> str:
+    return "" if other is None else f"{row['images_per_s'] / other['images_per_s']:.2f}"

@@ -1,0 +1,227 @@
+"""Kernels for GPUs, in Triton.
+
+A step is few launches, each of which reads what it needs once: normalised maps, masked gradients
+and a batch norm's share of a gradient are made in registers, on the way into a product or out of
+it. What a pass over rows leaves in parts is put together by one small launch (`triton_vectors`).
+
+float64 is left to the reference, and so are poolings along three axes. A convolution along three
+axes runs through cuDNN between kernels that norm and mask.
+"""
+
+import torch
+from torch import Tensor
+
+from densely.fused.kernels import (
+    triton_elementwise,
+    triton_pointwise,
+    triton_pooling,
+    triton_spatial,
+    triton_vectors,
+)
+from densely.fused.kernels.reference import (
+    Affine,
+    Kernels,
+    NormGradient,
+    Pending,
+    Pooling,
+    Space,
+    convolve_backward,
+    is_pointwise,
+)
+
+
+class TritonKernels(Kernels):
+    """All steps that Triton kernels run."""
+
+    name = "triton"
+
+    def total_dtype(self, x: Tensor) -> torch.dtype:
+        """That of the maps: each reader adds once, as plain PyTorch rounds at each addition."""
+        return x.dtype
+
+    def affine(
+        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, training: bool
+    ) -> Affine:
+        """As the reference."""
+        if mean.dtype == torch.float64:
+            return super().affine(weight, bias, mean, var, eps, training)
+        scale, shift, rstd = triton_vectors.affine(weight, bias, mean, var, eps)
+        return Affine(scale, shift, mean.float().contiguous(), rstd, training)
+
+    def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """As the reference."""
+        if x.dtype == torch.float64:
+            super().moments(x, out)
+        else:
+            triton_vectors.finish_moments(*triton_elementwise.moments(x), x.shape[0], *out)
+
+    def place(self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
+        """As the reference."""
+        if x.dtype == torch.float64 or moments is None:
+            super().place(x, out, moments)
+        else:
+            taken = triton_elementwise.moments(x, out)
+            triton_vectors.finish_moments(*taken, x.shape[0], *moments)
+
+    def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
+        """As the reference."""
+        if x.dtype == torch.float64:
+            return super().norm_relu(x, affine)
+        out = x.new_empty(x.shape)
+        triton_elementwise.norm_relu(x, affine, out)
+        return out
+
+    def convolve(
+        self,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        bias: Tensor | None,
+        dilation: int,
+        space: Space,
+        out: Tensor,
+        moments: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """As the reference."""
+        if not _has_product(x, weight):
+            super().convolve(x, affine, weight, bias, dilation, space, out, moments)
+            return
+        bias = None if bias is None else bias.contiguous()
+        wanted = moments is not None
+        if is_pointwise(weight):
+            taken = triton_pointwise.forward(x, affine, weight.flatten(1), bias, out, wanted)
+        else:
+            planar, place = _planar(weight, space)
+            taken = triton_spatial.forward(x, affine, planar, bias, dilation, place, out, wanted)
+        if moments is not None and taken is not None:
+            triton_vectors.finish_moments(*taken, x.shape[0], *moments)
+
+    def convolve_backward(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+    ) -> tuple[Tensor | None, NormGradient, Pending]:
+        """As the reference."""
+        if x.dtype == torch.float64:
+            return super().convolve_backward(grad, x, affine, weight, dilation, space, needs_weight)
+        g = x.new_empty(x.shape)
+        grad_weight, partials = self._back(
+            grad, x, affine, weight, dilation, space, needs_weight, g, None, False
+        )
+        norm, terms = triton_vectors.finish_norm(partials, affine, x.shape[0])
+        mean, a, b = (affine.mean, *terms) if terms is not None else (None, None, None)
+        return grad_weight, norm, Pending(g, x, affine.scale, mean, a, b)
+
+    def convolve_backward_add(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+        total: Tensor,
+        base: Tensor | None,
+        mean_terms: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor | None, NormGradient]:
+        """As the reference."""
+        if x.dtype == torch.float64:
+            return super().convolve_backward_add(
+                grad, x, affine, weight, dilation, space, needs_weight, total, base, mean_terms
+            )
+        grad_weight, partials = self._back(
+            grad, x, affine, weight, dilation, space, needs_weight, total, base, True
+        )
+        norm, _ = triton_vectors.finish_norm(partials, affine, x.shape[0], mean_terms)
+        return grad_weight, norm
+
+    def _back(
+        self,
+        grad: Tensor | Pending,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        dilation: int,
+        space: Space,
+        needs_weight: bool,
+        total: Tensor,
+        base: Tensor | None,
+        add_scaled: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Gradient of the weight, and parts of the norm's sums; what reaches x to `total`."""
+        ending = (needs_weight, total, base, add_scaled)
+        if not _has_product(x, weight):
+            act = self.norm_relu(x, affine)
+            g, grad_weight = convolve_backward(
+                self.form(grad), act, weight, dilation, space, needs_weight
+            )
+            partials = triton_elementwise.norm_relu_backward(g, x, affine, *ending[1:])
+            return grad_weight, partials
+        if is_pointwise(weight):
+            grad_weight, partials = triton_pointwise.backward(
+                grad, x, affine, weight.flatten(1), *ending
+            )
+        else:
+            planar, place = _planar(weight, space)
+            grad_weight, partials = triton_spatial.backward(
+                self.form(grad).contiguous(), x, affine, planar, dilation, place, *ending
+            )
+        return None if grad_weight is None else grad_weight.view(weight.shape), partials
+
+    def pool(
+        self, x: Tensor, affine: Affine, pooling: Pooling, space: Space
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference."""
+        if x.dtype == torch.float64 or len(space.size) > 2:
+            return super().pool(x, affine, pooling, space)
+        out = x.new_empty(pooling.pooled(space).rows, x.shape[1])
+        choice = self.choice(out, pooling)
+        triton_pooling.pool(x, affine, pooling, space, out, choice if choice.numel() else None)
+        return out, choice
+
+    def choice(self, pooled: Tensor, pooling: Pooling) -> Tensor:
+        """For maxima, which place of its window each one was: see `triton_pooling`."""
+        wanted = pooling.kind == "max" and len(pooling.step) <= 2 and pooled.dtype != torch.float64
+        return pooled.new_empty(pooled.shape if wanted else 0, dtype=torch.uint8)
+
+    def pool_backward(
+        self,
+        grad: Tensor,
+        choice: Tensor,
+        x: Tensor,
+        affine: Affine,
+        pooling: Pooling,
+        space: Space,
+    ) -> tuple[Tensor, NormGradient]:
+        """As the reference."""
+        if x.dtype == torch.float64 or len(space.size) > 2:
+            return super().pool_backward(grad, choice, x, affine, pooling, space)
+        out = x.new_empty(x.shape)
+        norm = triton_pooling.pool_backward(grad, choice, x, affine, pooling, space, out)
+        return out, norm
+
+    def form(self, grad: Tensor | Pending) -> Tensor:
+        """As the reference."""
+        if isinstance(grad, Tensor) or grad.x.dtype == torch.float64:
+            return super().form(grad)
+        out = grad.x.new_empty(grad.x.shape)
+        triton_elementwise.form(grad, out)
+        return out
+
+
+def _has_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a kernel for this convolution."""
+    return x.dtype != torch.float64 and (is_pointwise(weight) or weight.dim() <= 4)
+
+
+def _planar(weight: Tensor, space: Space) -> tuple[Tensor, Space]:
+    """Along two axes: a signal is an image one pixel high."""
+    if weight.dim() == 3:
+        return weight.unsqueeze(2), Space(space.batch, (1, *space.size))
+    return weight, space

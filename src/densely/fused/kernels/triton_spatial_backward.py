@@ -1,0 +1,331 @@
+"""Convolution over a window behind a norm and relu, in Triton: backward.
+
+The input's gradient at a place is a sum over the window of output gradients, shifted the other way.
+These are few columns wide (the growth rate), so they are gathered side by side for the kw shifts of
+an image row: one product for each of the kh. The weight's gradient is a second kernel, which reads
+the same gathered gradients against x, normalised again.
+"""
+
+# Kernels are written in Triton's language, which has no types that mypy could follow.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from densely.fused.kernels.reference import Affine, Space
+from densely.fused.kernels.triton_tiles import (
+    Columns,
+    Window,
+    columns,
+    exact,
+    launch,
+    loaded_total,
+    masked_back,
+    normalised,
+    precision,
+    splits_for,
+    window_of,
+)
+
+
+class _Launch(NamedTuple):
+    """Tile of rows, channels, outputs; warps; loads in flight; places at a time; programs."""
+
+    rows: int
+    channels: int
+    outputs: int
+    warps: int
+    stages: int
+    together: int
+    programs: int = 0
+
+
+def _input_launch(x: Tensor, outputs: int, window: Window, add_scaled: bool) -> _Launch:
+    """With programs wanted it is of `_resident_kernel`: where all weights fit into its memory."""
+    width = max(16, triton.next_power_of_2(outputs))
+    if exact(x):
+        return _Launch(32, 32, 16, 4, 2, 1)
+    if x.dtype == torch.float32:
+        return _Launch(32, 64, min(width, 32), 4, 2, window.kw if window.kw <= 3 else 1)
+    narrow = x.shape[1] <= 64
+    if width <= 32 and window.kh in (1, 3) and window.kw <= 3:
+        if width == 16:
+            return _Launch(64, 64, 16, 8, 3, window.kw, 1)
+        return _Launch(32, 64 if narrow or add_scaled else 128, 32, 8, 3, window.kw, 1)
+    width = min(width, 64)
+    together = window.kw if window.kw * width <= 256 else 1
+    return _Launch(64, 64 if narrow else 128, width, 8, 2, together)
+
+
+def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
+    width = max(16, triton.next_power_of_2(outputs))
+    if exact(x):
+        return _Launch(16, 32, min(width, 32), 4, 2, 1, 4)
+    if x.dtype == torch.float32:
+        together = window.kw if window.kw <= 3 else 1
+        return _Launch(32, 64, min(width, 32), 8, 2, together, 2)
+    width = min(width, 64)
+    together = window.kw if window.kw * width <= 256 else 1
+    wide = triton.next_power_of_2(together) * width > 128
+    return _Launch(64, 64 if wide or x.shape[1] <= 64 else 128, width, 8, 3, together, 2)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    dilation: int,
+    space: Space,
+    needs_weight: bool,
+    total: Tensor,
+    base: Tensor | None,
+    add_scaled: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Back through `triton_spatial.forward`: g is the normalised x's gradient, where that is > 0.
+
+    Args:
+        grad: [rows, O], contiguous.
+        x: as in forward.
+        affine: as in forward.
+        weight: as in forward.
+        dilation: as in forward.
+        space: as in forward.
+        needs_weight: whether to make the weight's gradient.
+        total: [rows, C]; becomes g, or with `add_scaled` (base or else total) + scale * g.
+        base: [rows, C] or None.
+        add_scaled: see `total`.
+
+    Returns:
+        The weight's gradient in its shape, in float32 and channels-last order; [parts, 2, C]: sums
+        of g and of g * (x - mean) over sets of rows that together are all rows.
+    """
+    (rows, channels), outputs = x.shape, weight.shape[0]
+    window = window_of(weight, dilation, space)
+    tile = _input_launch(x, outputs, window, add_scaled)
+    cols = columns(x, total, base)
+    tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
+    resident: dict[str, int] = {}
+    parts = tiles
+    kernel, grid = _input_kernel, (across * tiles, 1)
+    if tile.programs:
+        parts = splits_for(tiles, across, tile.programs)
+        kernel, grid, resident = _resident_kernel, (across, parts), {"STAGES": tile.stages}
+    norm_parts = x.new_empty(parts, 2, channels, dtype=torch.float32)
+    launch(
+        kernel, grid, x,
+        grad, x, affine.scale, affine.shift, affine.mean, window.weight, total, base, norm_parts,
+        rows, channels // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
+        total.stride(0) // cols.row_unit, 0 if base is None else base.stride(0) // cols.row_unit,
+        window.height, window.width, **_constants(cols, tile, window, outputs, dilation),
+        ADD=add_scaled, PRECISION=precision(x), **resident,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if not needs_weight:
+        return None, norm_parts
+    taps = _weight_gradient(grad, x, affine, window, dilation)
+    return taps.permute(0, 3, 1, 2).view(weight.shape), norm_parts
+
+
+def _weight_gradient(
+    grad: Tensor, x: Tensor, affine: Affine, window: Window, dilation: int
+) -> Tensor:
+    """[O, kh, kw, C] in float32."""
+    (rows, channels), outputs = x.shape, grad.shape[1]
+    tile, cols = _weight_launch(x, outputs, window), columns(x)
+    groups = window.kh * (window.kw // tile.together)
+    across = groups * triton.cdiv(outputs, tile.outputs), triton.cdiv(channels, tile.channels)
+    splits = splits_for(triton.cdiv(rows, tile.rows), across[0] * across[1], tile.programs)
+    parts = x.new_empty(splits, *window.weight.shape, dtype=torch.float32)
+    launch(
+        _weight_kernel, (*across, splits), x,
+        grad, x, affine.scale, affine.shift, parts, rows, channels // cols.unit,
+        cols.read // cols.read_unit, x.stride(0) // cols.row_unit, window.height, window.width,
+        **_constants(cols, tile, window, outputs, dilation), PRECISION=precision(x),
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
+def _constants(
+    cols: Columns, tile: _Launch, window: Window, outputs: int, dilation: int
+) -> dict[str, int]:
+    """What both kernels are compiled for."""
+    return {
+        "UNIT": cols.unit, "READ_UNIT": cols.read_unit, "ROW_UNIT": cols.row_unit,
+        "OUT": outputs, "KH": window.kh, "KW": window.kw, "DILATION": dilation,
+        "TOGETHER": tile.together, "SIDE": triton.next_power_of_2(tile.together),
+        "BM": tile.rows, "BC": tile.channels, "BO": tile.outputs,
+    }  # fmt: skip
+
+
+@triton.jit
+def _gathered(
+    grad, group, places, row_mask, at_h, at_w, height, width, side, outputs, OUT: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Output gradients that the places [BM] have had a part in, [BM, SIDE * BO], for one group."""
+    kh = group // (KW // TOGETHER)
+    kw = (group % (KW // TOGETHER)) * TOGETHER + side
+    down = (kh - KH // 2) * DILATION
+    right = (kw - KW // 2) * DILATION
+    h, w = at_h - down, at_w[:, None] - right[None, :]
+    mask = (row_mask & (h >= 0) & (h < height))[:, None] & (w >= 0) & (w < width)
+    mask &= ((outputs < OUT) & (side < TOGETHER))[None, :]
+    source = places[:, None] - (down * width + right).to(tl.int64)[None, :]
+    return tl.load(grad + source * OUT + outputs[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "c_units", "read_units", "x_units", "total_units", "base_units", "height", "width"
+    ]
+)  # fmt: skip
+def _input_kernel(
+    grad, x, scale, shift, mean, weight, total, base, norm_parts, rows, c_units, read_units,
+    x_units, total_units, base_units, height, width, UNIT: tl.constexpr, READ_UNIT: tl.constexpr,
+    ROW_UNIT: tl.constexpr, OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    DILATION: tl.constexpr, TOGETHER: tl.constexpr, SIDE: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = KH * (KW // TOGETHER)
+    C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
+    across = tl.cdiv(C, BC)
+    tile = tl.program_id(0) // across
+    cols = (tl.program_id(0) % across) * BC + tl.arange(0, BC)
+    col_mask = cols < C
+    places = tile * BM + tl.arange(0, BM)
+    row_mask, at_w, at_h = places < rows, places % width, (places // width) % height
+    places = places.to(tl.int64)
+    mask = row_mask[None, :] & col_mask[:, None]
+    values = tl.load(x + places[None, :] * x_row + cols[:, None],
+                     mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
+    before = loaded_total(total, base, places, total_units * ROW_UNIT, base_units * ROW_UNIT, cols,
+                          mask, ADD)  # fmt: skip
+    side, output = tl.arange(0, SIDE * BO) // BO, tl.arange(0, SIDE * BO) % BO
+    back = tl.zeros((BC, BM), tl.float32)
+    for step in range(0, GROUPS * tl.cdiv(OUT, BO)):
+        group = step % GROUPS
+        outputs = (step // GROUPS) * BO + output
+        g = _gathered(grad, group, places, row_mask, at_h, at_w, height, width, side, outputs, OUT,
+                      KH, KW, DILATION, TOGETHER)  # fmt: skip
+        tap = outputs * (KH * KW) + group * TOGETHER + side
+        w = tl.load(weight + tap[None, :] * C + cols[:, None],
+                    mask=((outputs < OUT) & (side < TOGETHER))[None, :] & col_mask[:, None],
+                    other=0.0)  # fmt: skip
+        back = tl.dot(w, tl.trans(g), back, input_precision=PRECISION)
+    scales = tl.load(scale + cols, mask=col_mask, other=0.0)
+    shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
+    means = tl.load(mean + cols, mask=col_mask, other=0.0)
+    _act, sum_g, sum_gx = masked_back(
+        back, values, scales, shifts, means, before, total, places, total_units * ROW_UNIT, cols,
+        mask, ADD,
+    )  # fmt: skip
+    at = norm_parts + tile.to(tl.int64) * 2 * C + cols
+    tl.store(at, sum_g, mask=col_mask)
+    tl.store(at + C, sum_gx, mask=col_mask)
+
+
+@triton.jit
+def _taps(
+    weight, kh, side, outputs, cols, C, OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr
+):
+    """Weights of an image row of the window, [channels, SIDE * BO]."""
+    tap = (outputs * KH + kh) * KW + side
+    mask = ((outputs < OUT) & (side < KW))[None, :] & (cols < C)[:, None]
+    return tl.load(weight + tap[None, :] * C + cols[:, None], mask=mask, other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "c_units", "read_units", "x_units", "total_units", "base_units", "height", "width"
+    ]
+)  # fmt: skip
+def _resident_kernel(
+    grad, x, scale, shift, mean, weight, total, base, norm_parts, rows, c_units, read_units,
+    x_units, total_units, base_units, height, width, UNIT: tl.constexpr, READ_UNIT: tl.constexpr,
+    ROW_UNIT: tl.constexpr, OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    DILATION: tl.constexpr, TOGETHER: tl.constexpr, SIDE: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_input_kernel` for windows 1 or 3 high: all weights stay in shared memory."""
+    C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
+    split = tl.program_id(1)
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    col_mask = cols < C
+    side, outputs = tl.arange(0, SIDE * BO) // BO, tl.arange(0, SIDE * BO) % BO
+    scales = tl.load(scale + cols, mask=col_mask, other=0.0)
+    shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
+    means = tl.load(mean + cols, mask=col_mask, other=0.0)
+    w0 = _taps(weight, 0, side, outputs, cols, C, OUT, KH, KW)
+    if KH == 3:
+        w1 = _taps(weight, 1, side, outputs, cols, C, OUT, KH, KW)
+        w2 = _taps(weight, 2, side, outputs, cols, C, OUT, KH, KW)
+    sum_g, sum_gx = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    for tile in tl.range(split, tl.cdiv(rows, BM), tl.num_programs(1), num_stages=STAGES):
+        places = tile * BM + tl.arange(0, BM)
+        row_mask, at_w, at_h = places < rows, places % width, (places // width) % height
+        places = places.to(tl.int64)
+        mask = row_mask[None, :] & col_mask[:, None]
+        values = tl.load(x + places[None, :] * x_row + cols[:, None],
+                         mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
+        before = loaded_total(total, base, places, total_units * ROW_UNIT, base_units * ROW_UNIT,
+                              cols, mask, ADD)  # fmt: skip
+        g = _gathered(grad, 0, places, row_mask, at_h, at_w, height, width, side, outputs, OUT, KH,
+                      KW, DILATION, TOGETHER)  # fmt: skip
+        back = tl.dot(w0, tl.trans(g), input_precision=PRECISION)
+        if KH == 3:
+            g = _gathered(grad, 1, places, row_mask, at_h, at_w, height, width, side, outputs, OUT,
+                          KH, KW, DILATION, TOGETHER)  # fmt: skip
+            back = tl.dot(w1, tl.trans(g), back, input_precision=PRECISION)
+            g = _gathered(grad, 2, places, row_mask, at_h, at_w, height, width, side, outputs, OUT,
+                          KH, KW, DILATION, TOGETHER)  # fmt: skip
+            back = tl.dot(w2, tl.trans(g), back, input_precision=PRECISION)
+        _act, more_g, more_gx = masked_back(
+            back, values, scales, shifts, means, before, total, places, total_units * ROW_UNIT,
+            cols, mask, ADD,
+        )  # fmt: skip
+        sum_g += more_g
+        sum_gx += more_gx
+    at = norm_parts + split.to(tl.int64) * 2 * C + cols
+    tl.store(at, sum_g, mask=col_mask)
+    tl.store(at + C, sum_gx, mask=col_mask)
+
+
+@triton.jit(do_not_specialize=["rows", "c_units", "read_units", "x_units", "height", "width"])
+def _weight_kernel(
+    grad, x, scale, shift, parts, rows, c_units, read_units, x_units, height, width,
+    UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, OUT: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, TOGETHER: tl.constexpr,
+    SIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = KH * (KW // TOGETHER)
+    C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
+    group, split = tl.program_id(0) % GROUPS, tl.program_id(2)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    col_mask = cols < C
+    side = tl.arange(0, SIDE * BO) // BO
+    outputs = (tl.program_id(0) // GROUPS) * BO + tl.arange(0, SIDE * BO) % BO
+    scales = tl.load(scale + cols, mask=col_mask, other=0.0)
+    shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
+    grad_w = tl.zeros((BC, SIDE * BO), tl.float32)
+    for tile in tl.range(split, tl.cdiv(rows, BM), tl.num_programs(2), num_stages=STAGES):
+        places = tile * BM + tl.arange(0, BM)
+        row_mask, at_w, at_h = places < rows, places % width, (places // width) % height
+        places = places.to(tl.int64)
+        values = tl.load(x + places[None, :] * x_row + cols[:, None],
+                         mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
+        act = normalised(values, scales[:, None], shifts[:, None])
+        g = _gathered(grad, group, places, row_mask, at_h, at_w, height, width, side, outputs, OUT,
+                      KH, KW, DILATION, TOGETHER)  # fmt: skip
+        grad_w = tl.dot(act, g, grad_w, input_precision=PRECISION)
+    tap = outputs * (KH * KW) + group * TOGETHER + side
+    at = parts + (split.to(tl.int64) * (OUT * KH * KW) + tap[None, :]) * C + cols[:, None]
+    mask = ((outputs < OUT) & (side < TOGETHER))[None, :] & col_mask[:, None]
+    tl.store(at, grad_w, mask=mask)

@@ -1,0 +1,111 @@
+"""The checks for a GPU see what is wrong: tried on a CPU, with results made wrong on purpose."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gpu_check"]:
+        del sys.modules[name]
+
+
+def outcomes(change: float) -> list[dict[str, torch.Tensor]]:
+    """Results of float32 with errors of 1e-4, ours off by `change` in one gradient, and exact."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("output", "gradient of 0.norm.weight", "gradient of 1.norm.weight", "0.running_mean")
+    exact = {name: torch.randn(200, generator=generator, dtype=torch.float64) for name in names}
+    plain, ours = (
+        {
+            name: (value + 1e-4 * torch.randn(200, generator=generator)).float()
+            for name, value in exact.items()
+        }
+        for _ in range(2)
+    )
+    ours["gradient of 1.norm.weight"][7] += change
+    return [ours, plain, exact]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("change", "passes"), [(0.0, True), (0.1, False), (float("nan"), False), (float("inf"), False)]
+)
+def test_one_wrong_number_is_seen(change: float, passes: bool, whole: bool) -> None:
+    from gpu_check.distance import compare
+
+    found = {distance.kind: distance for distance in compare(*outcomes(change), whole)}
+    assert set(found) == {"output", "grad norm.weight", "running_mean"}
+    assert found["grad norm.weight"].ok is passes
+    assert found["output"].ok
+    assert found["running_mean"].ok
+    if not passes:
+        assert found["grad norm.weight"].worst == "gradient of 1.norm.weight"
+
+
+def test_a_nan_of_the_plain_code_makes_no_bound() -> None:
+    from gpu_check.distance import compare
+
+    ours, plain, exact = outcomes(0.0)
+    plain["output"][0] = float("nan")
+    assert not next(d for d in compare(ours, plain, exact, False) if d.kind == "output").ok
+
+
+def test_the_shapes_are_those_of_the_networks() -> None:
+    from gpu_check import steps
+    from gpu_check.setting import NETS
+
+    generator = torch.Generator().manual_seed(0)
+    for net in NETS.values():
+        model = net.build(fused=False)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        made = [
+            (name.rpartition(".")[2], tuple(tensor.shape))
+            for case in steps.cases(net)
+            for name, tensor in steps.named(case.make(generator, True))
+        ]
+        assert [shape for name, shape in made if name == "running_mean"] == [
+            tuple(norm.running_mean.shape) for norm in norms
+        ]
+        convs = [
+            tuple(p.shape) for n, p in model.named_parameters() if ".conv" in n and p.dim() > 1
+        ]
+        assert [s for name, s in made if name == "weight" and len(s) > 1] == convs[1:]
+        first = next(iter(model.features.children()))  # type: ignore[operator, union-attr]
+        assert first.out_channels == net.stem_channels
+
+
+def test_the_script_says_what_it_takes_and_what_is_not_there_yet(tmp_path: Path) -> None:
+    script = str(BENCHMARKS / "gpu_check.sh")
+    done = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "OUTDIR correct" in done.stderr
+    done = subprocess.run([script, tmp_path, "cifar"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "not yet" in done.stderr
+
+
+def test_a_stage_runs_dry_and_keeps_what_it_found(tmp_path: Path) -> None:
+    words = ["correct", tmp_path, "--smoke", "--nets", "bc", "--dtypes", "float32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gpu_check", *words],
+        cwd=BENCHMARKS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = json.loads((tmp_path / "correct.json").read_text())["rows"]
+    assert len(rows) == 14, done.stderr
+    # Not that all are near enough: the numbers are others each time.
+    assert all(row["same_bits"] and "problem" not in row for row in rows)
+    assert len((tmp_path / "correct.txt").read_text().splitlines()) == 15
+    assert "14 checks" in done.stdout

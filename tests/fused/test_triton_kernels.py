@@ -1,0 +1,229 @@
+"""Whole steps through the Triton kernels, on a GPU or in its interpreter; how they are chosen."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_fused_block as blocks
+import test_fused_companions as companions
+import torch
+from block_oracle import Result, arrays, change
+from test_fused_block import EVAL, TRAIN, NormCase, StepCase, assert_same, is_no_worse, tensors
+from torch import Tensor
+
+from densely.errors import ConfigError
+from densely.fused import backend, kernels, plain
+from densely.fused.kernels.reference import Kernels
+
+#: The interpreter computes what is masked out too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with pytest.MonkeyPatch.context() as patch:
+    if DEVICE == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
+    pytest.importorskip("triton", reason="needs Triton")
+    from densely.fused.kernels import triton_kernels, triton_tiles
+if DEVICE == "cpu" and not hasattr(triton_tiles.normalised, "rewriter"):
+    pytest.skip("Triton was imported without its interpreter", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if on a small chip: fewer programs, which take several turns each."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_tiles, "MULTIPROCESSORS", 2)
+
+
+def run(call: Callable[..., Tensor], tree: Any, grad: Tensor, name: str, seed: int = 0) -> Result:
+    """One step with the kernels of this name on copies of its inputs; results as arrays."""
+    tree = change(tree, lambda t: t.detach().clone().to(DEVICE).requires_grad_(t.requires_grad))
+    torch.manual_seed(seed)
+    with kernels.use(name):
+        out = call(*tree)
+        learnt = {name: t for name, t in tensors(tree).items() if t.requires_grad}
+        found = torch.autograd.grad(out, tuple(learnt.values()), grad.to(DEVICE)) if learnt else ()
+    for value, of in zip(found, learnt.values(), strict=True):
+        assert (value.shape, value.dtype) == (of.shape, of.dtype)
+    statistics = {
+        n: t for n, t in tensors(tree).items() if n.endswith(blocks.block_oracle.STATISTICS)
+    }
+    return Result(
+        arrays(out.cpu()),
+        {name: arrays(g.cpu()) for name, g in zip(learnt, found, strict=True)},
+        {name: arrays(t.cpu()) for name, t in statistics.items()},
+    )
+
+
+# Dense blocks.
+
+LAYER = (StepCase(6, 1), StepCase(4, 3))
+BLOCKS = {
+    "bottleneck": blocks.block((2, 3, 5, 4), count=2),
+    "plain": blocks.block((2, 3, 5, 4), width=None, count=2),
+    "eval": blocks.block((2, 3, 5, 4), norm=EVAL, count=2),
+    "biases": blocks.block((2, 5, 4, 3), growth=3, width=7, bias=True, count=2),
+    "both modes": blocks.Case(
+        (3, 9, 4, 4),
+        ((StepCase(8, 1, EVAL), StepCase(5, 3, TRAIN, bias=True)), (StepCase(3, 3, EVAL),), LAYER),
+    ),
+    "dilated": blocks.block((1, 4, 6, 6), count=2, dilation=1)._replace(
+        layers=((StepCase(4, 3, dilation=2),), (StepCase(5, 1), StepCase(3, 3, dilation=2)))
+    ),
+    "partly frozen": blocks.block((2, 4, 4, 5))._replace(learnt=0.5, x_learnt=False),
+    "frozen but x": blocks.block((2, 4, 4, 5), count=1)._replace(learnt=0.0),
+    "frozen but the end": blocks.block((2, 4, 4, 5))._replace(learnt=0.1, x_learnt=False, seed=4),
+    "wide": blocks.block((1, 70, 4, 5), growth=12, width=48, count=2),
+    "1D": blocks.block((2, 3, 19)),
+    "3D": blocks.block((2, 3, 3, 2, 4)),
+}
+every_block = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS)
+
+
+@every_block
+def test_block_equals_the_oracle(case: blocks.Case) -> None:
+    x, layers = blocks.build(case, torch.float32)
+    grad = blocks.gradient(case, torch.float32)
+    expected = blocks.oracle(x, layers, grad)
+    before = backend.fused_calls["dense block"]
+    got = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton")
+    assert backend.fused_calls["dense block"] == before + 1, "did not run fused"
+    assert expected.margin > 1e-6, "an input of relu may fall on either side"
+    assert_same(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "plain", "eval", "wide", "3D"])
+def test_block_in_float16_is_no_further_from_float64_than_plain(name: str) -> None:
+    case = BLOCKS[name]
+    x, layers = blocks.build(case, torch.float16)
+    grad = blocks.gradient(case, torch.float16)
+    expected = blocks.oracle(x, layers, grad)
+    theirs = run(plain.dense_block, blocks.Inputs(x, layers), grad, "reference")
+    got = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton")
+    assert is_no_worse(got, theirs, expected, torch.float16, 2.0) == []
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_dropout_drops_the_same(name: str) -> None:
+    x, layers = blocks.build(blocks.MIXED, torch.float32)
+    grad = blocks.gradient(blocks.MIXED, torch.float32)
+    tree = blocks.Inputs(x, layers)
+    expected = run(plain.dense_block, tree, grad, "reference", seed=3)
+    assert_same(run(backend.dense_block, tree, grad, name, seed=3), expected, 1e-4)
+
+
+def test_float64_is_left_to_the_reference() -> None:
+    x, layers = blocks.build(BLOCKS["bottleneck"])
+    grad = blocks.gradient(BLOCKS["bottleneck"])
+    got = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton")
+    assert_same(got, blocks.oracle(x, layers, grad))
+
+
+# Their companions.
+
+STEPS = {
+    **{f"{name} in 2D": case for name, case in companions.some(space=(5, 6)).items()},
+    **{f"{name} in eval": case for name, case in companions.some(EVAL).items()},
+    **{f"{name} in 1D": case for name, case in companions.some(space=(9,)).items()},
+    **{f"{name} in 3D": case for name, case in companions.some(space=(3, 2, 5)).items()},
+    "large final": companions.Case("final", (2, 35, 7, 7), NormCase(eps=1e-3)),
+}
+
+
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_companion_equals_the_oracle(case: companions.Case) -> None:
+    tree, grad = companions.build(case, torch.float32), companions.gradient(case, torch.float32)
+    expected = companions.oracle(case, tree, grad)
+    got = run(lambda *tree: case.call(backend, *tree), tree, grad, "triton")
+    assert expected.margin > 1e-6, "an input of relu may fall on either side"
+    assert_same(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize("unit", ["transition", "stem", "final"])
+def test_companion_in_float16_is_no_further_from_float64_than_plain(unit: str) -> None:
+    case = companions.SOME[unit]
+    tree, grad = companions.build(case, torch.float16), companions.gradient(case, torch.float16)
+    theirs, got = (
+        run(lambda *tree, module=module: case.call(module, *tree), tree, grad, name)
+        for module, name in ((plain, "reference"), (backend, "triton"))
+    )
+    assert is_no_worse(got, theirs, companions.oracle(case, tree, grad), torch.float16, 2.0) == []
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = BLOCKS["bottleneck"]
+    x, layers = blocks.build(case, torch.float32)
+    grad = blocks.gradient(case, torch.float32)
+    first, second = (
+        run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton").all() for _ in range(2)
+    )
+    for key, value in first.items():
+        assert np.array_equal(value, second[key]), key
+
+
+# How kernels are chosen.
+
+
+def test_triton_is_one_of_the_sets_here() -> None:
+    assert kernels.available()[-1] == "triton"
+    assert kernels.missing("cuda") is None
+    assert kernels.missing("mps") == "there are none for mps"
+    with kernels.use("triton"):
+        assert isinstance(kernels.chosen(torch.zeros(1)), triton_kernels.TritonKernels)
+    assert kernels.chosen(torch.zeros(1)).name in ("cpu", "reference")
+    assert kernels.chosen(torch.zeros(1, device="meta")).name == "reference"
+    with pytest.raises(ConfigError, match="triton"), kernels.use("tritn"):
+        pass
+
+
+def test_without_triton_gpus_run_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(kernels, "_HAS_TRITON", False)
+    monkeypatch.setattr(kernels, "_triton", lambda: "not there")
+    assert kernels.missing("cuda") == "Triton is not installed"
+    assert "triton" not in kernels.available()
+    assert type(kernels.chosen(OnGpu())) is Kernels  # type: ignore[arg-type]
+    assert "runs on cuda" in str(backend.obstacle(OnGpu(), [], []))  # type: ignore[arg-type]
+
+
+def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python as it is without the interpreter of Triton."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=env,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_step_on_a_cpu_does_not_import_the_kernels_for_gpus() -> None:
+    code = """
+import sys, torch, test_fused_block as blocks
+from densely.fused import backend
+out = backend.dense_block(*blocks.build(blocks.block(), torch.float32))
+out.sum().backward()
+assert backend.fused_calls["dense block"] == 1
+assert not [name for name in sys.modules if name.startswith("densely.fused.kernels.triton")]
+"""
+    done = in_a_process("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_compile_for_hopper_and_spill_no_registers() -> None:
+    done = in_a_process("triton_ahead_steps.py")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({kernel["name"] for kernel in found}) == 13
+    for kernel in found:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["registers"] <= 168, kernel

@@ -1,0 +1,58 @@
+"""Compile the kernels that multiply no matrices for an H100, as `triton_ahead` does the others."""
+
+import json
+
+import torch
+from torch import Tensor
+from triton_ahead import TYPES, compiled
+
+from densely.fused.kernels import triton_elementwise, triton_pooling, triton_vectors
+from densely.fused.kernels.reference import Affine, Pending, Pooling, Space
+
+TYPES[torch.uint8] = "*u8"
+BF16 = torch.bfloat16
+
+
+def steps(batch: int, size: int, channels: int, width: int) -> None:
+    """Every function of the three modules, on the first channels of a buffer in bfloat16."""
+    space = Space(batch, (size, size))
+
+    def empty(rows: int, columns: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype)
+
+    x, own = empty(space.rows, width)[:, :channels], empty(space.rows, channels)
+    total = empty(space.rows, width, torch.float32)[:, :channels]
+    vectors = [torch.empty(channels) for _ in range(4)]
+    affine = Affine(*vectors, True)
+    scale, _, mean, _ = vectors
+
+    triton_vectors.affine(*vectors, 1e-5)
+    triton_vectors.finish_moments(*triton_elementwise.moments(x), space.rows, *vectors[:2])
+    triton_vectors.finish_norm(torch.empty(3000, 2, channels), affine, space.rows)
+    triton_elementwise.norm_relu(x, affine, own)
+    for base in (None, own):
+        partials = triton_elementwise.norm_relu_backward(own, x, affine, total, base, True)
+        triton_vectors.finish_norm(partials, affine, space.rows, (scale, mean))
+    triton_elementwise.norm_relu_backward(own, x, affine, own, None, False)
+    triton_elementwise.form(Pending(total, x, None, mean, *vectors[:2]), own)
+    triton_elementwise.form(Pending(own, x, scale, mean, *vectors[:2]), own)
+    for pooling in (
+        Pooling("average", (2, 2)),
+        Pooling("average", (size, size)),
+        Pooling("max", (2, 2)),
+    ):
+        rows = pooling.pooled(space).rows
+        out, choice = empty(rows, channels), empty(rows, channels, torch.uint8)
+        largest = pooling.kind == "max"
+        triton_pooling.pool(x, affine, pooling, space, out, choice if largest else None)
+        for how in (affine, affine._replace(training=False)):
+            triton_pooling.pool_backward(out, choice, x, how, pooling, space, own)
+
+
+if __name__ == "__main__":
+    seen = set()
+    for item in compiled(lambda: steps(64, 14, 512, 1024)):
+        found = json.dumps(dict(list(item._asdict().items())[:-1]))
+        if found not in seen:
+            seen.add(found)
+            print(found)

@@ -1,0 +1,162 @@
+"""A training step, captured and not: the same function, and the same interface."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densely.models.registry import build_model
+from densely.runtime import Runtime, choose_runtime
+from densely.training import captured
+from densely.training.captured import TrainingStep, training_step
+
+CPU = choose_runtime("cpu", "float32")
+RATES = (1 / 8, 1 / 8, 1 / 16, 1 / 32, 1 / 4)  # exact in float32
+
+
+def small_net(drop_rate: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("densenet_bc_22_12", num_classes=10, in_channels=1, drop_rate=drop_rate)
+
+
+def batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(size, 1, 12, 12, generator=generator),
+        torch.randint(0, 10, (size,), generator=generator),
+    )
+
+
+def sgd(model: nn.Module, **settings: float | bool) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, **settings)
+
+
+def run(step: TrainingStep, sizes: tuple[int, ...] = (8, 8, 8, 3, 8)) -> list[Tensor]:
+    """Steps under a schedule; all that they have changed."""
+    for i, (rate, size) in enumerate(zip(RATES, sizes, strict=True)):
+        for group in step.optimizer.param_groups:
+            group["lr"] = rate
+        images, labels = batch(size, seed=i)
+        device = step.runtime.device
+        step(step.runtime.layout(images.to(device)), labels.to(device))
+    momentum = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+    return [*step.model.state_dict().values(), *momentum, step.loss_sum, step.correct]
+
+
+def plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The same steps, written down plainly."""
+    loss_sum, correct = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+    for i, (rate, size) in enumerate(zip(RATES, (8, 8, 8, 3, 8), strict=True)):
+        optimizer.param_groups[0]["lr"] = rate
+        images, labels = batch(size, seed=i)
+        optimizer.zero_grad()
+        logits = model(CPU.layout(images))
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item() * size
+        correct += (logits.argmax(1) == labels).sum()
+    momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
+    return [*model.state_dict().values(), *momentum, loss_sum, correct]
+
+
+def test_without_a_gpu_it_is_the_plain_step(caplog: pytest.LogCaptureFixture) -> None:
+    model, other = CPU.place(small_net()), CPU.place(small_net())
+    with caplog.at_level(logging.INFO, captured.__name__):
+        step = training_step(model, sgd(model), CPU, *batch(8, 0))
+    assert not step.captured
+    assert "without a CUDA graph: it runs on cpu" in caplog.text
+    for mine, expected in zip(run(step), plain_loop(other, sgd(other)), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_sums_begin_anew() -> None:
+    model = small_net()
+    step = training_step(model, sgd(model), CPU, *batch(8, 0))
+    step(*batch(8, 0))
+    assert step.loss_sum > 0
+    step.reset()
+    assert step.loss_sum == 0
+    assert step.correct == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "why"),
+    [
+        (lambda p: torch.optim.AdamW(p), "the optimizer is AdamW"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9, dampening=0.1), "dampening"),
+        (lambda p: torch.optim.SGD(p), None),
+    ],
+)
+def test_what_cannot_be_captured_is_told(optimizer, why: str | None) -> None:  # type: ignore[no-untyped-def]
+    model = nn.Linear(2, 2)
+    gpu = Runtime(torch.device("cuda"), "bfloat16", "channels_last")
+    found = captured._obstacle(model, optimizer(model.parameters()), gpu)
+    assert (found is None) if why is None else (why in str(found))
+
+
+def test_norms_that_average_over_all_batches_are_not_captured() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2, momentum=None))
+    gpu = Runtime(torch.device("cuda"), "bfloat16", "channels_last")
+    why = captured._obstacle(model, torch.optim.SGD(model.parameters()), gpu)
+    assert "0 averages over all batches" in str(why)
+
+
+def test_a_capture_that_fails_leaves_the_plain_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+
+    monkeypatch.setattr(captured, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(captured, "_CapturedStep", fails)
+    model = small_net()
+    step = training_step(model, sgd(model), CPU, *batch(8, 0))
+    assert not step.captured
+    assert caplog.messages == [
+        "training runs without a CUDA graph, slower than it could: "
+        "operation not permitted when stream is capturing"
+    ]
+    step(*batch(8, 0))
+
+
+def test_learning_rates_are_numbers_again_after_the_capture() -> None:
+    optimizer = sgd(nn.Linear(2, 2))
+    rates = [torch.tensor(0.1)]
+    with captured._RatesOnDevice(optimizer, rates):
+        assert optimizer.param_groups[0]["lr"] is rates[0]
+        assert optimizer.param_groups[0]["fused"]
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["fused"], group["foreach"]) == (0.1, None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here")
+@pytest.mark.parametrize("drop_rate", [0.0, 0.2])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_graph_and_plain_step_agree_under_a_schedule(
+    precision: str, drop_rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    runtime = choose_runtime("cuda", precision)  # type: ignore[arg-type]
+    found = []
+    for capture in (True, False):
+        model = runtime.place(small_net(drop_rate)).train()
+        optimizer = sgd(model, weight_decay=1e-4, fused=True)
+        torch.manual_seed(1)
+        if capture:
+            images, labels = batch(8, seed=99)
+            step = training_step(
+                model, optimizer, runtime, runtime.layout(images.cuda()), labels.cuda()
+            )
+            assert step.captured
+            assert all(p.grad is not None for p in model.parameters())
+        else:
+            step = TrainingStep(model, optimizer, runtime)
+        found.append(run(step))
+    bound = 1e-3 if precision == "float32" else 5e-2
+    for graph, plain in zip(*found, strict=True):
+        distance = (graph.double() - plain.double()).norm()
+        assert distance <= bound * plain.double().norm() + 1e-6
