@@ -5,6 +5,7 @@
 #   benchmarks/gpu_check.sh OUTDIR correct          every step and net against float64
 #   benchmarks/gpu_check.sh OUTDIR speed            beside plain PyTorch, tuned, captured, compiled
 #   benchmarks/gpu_check.sh OUTDIR profile          the kernels that steps spend their time in
+#   benchmarks/gpu_check.sh OUTDIR tune             tiles and warps, for the tables in the kernels
 #   benchmarks/gpu_check.sh OUTDIR chapter          densely train --recipe d2l, everything included
 #   benchmarks/gpu_check.sh OUTDIR cifar            not yet
 #
@@ -53,7 +54,7 @@ case $stage in
     run speed 240 "$@" || code=$?
     exit $code
     ;;
-  correct | speed | profile)
+  correct | speed | profile | tune)
     run "$stage" 480 "$@"
     ;;
   chapter)

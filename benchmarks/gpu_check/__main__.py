@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from gpu_check import chapter, correct, profiles, speed
+from gpu_check import chapter, correct, profiles, speed, tune
 from gpu_check.setting import NETS, Setting
 
 STAGES = {
     "correct": correct.run,
     "speed": speed.run,
     "profile": profiles.run,
+    "tune": tune.run,
     "chapter": chapter.run,
 }
 

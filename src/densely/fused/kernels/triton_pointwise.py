@@ -33,10 +33,7 @@ from densely.fused.kernels.triton_tiles import (
 
 
 class _Launch(NamedTuple):
-    """Tile of rows, channels and outputs; warps of a program; loads in flight; programs wanted.
-
-    `registers` caps those of a thread, so that two programs fit on a processor; None caps nothing.
-    """
+    """Tile of rows, channels and outputs; warps of a program; loads in flight; programs wanted."""
 
     rows: int
     channels: int
@@ -44,7 +41,6 @@ class _Launch(NamedTuple):
     warps: int
     stages: int
     programs: int = 0
-    registers: int | None = None
 
 
 def _forward_launch(x: Tensor, outputs: int) -> _Launch:
@@ -53,9 +49,7 @@ def _forward_launch(x: Tensor, outputs: int) -> _Launch:
         return _Launch(64, 16, min(width, 64), 4, 2)
     if x.dtype == torch.float32:
         return _Launch(64, 32, min(width, 64), 4, 3)
-    rows, warps = (128, 8) if x.shape[0] >= 128 * 132 * 2 else (64, 4)
-    odd = x.stride(0) % 2  # addresses take more registers then
-    return _Launch(rows, 64, min(width, 128), warps, 3, registers=None if odd else 128)
+    return _Launch(128 if x.shape[0] >= 128 * 132 * 8 else 64, 64, min(width, 128), 4, 3)
 
 
 def _backward_launch(x: Tensor, outputs: int) -> _Launch:
@@ -64,11 +58,7 @@ def _backward_launch(x: Tensor, outputs: int) -> _Launch:
         return _Launch(32, 32, 16, 4, 2, 4)
     if x.dtype == torch.float32:
         return _Launch(32, 64, min(width, 128), 8, 2, 1)
-    if width <= 64:
-        return _Launch(64, 64, width, 8, 3, 1)
-    channels = x.shape[1]
-    half_empty = channels < 512 and -channels % 128 >= 64
-    return _Launch(32, 64 if half_empty else 128, 128, 8, 3, 1)
+    return _Launch(64, 64, min(width, 128), 4, 2, 2)
 
 
 def _weight_launch(x: Tensor) -> _Launch:
@@ -111,7 +101,7 @@ def forward(
         out.stride(0), UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit,
         BEYOND=cols.read > x.shape[1], OUT=outputs, BM=tile.rows, BC=tile.channels, BO=tile.outputs,
         PRECISION=precision(x),
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return None if parts is None else (parts, tile.rows)
 

@@ -51,14 +51,13 @@ def _input_launch(x: Tensor, outputs: int, window: Window, add_scaled: bool) -> 
         return _Launch(32, 32, 16, 4, 2, 1)
     if x.dtype == torch.float32:
         return _Launch(32, 64, min(width, 32), 4, 2, window.kw if window.kw <= 3 else 1)
-    narrow = x.shape[1] <= 64
-    if width <= 32 and window.kh in (1, 3) and window.kw <= 3:
-        if width == 16:
-            return _Launch(64, 64, 16, 8, 3, window.kw, 1)
-        return _Launch(32, 64 if narrow or add_scaled else 128, 32, 8, 3, window.kw, 1)
-    width = min(width, 64)
-    together = window.kw if window.kw * width <= 256 else 1
-    return _Launch(64, 64 if narrow else 128, width, 8, 2, together)
+    narrow, small = x.shape[1] <= 64, window.kh in (1, 3) and window.kw <= 3
+    if width == 32 and small and not narrow and not add_scaled:
+        return _Launch(32, 128, 32, 8, 3, window.kw, 1)
+    together = window.kw if window.kw * min(width, 64) <= 256 else 1
+    if width <= 32:
+        return _Launch(64, 64, width, 4, 2, together)
+    return _Launch(64, 64 if narrow else 128, 64, 8, 2, together)
 
 
 def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
