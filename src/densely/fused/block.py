@@ -156,19 +156,23 @@ def dense_block_forward(
     inner: list[Tensor] = []
     for layer in layers:
         features, moments = buffer[:, :channels], (mean[:channels], var[:channels])
+        columns = slice(channels, channels + layer[-1].weight.shape[0])
+        channels = columns.stop
+        if not keep and not mean.numel() and len(layer) == 2 and not _drops(layer):
+            _infer_bottleneck(features, layer, moments, space, kernels, buffer[:, columns])
+            inner += [x.new_empty(0, layer[1].weight.shape[1]), *_vectors(x, 0)]
+            continue
         for step, following in zip(layer, [*layer[1:], None], strict=True):
-            width = step.weight.shape[0]
             if following is None:
-                columns = slice(channels, channels + width)
                 out, out_moments = buffer[:, columns], (mean[columns], var[columns])
             else:
+                width = step.weight.shape[0]
                 out = x.new_empty(space.rows, width)
                 out_moments = _vectors(x, width if following.training else 0)
                 inner += [out if keep else out.new_empty(0, width), *out_moments]
             wanted = out_moments if out_moments[0].numel() else None
             _convolve(features, step, moments, space, kernels, out, wanted)
             features, moments = out, out_moments
-        channels += width
     return [space.maps(buffer), mean, var, *inner]
 
 
@@ -322,6 +326,31 @@ def _differentiable_backward(
         return x
 
     return gradients_with_gradients(forward, (x, *tensors), needed, grad)
+
+
+def _drops(layer: list[PackedStep]) -> bool:
+    return any(step.mask is not None for step in layer)
+
+
+def _infer_bottleneck(
+    x: Tensor,
+    layer: list[PackedStep],
+    moments: tuple[Tensor, Tensor],
+    space: Space,
+    kernels: Kernels,
+    out: Tensor,
+) -> None:
+    """A layer of two steps to `out`, where nothing between them is kept."""
+    first, second = layer
+    kernels.convolve_twice(
+        x,
+        (first.affine(kernels, *moments), second.affine(kernels, *moments)),
+        (first.weight, second.weight),
+        (first.bias, second.bias),
+        (first.dilation, second.dilation),
+        space,
+        out,
+    )
 
 
 def _convolve(

@@ -23,6 +23,7 @@ from densely.fused.kernels.reference import (
     Space,
     accumulation_dtype,
     add_mean_terms,
+    convolve,
     convolve_backward,
     input_gradient,
     is_pointwise,
@@ -37,6 +38,17 @@ class CpuKernels(Kernels):
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         self._ops = torch.ops.densely_cpu
+
+    def affine(
+        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, training: bool
+    ) -> Affine:
+        """As the reference."""
+        vectors = (weight, bias, mean, var)
+        if any(v.dtype != torch.float32 or v.stride(0) != 1 for v in vectors):
+            return super().affine(weight, bias, mean, var, eps, training)
+        scale, shift, rstd = out = mean.new_empty(3, mean.shape[0])
+        self._ops.affine(*vectors, eps, out)
+        return Affine(scale, shift, mean, rstd, training)
 
     def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """As the reference."""
@@ -78,14 +90,40 @@ class CpuKernels(Kernels):
         if x.dtype != torch.float32 or (whole_vectors and not is_pointwise(weight)):
             super().convolve(x, affine, weight, bias, dilation, space, out, moments)
         elif is_pointwise(weight):
-            self._ops.pointwise(
-                x, affine.scale, affine.shift, weight.flatten(1).contiguous(), bias, out, mean, var
-            )
+            flat = weight.flatten(1).contiguous()
+            self._ops.pointwise(x, affine.scale, affine.shift, flat, bias, False, out, mean, var)
         else:
             self._ops.spatial(
                 x, affine.scale, affine.shift, _by_tap(weight), bias,
                 _geometry(space, weight, dilation), out, mean, var,
             )  # fmt: skip
+
+    def convolve_twice(
+        self,
+        x: Tensor,
+        affines: tuple[Affine, Affine],
+        weights: tuple[Tensor, Tensor],
+        biases: tuple[Tensor | None, Tensor | None],
+        dilations: tuple[int, int],
+        space: Space,
+        out: Tensor,
+    ) -> None:
+        """As the reference; the second norm goes into a 1x1 convolution's weight and bias."""
+        if x.dtype != torch.float32 or not is_pointwise(weights[0]):
+            super().convolve_twice(x, affines, weights, biases, dilations, space, out)
+            return
+        (first, second), (weight, following) = affines, weights
+        weight = weight.flatten(1) * second.scale[:, None]
+        bias = second.shift if biases[0] is None else second.shift + biases[0] * second.scale
+        between = x.new_empty(space.rows, weight.shape[0])
+        self._ops.pointwise(x, first.scale, first.shift, weight, bias, True, between, None, None)
+        if following.shape[0] % 16 == 0 or len(space.size) == 3:
+            new = convolve(between, following, biases[1], dilations[1], space)
+            self.place(new, out, None)
+        else:  # what is not below zero stays so
+            ones, zeros = torch.ones_like(second.scale), torch.zeros_like(second.scale)
+            as_it_is = Affine(ones, zeros, zeros, ones, False)
+            self.convolve(between, as_it_is, following, biases[1], dilations[1], space, out, None)
 
     def convolve_backward(
         self,

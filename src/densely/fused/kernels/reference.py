@@ -154,6 +154,26 @@ class Kernels:
         """
         self.place(convolve(self.norm_relu(x, affine), weight, bias, dilation, space), out, moments)
 
+    def convolve_twice(
+        self,
+        x: Tensor,
+        affines: tuple[Affine, Affine],
+        weights: tuple[Tensor, Tensor],
+        biases: tuple[Tensor | None, Tensor | None],
+        dilations: tuple[int, int],
+        space: Space,
+        out: Tensor,
+    ) -> None:
+        """`convolve` and again, where nobody asks for what lies between: a bottleneck's inference.
+
+        Then the second norm's vectors, which are known before, may go into the first convolution.
+        """
+        between = x.new_empty(space.rows, weights[0].shape[0])
+        for source, target, i in ((x, between, 0), (between, out, 1)):
+            self.convolve(
+                source, affines[i], weights[i], biases[i], dilations[i], space, target, None
+            )
+
     def convolve_backward(
         self,
         grad: Tensor | Pending,

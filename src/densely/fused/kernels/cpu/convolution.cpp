@@ -74,9 +74,10 @@ struct Geometry {
 };
 
 // out = relu(x * scale + shift) @ weight^T + bias, and the moments of its columns, if asked for.
+// With `relu` negative results become zero.
 void pointwise(
-    Tensor x, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias, Tensor out,
-    std::optional<Tensor> mean, std::optional<Tensor> var) {
+    Tensor x, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias, bool relu,
+    Tensor out, std::optional<Tensor> mean, std::optional<Tensor> var) {
   auto in = matrix<float>(x), to = matrix<float>(out), w = matrix<float>(weight);
   int64_t tile = tile_rows(in.columns + to.columns), chunks = chunks_of(in.rows, in.columns);
   std::vector<Moments> parts(chunks, Moments(to.columns));
@@ -94,7 +95,7 @@ void pointwise(
           view(w.data, in.columns, to.columns, 1, w.stride), false);
       if (bias)
         for (int64_t r = first; r < last; r++)
-          for (int64_t c = 0; c < to.columns; c++) to.row(r)[c] += vector(bias)[c];
+          add_row(vector(bias), relu, to.row(r), to.columns);
       if (mean) parts[chunk].add(to, first, last);
     }
   });
@@ -251,7 +252,7 @@ void convolve_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
   m.def(
-      "pointwise(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
+      "pointwise(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, bool relu, "
       "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
   m.def(
       "spatial(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, int[] geometry, "

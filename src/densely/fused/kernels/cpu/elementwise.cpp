@@ -4,6 +4,19 @@
 
 namespace densely {
 
+// To the rows of `out`: scale, shift and 1 / sqrt(var + eps) of a batch norm.
+void affine(Tensor weight, Tensor bias, Tensor mean, Tensor var, double eps, Tensor out) {
+  int64_t columns = out.size(1);
+  float* __restrict scale = vector(out);
+  float* __restrict shift = scale + columns;
+  float* __restrict rstd = shift + columns;
+  for (int64_t c = 0; c < columns; c++) {
+    rstd[c] = 1.0f / std::sqrt(vector(var)[c] + float(eps));
+    scale[c] = vector(weight)[c] * rstd[c];
+    shift[c] = vector(bias)[c] - vector(mean)[c] * scale[c];
+  }
+}
+
 void moments(Tensor x, Tensor mean, Tensor var) {
   for_dtype(x, [&](auto type) {
     auto in = matrix<element<decltype(type)>>(x);
@@ -106,6 +119,9 @@ void norm_relu_backward(
 }  // namespace densely
 
 STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
+  m.def(
+      "affine(Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, Tensor(a!) out) "
+      "-> ()");
   m.def("moments(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def("place(Tensor x, Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var) -> ()");
   m.def("norm_relu(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
@@ -119,6 +135,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densely_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densely_cpu, CPU, m) {
+  m.impl("affine", TORCH_BOX(&densely::affine));
   m.impl("moments", TORCH_BOX(&densely::moments));
   m.impl("place", TORCH_BOX(&densely::place));
   m.impl("norm_relu", TORCH_BOX(&densely::norm_relu));

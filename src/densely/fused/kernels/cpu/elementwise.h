@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "common.h"
 
@@ -20,6 +21,16 @@ inline void norm_relu_row(
     const T* __restrict x, const float* __restrict scale, const float* __restrict shift,
     T* __restrict out, int64_t columns) {
   for (int64_t c = 0; c < columns; c++) out[c] = activate(x[c], scale[c], shift[c]);
+}
+
+// out += bias, and nothing below zero if `relu`.
+inline void add_row(
+    const float* __restrict bias, bool relu, float* __restrict out, int64_t columns) {
+  float floor = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  for (int64_t c = 0; c < columns; c++) {
+    float y = out[c] + bias[c];
+    out[c] = y < floor ? floor : y;
+  }
 }
 
 // Mean and sum of squares of a column's rows so far; merged by Chan, Golub and LeVeque (1983).
