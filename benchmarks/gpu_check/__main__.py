@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--dtypes", default="bfloat16,float32,float16", help="of `correct`")
     parser.add_argument("--kernels", default="triton", help="the set to be forced; auto for none")
     parser.add_argument("--compile", default="default,max-autotune", help="modes; empty for none")
+    parser.add_argument("--modes", default="train,inference", help="of `speed`")
     parser.add_argument("--smoke", action="store_true", help="tiny nets on the CPU: a dry run")
     options = parser.parse_args()
     if unknown := set(options.nets.split(",")) - set(NETS):
@@ -43,6 +44,7 @@ def main() -> int:
             dtypes=tuple(getattr(torch, name) for name in options.dtypes.split(",")),
             kernels=options.kernels,
             compile_modes=tuple(filter(None, options.compile.split(","))),
+            modes=tuple(options.modes.split(",")),
             budget_s=options.budget,
             smoke=options.smoke,
         )

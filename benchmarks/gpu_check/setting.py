@@ -91,6 +91,7 @@ class Setting:
     dtypes: tuple[torch.dtype, ...]
     kernels: str
     compile_modes: tuple[str, ...]
+    modes: tuple[str, ...]
     budget_s: float
     smoke: bool
     began: float = field(default_factory=time.monotonic)

@@ -78,7 +78,7 @@ def run(setting: Setting) -> int:
         if not setting.smoke:
             findings.facts["ceilings"] = _ceilings(setting.device)
             print(f"ceilings: {findings.facts['ceilings']}", flush=True)
-        for mode in ("train", "inference"):
+        for mode in setting.modes:
             for net in setting.nets:
                 _compare(setting, findings, net, mode, list(_variants(net, mode)))
         for compile_mode in setting.compile_modes:

@@ -126,7 +126,9 @@ def _affine(
 ):
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = c < columns
-    r = 1.0 / tl.sqrt_rn(tl.load(var + c, mask=valid, other=1.0).to(tl.float32) + eps)
+    # Rounded as in PyTorch: an error of two units here moves every value, and relu opens elsewhere.
+    spread = tl.sqrt_rn(tl.load(var + c, mask=valid, other=1.0).to(tl.float32) + eps)
+    r = tl.div_rn(tl.full(spread.shape, 1.0, tl.float32), spread)
     s = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32) * r
     m = tl.load(mean + c, mask=valid, other=0.0).to(tl.float32)
     tl.store(scale + c, s, mask=valid)
@@ -164,17 +166,17 @@ def _combine_moments(
         new_m2 = tl.load(at + columns, mask=valid, other=0.0)
         more = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows)
         more = tl.where(tile < last, more, 0).to(tl.float32)
-        share = more / tl.maximum(count + more, 1.0)
+        share = tl.div_rn(more, tl.maximum(count + more, 1.0))
         delta = tl.where(tile < last, new_mean - mean, 0.0)
         mean += delta * share
         m2 += new_m2 + delta * delta * (count * share)
         count += more
     total = tl.sum(count, axis=0)[None, :]
-    whole = tl.sum(mean * count, axis=0)[None, :] / total
+    whole = tl.div_rn(tl.sum(mean * count, axis=0)[None, :], total)
     delta = mean - whole
     second = tl.sum(m2 + delta * delta * count, axis=0)[None, :]
     if FINAL:
-        second = second / total
+        second = tl.div_rn(second, total)
     at = group.to(tl.int64) * out_stride + c
     tl.store(mean_out + at, whole, mask=c < columns)
     tl.store(second_out + at, second, mask=c < columns)
