@@ -275,9 +275,10 @@ def bench() -> str:
 
 Command: `{result["command"]}`. Commit {result["environment"]["commit"]}. Machine:
 {machine(result["environment"])}; {peers}.
-Medians of {result["settings"]["rounds"]} rounds in turns; ratios are taken round by round. "Kept" is what autograd saves for the backward pass, "peak" the
-resident memory that a fresh process adds to network and images. This CPU has no bfloat16
-instructions: all run in float32. Freed memory is kept in the process for all variants alike.
+Medians of {result["settings"]["rounds"]} rounds in turns; ratios are taken round by round. "Kept"
+is what autograd saves for the backward pass, "peak" what a fresh process adds in resident memory to
+network and images. This CPU has no bfloat16 instructions: all run in float32. Freed memory is kept
+in the process for all variants alike.
 
 {every_table}
 
