@@ -75,6 +75,10 @@ def rms(a: list[float], b: list[float]) -> float:
     return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / len(a))
 
 
+def cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
 def training(result: dict[str, Any]) -> str:
     settings, rows = result["settings"], result["rows"]
     net = settings["net"]
@@ -88,18 +92,13 @@ def training(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for seed in seeds:
-        plain = losses[seed, "plain"]
-        apart = [rms(losses[seed, run], plain) for run in ("fused", "plain, other order")]
-        scores = [
-            next(r["test_accuracy"] for r in rows if (r["seed"], r["run"]) == (seed, run))
-            for run in COLORS
+        apart = [
+            rms(losses[seed, run], losses[seed, "plain"]) if (seed, run) in losses else None
+            for run in ("fused", "plain, other order")
         ]
-        cells = [f"{value:.4f}" for value in (*apart, *scores)]
+        found = {row["run"]: row["test_accuracy"] for row in rows if row["seed"] == seed}
+        cells = [cell(value) for value in (*apart, *(found.get(run) for run in COLORS))]
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")
-    means = [
-        sum(r["test_accuracy"] for r in rows if r["run"] == run) / len(seeds) for run in COLORS
-    ]
-    lines.append("| mean | | | " + " | ".join(f"{value:.4f}" for value in means) + " |")
     return f"""## {settings["steps"]} steps of {net} on real images
 
 {origin(result)}
@@ -124,9 +123,13 @@ def draw(
     rows = figure.subplots(2, len(seeds), squeeze=False, sharex=True, sharey="row")
     for seed, above, below in zip(seeds, *rows, strict=True):
         for run, color in COLORS.items():
+            if (seed, run) not in losses:
+                continue
             above.plot(losses[seed, run], color=color, linewidth=1, label=run)
         plain = losses[seed, "plain"]
         for run in ("fused", "plain, other order"):
+            if (seed, run) not in losses:
+                continue
             apart = [abs(a - b) for a, b in zip(losses[seed, run], plain, strict=True)]
             below.semilogy(apart, color=COLORS[run], linewidth=1, label=f"{run} to plain")
         above.set_title(f"{net}, seed {seed}", fontsize=10)
@@ -136,7 +139,7 @@ def draw(
     rows[0][0].set_ylabel("loss")
     rows[1][0].set_ylabel("difference of losses")
     for row in rows:
-        row[-1].legend(fontsize=8)
+        row[0].legend(fontsize=8)
     figure.savefig(path)
 
 
