@@ -160,7 +160,7 @@ def _work(
     """A call of the kernel on random data, by the candidate's launch."""
     from densely.fused.kernels import triton_kernels, triton_pointwise, triton_spatial
     from densely.fused.kernels import triton_spatial_backward as back
-    from densely.fused.kernels.reference import Affine, Pending, Space
+    from densely.fused.kernels.reference import Affine, Convolution, Pending, Space
     from densely.fused.kernels.triton_tiles import window_of
 
     device, dtype = torch.device("cuda"), torch.bfloat16
@@ -173,6 +173,7 @@ def _work(
     weight = torch.randn(outputs, channels, shape.taps, shape.taps, device=device).to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     space = Space(shape.batch, (shape.side, shape.side))
+    conv = Convolution(affine, weight, None, 1, space)
     total = torch.empty_like(buffer)[:, :channels]
     library = candidate == LIBRARY
     kernels = triton_kernels.TritonKernels()
@@ -197,9 +198,7 @@ def _work(
         module = triton_pointwise if shape.taps == 1 else triton_spatial
         set_launch(module, "_forward_launch")
         if library:
-            return lambda: _through_library(
-                lambda: kernels.convolve(x, affine, weight, None, 1, space, out, of_out)
-            )
+            return lambda: _through_library(lambda: kernels.convolve(x, conv, out, of_out))
         if shape.taps == 1:
             return lambda: triton_pointwise.forward(x, affine, weight.flatten(1), None, out, True)
         return lambda: triton_spatial.forward(x, affine, weight, None, 1, space, out, True)
@@ -209,9 +208,7 @@ def _work(
         set_launch(triton_pointwise, "_backward_launch")
         if library:
             return lambda: _through_library(
-                lambda: kernels._back(
-                    grad, x, affine, weight, 1, space, True, total, None, shape.adds
-                )
+                lambda: kernels._back(grad, x, conv, True, total, None, shape.adds)
             )
         flat = weight.flatten(1)
         return lambda: triton_pointwise.backward(
@@ -221,9 +218,7 @@ def _work(
     if library:
         needs = kind == "spatial weight"
         return lambda: _through_library(
-            lambda: kernels._back(
-                grads, x, affine, weight, 1, space, needs, total, None, shape.adds
-            )
+            lambda: kernels._back(grads, x, conv, needs, total, None, shape.adds)
         )
     window = window_of(weight, 1, space)
     if kind == "spatial weight":

@@ -148,7 +148,7 @@ def tf32(call: Callable[[], object]) -> Callable[[], object]:
     """The call where products of float32 may be rounded to tf32."""
 
     def allowed() -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
+        before = torch.backends.cuda.matmul.allow_tf32  # cuDNN allows it anyway
         torch.backends.cuda.matmul.allow_tf32 = True
         try:
             call()

@@ -78,12 +78,18 @@ def test_a_printed_model_shows_its_own_classes() -> None:
     assert repr(tiny(fused=True)) == repr(tiny(fused=False))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 def test_compiled_for_training() -> None:
-    """Through the ahead-of-time autograd that every compiling backend builds on."""
-    eager, other = randomized(tiny(bn_size=2)).train(), randomized(tiny(bn_size=2)).train()
+    """By Inductor, which holds operators to the strides that they have promised."""
+
+    def make() -> DenseNet:
+        model = tiny(bn_size=2, block_config=(2, 1), stem="small")
+        return randomized(model).train()
+
+    eager, other = make(), make()
     torch.compiler.reset()
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    x = images(*SHAPE)
+    compiled = torch.compile(other, fullgraph=True)
+    x = images(2, 3, 12, 10)
     pull(compiled(x)).backward()
     grads = {name: p.grad for name, p in other.named_parameters()}
     assert_equal(grads, gradients(eager, x))
@@ -122,6 +128,34 @@ def test_two_processes(tmp_path: Path, train: bool) -> None:
         loss = sum((plain(half) * images(2, 1000, seed=7)).sum() for half in x.chunk(2)) / 2
         loss.backward()
         assert_equal(grads, {f"module.{n}": p.grad for n, p in plain.named_parameters()})
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("channels", [8, 12])
+def test_another_number_of_channels_is_pytorchs_error(channels: int, train: bool) -> None:
+    block = randomized(tiny(bn_size=2)).features.denseblock1.train(train)
+    with pytest.raises(RuntimeError, match=f"should contain {channels} elements not 10"):
+        block(images(2, channels, 6, 6))
+
+
+def test_statistics_of_another_dtype_are_pytorchs_error() -> None:
+    model = tiny(bn_size=2).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.data = buffer.double()
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        model(images(*SHAPE).float())
+
+
+def test_weights_in_any_memory_order_infer_the_same() -> None:
+    fused, plain = (randomized(tiny(bn_size=2, fused=f)).float().eval() for f in (True, False))
+    for model in (fused, plain):
+        for name, weight in model.named_parameters():
+            if name.endswith("conv1.weight"):
+                weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    x = images(*SHAPE).float()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 def test_restored_networks_are_plain() -> None:

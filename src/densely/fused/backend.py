@@ -31,7 +31,7 @@ def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     """`plain.dense_block`."""
     convs = [step.conv for layer in layers for step in layer]
     norms = [step.norm for layer in layers for step in layer]
-    why = obstacle(x, norms, convs)
+    why = obstacle(x, norms, convs) or _misfit_of_block(x.shape[1], layers)
     if why is not None:
         _note_plain(why)
         return plain.dense_block(x, layers)
@@ -44,7 +44,7 @@ def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
 
 def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Tensor:
     """`plain.transition`."""
-    why = obstacle(x, [norm], [conv])
+    why = obstacle(x, [norm], [conv]) or _misfit(x.shape[1], norm, conv)
     if why is not None:
         _note_plain(why)
         return plain.transition(x, norm, conv, window)
@@ -54,7 +54,7 @@ def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Te
 
 def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
     """`plain.stem`."""
-    why = obstacle(x, [norm], [])
+    why = obstacle(x, [norm], []) or _misfit(x.shape[1], norm, None)
     if why is not None:
         _note_plain(why)
         return plain.stem(x, norm, stride)
@@ -64,7 +64,7 @@ def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
 
 def final(x: Tensor, norm: Norm) -> Tensor:
     """`plain.final`."""
-    why = obstacle(x, [norm], [])
+    why = obstacle(x, [norm], []) or _misfit(x.shape[1], norm, None)
     if why is not None:
         _note_plain(why)
         return plain.final(x, norm)
@@ -96,7 +96,7 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv]) -> str | N
     for norm in norms:
         if norm.takes_batch and rows == 1:
             return "has one value a channel"
-        for tensor in (norm.weight, norm.bias):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             if tensor is not None and not _fits(tensor, x, wide):
                 return f"has a norm of {tensor.dtype} for {x.dtype}"
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
@@ -107,6 +107,26 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv]) -> str | N
             if tensor is not None and not _fits(tensor, x, wide if autocast else (x.dtype,)):
                 return f"has a convolution of {tensor.dtype} for {x.dtype}"
     return None
+
+
+def _misfit_of_block(channels: int, layers: tuple[Layer, ...]) -> str | None:
+    for layer in layers:
+        width = channels
+        for step in layer:
+            if why := _misfit(width, step.norm, step.conv):
+                return why
+            width = step.conv.weight.shape[0]
+        channels += width
+    return None
+
+
+def _misfit(channels: int, norm: Norm, conv: Conv | None) -> str | None:
+    """Whether parts are for another number of channels; PyTorch's own error says more."""
+    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    widths = {vector.shape[0] for vector in vectors if vector is not None}
+    widths |= {conv.weight.shape[1]} if conv else set()
+    other = widths - {channels}
+    return f"has parts for {min(other)} channels where it reads {channels}" if other else None
 
 
 def _fits(parameter: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:

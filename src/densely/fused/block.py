@@ -32,10 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import update_running_statistics
+from densely.fused.coefficients import like, update_running_statistics
 from densely.fused.kernels import chosen
 from densely.fused.kernels.reference import (
-    Kernels,
     Pending,
     Space,
     accumulation_dtype,
@@ -159,7 +158,8 @@ def dense_block_forward(
         columns = slice(channels, channels + layer[-1].weight.shape[0])
         channels = columns.stop
         if not keep and not mean.numel() and len(layer) == 2 and not _drops(layer):
-            _infer_bottleneck(features, layer, moments, space, kernels, buffer[:, columns])
+            first, second = (step.convolution(kernels, moments, space) for step in layer)
+            kernels.convolve_twice(features, first, second, buffer[:, columns])
             inner += [x.new_empty(0, layer[1].weight.shape[1]), *_vectors(x, 0)]
             continue
         for step, following in zip(layer, [*layer[1:], None], strict=True):
@@ -171,7 +171,10 @@ def dense_block_forward(
                 out_moments = _vectors(x, width if following.training else 0)
                 inner += [out if keep else out.new_empty(0, width), *out_moments]
             wanted = out_moments if out_moments[0].numel() else None
-            _convolve(features, step, moments, space, kernels, out, wanted)
+            conv = step.convolution(kernels, moments, space)
+            kernels.convolve(features, conv, out, wanted if step.mask is None else None)
+            if step.mask is not None:
+                kernels.place(step.drop(out), out, wanted)
             features, moments = out, out_moments
     return [space.maps(buffer), mean, var, *inner]
 
@@ -228,7 +231,7 @@ def dense_block_backward(
         return Pending(arriving, buffer[:, columns], None, mean[columns], a[columns], b[columns])
 
     sums_wanted = any(needs(layer[-1], "bias") for layer in layers)
-    column_sums = kernels.column_sums(direct) if sums_wanted else a
+    column_sums = kernels.column_sums(direct) if sums_wanted else a.new_empty(0)
     stop = buffer.shape[1]
     for layer in reversed(layers[_first_needed(layers, needed) :]):
         start = stop - layer[-1].weight.shape[0]
@@ -251,33 +254,25 @@ def dense_block_backward(
                 *_, features, inner_mean, inner_var = inner
                 moments = (inner_mean, inner_var)
                 del inner[-3:]
-            affine = step.affine(kernels, *moments)
-            conv = (
-                upstream,
-                features,
-                affine,
-                step.weight,
-                step.dilation,
-                space,
-                needs(step, "weight"),
-            )
+            conv = step.convolution(kernels, moments, space)
+            given = (upstream, features, conv, needs(step, "weight"))
             if n == 0:
                 base = None if any_reader else direct[:, :start]
                 grad_weight, norm = kernels.convolve_backward_add(
-                    *conv, total[:, :start], base, (a[:start], b[:start])
+                    *given, total[:, :start], base, (a[:start], b[:start])
                 )
                 any_reader = True
                 if sums_wanted and not step.training:
-                    column_sums[:start] += affine.scale * norm.bias
+                    column_sums[:start] += conv.affine.scale * norm.bias
             else:
-                grad_weight, norm, upstream = kernels.convolve_backward(*conv)
+                grad_weight, norm, upstream = kernels.convolve_backward(*given)
             grads[step.places["norm_weight"]] = norm.weight
             grads[step.places["norm_bias"]] = norm.bias
             if grad_weight is not None:
                 grads[step.places["weight"]] = grad_weight
         stop = start
     found = [space.maps(kernels.form(arrived(slice(0, num_inputs))).contiguous())] * needed[0]
-    found += [grads[i].to(t.dtype) for i, t in enumerate(tensors) if needed[1 + i]]
+    found += [like(grads[i], t) for i, t in enumerate(tensors) if needed[1 + i]]
     return found
 
 
@@ -294,7 +289,7 @@ def _(
 ) -> list[Tensor]:
     space = Space(output.shape[0], tuple(output.shape[2:]))
     found = [space.maps(output.new_empty(space.rows, num_inputs))] * needed[0]
-    found += [t.new_empty(t.shape) for i, t in enumerate(tensors) if needed[1 + i]]
+    found += [torch.empty_like(t) for i, t in enumerate(tensors) if needed[1 + i]]
     return found
 
 
@@ -330,45 +325,6 @@ def _differentiable_backward(
 
 def _drops(layer: list[PackedStep]) -> bool:
     return any(step.mask is not None for step in layer)
-
-
-def _infer_bottleneck(
-    x: Tensor,
-    layer: list[PackedStep],
-    moments: tuple[Tensor, Tensor],
-    space: Space,
-    kernels: Kernels,
-    out: Tensor,
-) -> None:
-    """A layer of two steps to `out`, where nothing between them is kept."""
-    first, second = layer
-    kernels.convolve_twice(
-        x,
-        (first.affine(kernels, *moments), second.affine(kernels, *moments)),
-        (first.weight, second.weight),
-        (first.bias, second.bias),
-        (first.dilation, second.dilation),
-        space,
-        out,
-    )
-
-
-def _convolve(
-    x: Tensor,
-    step: PackedStep,
-    moments: tuple[Tensor, Tensor],
-    space: Space,
-    kernels: Kernels,
-    out: Tensor,
-    out_moments: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Run a step to `out`, and take the moments of that if they are wanted."""
-    dropped = step.mask is not None
-    affine = step.affine(kernels, *moments)
-    wanted = None if dropped else out_moments
-    kernels.convolve(x, affine, step.weight, step.bias, step.dilation, space, out, wanted)
-    if dropped:
-        kernels.place(step.drop(out), out, out_moments)
 
 
 def _allocate(

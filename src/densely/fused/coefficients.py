@@ -1,4 +1,4 @@
-"""A batch norm beside the fused steps: the parameters they take, and what it learns at a call."""
+"""Parameters beside the fused steps: as they take them, their gradients, what norms learn."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,6 +16,14 @@ def parameters(norm: Norm, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
         x.new_ones(channels) if weight is None else weight,
         x.new_zeros(channels) if bias is None else bias,
     )
+
+
+def like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype and memory order, as compilers are told it has."""
+    wanted = torch.empty_like(parameter)
+    if gradient.dtype == wanted.dtype and gradient.stride() == wanted.stride():
+        return gradient
+    return wanted.copy_(gradient)
 
 
 def update_running_statistics(norms: Iterable[tuple[Norm, Tensor, Tensor]], rows: int) -> None:

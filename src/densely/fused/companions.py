@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import parameters, update_running_statistics
+from densely.fused.coefficients import like, parameters, update_running_statistics
 from densely.fused.kernels import chosen
 from densely.fused.kernels.reference import Pooling, Space, accumulation_dtype
 from densely.fused.second_order import gradients_with_gradients
@@ -192,10 +192,10 @@ def reader_backward(
             found.append(kernels.column_sums(upstream) if needed[4] else None)
         upstream = upstream @ flat
     grad_x, norm = kernels.pool_backward(upstream.contiguous(), choice, matrix, how, pooling, space)
-    every = [space.maps(grad_x), norm.weight, norm.bias, *found]
-    return [
-        g.to(t.dtype)
-        for g, t, need in zip(every, (x, *learnt), needed, strict=True)
+    every = [norm.weight, norm.bias, *found]
+    return [space.maps(grad_x)] * needed[0] + [
+        like(g, t)
+        for g, t, need in zip(every, learnt, needed[1:], strict=True)
         if need and g is not None
     ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densely.fused import coefficients, plain
-from densely.fused.kernels.reference import Affine, Kernels, Space
+from densely.fused.kernels.reference import Convolution, Kernels, Space
 
 _TRAINING, _CONV_BIAS, _MASK, _LAST = 1, 2, 4, 8
 
@@ -42,11 +42,17 @@ class PackedStep(NamedTuple):
     keep_rate: float
     places: dict[str, int]
 
-    def affine(self, kernels: Kernels, mean: Tensor, var: Tensor) -> Affine:
-        """The norm as vectors: by these statistics in train mode, by its own running ones else."""
+    def convolution(
+        self, kernels: Kernels, moments: tuple[Tensor, Tensor], space: Space
+    ) -> Convolution:
+        """What kernels take: its norm goes by these moments in train mode, by its own else."""
+        mean, var = moments
         if self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean, self.running_var
-        return kernels.affine(self.norm_weight, self.norm_bias, mean, var, self.eps, self.training)
+        affine = kernels.affine(
+            self.norm_weight, self.norm_bias, mean, var, self.eps, self.training
+        )
+        return Convolution(affine, self.weight, self.bias, self.dilation, space)
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of [rows, O], and its backward."""

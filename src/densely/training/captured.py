@@ -117,7 +117,7 @@ def training_step(
     if why is None:
         try:
             return _CapturedStep(model, optimizer, runtime, loss, images, labels)
-        except RuntimeError as error:  # all that CUDA, cuDNN and the allocator raise
+        except Exception as error:  # CUDA, cuDNN, the allocator and Triton raise different ones
             why = str(error).strip().partition("\n")[0]
             _log.warning("training runs without a CUDA graph, slower than it could: %s", why)
     else:
@@ -198,7 +198,10 @@ class _CapturedStep(TrainingStep):
             self.reset()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        if images.shape != self._images.shape:
+        if any(
+            (new.shape, new.dtype) != (old.shape, old.dtype)
+            for new, old in ((images, self._images), (labels, self._labels))
+        ):
             super().__call__(images, labels)
             return
         self._images.copy_(images)

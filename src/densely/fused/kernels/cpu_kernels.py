@@ -16,6 +16,7 @@ from torch import Tensor
 
 from densely.fused.kernels.reference import (
     Affine,
+    Convolution,
     Kernels,
     NormGradient,
     Pending,
@@ -26,7 +27,6 @@ from densely.fused.kernels.reference import (
     convolve,
     convolve_backward,
     input_gradient,
-    is_pointwise,
 )
 
 
@@ -73,85 +73,58 @@ class CpuKernels(Kernels):
         return out
 
     def convolve(
-        self,
-        x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        bias: Tensor | None,
-        dilation: int,
-        space: Space,
-        out: Tensor,
-        moments: tuple[Tensor, Tensor] | None,
+        self, x: Tensor, conv: Convolution, out: Tensor, moments: tuple[Tensor, Tensor] | None
     ) -> None:
         """As the reference."""
         mean, var = moments or (None, None)
-        bias = None if bias is None else bias.contiguous()
-        whole_vectors = weight.shape[0] % 16 == 0 or len(space.size) == 3
-        if x.dtype != torch.float32 or (whole_vectors and not is_pointwise(weight)):
-            super().convolve(x, affine, weight, bias, dilation, space, out, moments)
-        elif is_pointwise(weight):
-            flat = weight.flatten(1).contiguous()
+        affine, bias = conv.affine, None if conv.bias is None else conv.bias.contiguous()
+        if x.dtype != torch.float32 or (not conv.pointwise and _fills_vectors(conv)):
+            super().convolve(x, conv, out, moments)
+        elif conv.pointwise:
+            flat = conv.weight.flatten(1).contiguous()
             self._ops.pointwise(x, affine.scale, affine.shift, flat, bias, False, out, mean, var)
         else:
             self._ops.spatial(
-                x, affine.scale, affine.shift, _by_tap(weight), bias,
-                _geometry(space, weight, dilation), out, mean, var,
+                x, affine.scale, affine.shift, _by_tap(conv.weight), bias, _geometry(conv), out,
+                mean, var,
             )  # fmt: skip
 
     def convolve_twice(
-        self,
-        x: Tensor,
-        affines: tuple[Affine, Affine],
-        weights: tuple[Tensor, Tensor],
-        biases: tuple[Tensor | None, Tensor | None],
-        dilations: tuple[int, int],
-        space: Space,
-        out: Tensor,
+        self, x: Tensor, first: Convolution, second: Convolution, out: Tensor
     ) -> None:
         """As the reference; the second norm goes into a 1x1 convolution's weight and bias."""
-        if x.dtype != torch.float32 or not is_pointwise(weights[0]):
-            super().convolve_twice(x, affines, weights, biases, dilations, space, out)
+        if x.dtype != torch.float32 or not first.pointwise:
+            super().convolve_twice(x, first, second, out)
             return
-        (first, second), (weight, following) = affines, weights
-        weight = weight.flatten(1) * second.scale[:, None]
-        bias = second.shift if biases[0] is None else second.shift + biases[0] * second.scale
-        between = x.new_empty(space.rows, weight.shape[0])
-        self._ops.pointwise(x, first.scale, first.shift, weight, bias, True, between, None, None)
-        if following.shape[0] % 16 == 0 or len(space.size) == 3:
-            new = convolve(between, following, biases[1], dilations[1], space)
-            self.place(new, out, None)
-        else:  # what is not below zero stays so
-            ones, zeros = torch.ones_like(second.scale), torch.zeros_like(second.scale)
+        scale, shift = second.affine.scale, second.affine.shift
+        weight = (first.weight.flatten(1) * scale[:, None]).contiguous()
+        bias = shift if first.bias is None else shift + first.bias * scale
+        between = x.new_empty(x.shape[0], weight.shape[0])
+        self._ops.pointwise(
+            x, first.affine.scale, first.affine.shift, weight, bias, True, between, None, None
+        )
+        if second.pointwise or _fills_vectors(second):
+            self.place(convolve(between, second), out, None)
+        else:  # its kernel norms what it reads: what is not below zero stays as it is
+            ones, zeros = torch.ones_like(scale), torch.zeros_like(scale)
             as_it_is = Affine(ones, zeros, zeros, ones, False)
-            self.convolve(between, as_it_is, following, biases[1], dilations[1], space, out, None)
+            self.convolve(between, second._replace(affine=as_it_is), out, None)
 
     def convolve_backward(
-        self,
-        grad: Tensor | Pending,
-        x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
-        needs_weight: bool,
+        self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool
     ) -> tuple[Tensor | None, NormGradient, Pending]:
         """As the reference."""
         if x.dtype == torch.float64:
-            return super().convolve_backward(grad, x, affine, weight, dilation, space, needs_weight)
+            return super().convolve_backward(grad, x, conv, needs_weight)
         g = x.new_empty(x.shape)
-        grad_weight, norm = self._convolve_backward(
-            grad, x, affine, weight, dilation, space, needs_weight, g, None, False
-        )
-        return grad_weight, norm, input_gradient(g, x, affine, norm)
+        grad_weight, norm = self._back(grad, x, conv, needs_weight, g, None, False)
+        return grad_weight, norm, input_gradient(g, x, conv.affine, norm)
 
     def convolve_backward_add(
         self,
         grad: Tensor | Pending,
         x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
+        conv: Convolution,
         needs_weight: bool,
         total: Tensor,
         base: Tensor | None,
@@ -160,60 +133,44 @@ class CpuKernels(Kernels):
         """As the reference."""
         if x.dtype == torch.float64:
             return super().convolve_backward_add(
-                grad, x, affine, weight, dilation, space, needs_weight, total, base, mean_terms
+                grad, x, conv, needs_weight, total, base, mean_terms
             )
-        grad_weight, norm = self._convolve_backward(
-            grad, x, affine, weight, dilation, space, needs_weight, total, base, True
-        )
-        add_mean_terms(affine, norm, x.shape[0], mean_terms)
+        grad_weight, norm = self._back(grad, x, conv, needs_weight, total, base, True)
+        add_mean_terms(conv.affine, norm, x.shape[0], mean_terms)
         return grad_weight, norm
 
-    def _convolve_backward(
+    def _back(
         self,
         grad: Tensor | Pending,
         x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
+        conv: Convolution,
         needs_weight: bool,
         out: Tensor,
         base: Tensor | None,
         accumulate: bool,
     ) -> tuple[Tensor | None, NormGradient]:
         norm = NormGradient(*_vectors(2, x))
+        affine, weight = conv.affine, conv.weight
         if x.dtype == torch.float32:
-            if not is_pointwise(weight) or isinstance(grad, Tensor):
+            if not conv.pointwise or isinstance(grad, Tensor):
                 grad = Pending(self.form(grad), x, None, None, None, None)
             by_tap = _by_tap(weight)
             grad_by_tap = torch.empty_like(by_tap) if needs_weight else None
-            geometry = _geometry(space, weight, dilation)
             self._ops.convolve_backward(
                 grad.g, grad.x, grad.scale, grad.mean, grad.a, grad.b, x, affine.scale,
-                affine.shift, affine.mean, affine.rstd, by_tap, geometry, base, out, accumulate,
-                grad_by_tap, *norm,
+                affine.shift, affine.mean, affine.rstd, by_tap, _geometry(conv), base, out,
+                accumulate, grad_by_tap, *norm,
             )  # fmt: skip
-            grad_weight = None
-            if grad_by_tap is not None:
-                taps = grad_by_tap.view(prod(weight.shape[2:]), *weight.shape[:2])
-                grad_weight = taps.permute(1, 2, 0).reshape(weight.shape)
-            return grad_weight, norm
+            if grad_by_tap is None:
+                return None, norm
+            taps = grad_by_tap.view(prod(weight.shape[2:]), *weight.shape[:2])
+            return taps.permute(1, 2, 0).reshape(weight.shape), norm
         act = self.norm_relu(x, affine)
-        g, grad_weight = convolve_backward(
-            self.form(grad), act, weight, dilation, space, needs_weight
-        )
+        g, grad_weight = convolve_backward(self.form(grad), act, conv, needs_weight)
         self._ops.norm_relu_backward(
-            g.contiguous(),
-            act,
-            x,
-            affine.scale,
-            affine.mean,
-            affine.rstd,
-            base,
-            out,
-            accumulate,
+            g.contiguous(), act, x, affine.scale, affine.mean, affine.rstd, base, out, accumulate,
             *norm,
-        )
+        )  # fmt: skip
         return grad_weight, norm
 
     def pool(
@@ -273,8 +230,13 @@ def _by_tap(weight: Tensor) -> Tensor:
     return weight.flatten(2).permute(2, 0, 1).flatten(0, 1).contiguous()
 
 
-def _geometry(space: Space, weight: Tensor, dilation: int) -> list[int]:
-    return _three(space.size) + _three(weight.shape[2:]) + [dilation]
+def _fills_vectors(conv: Convolution) -> bool:
+    """Whether oneDNN's convolution is the faster one, and the only one along three axes."""
+    return conv.weight.shape[0] % 16 == 0 or len(conv.space.size) == 3
+
+
+def _geometry(conv: Convolution) -> list[int]:
+    return _three(conv.space.size) + _three(conv.weight.shape[2:]) + [conv.dilation]
 
 
 def _windows(pooling: Pooling, space: Space) -> list[int]:

@@ -50,6 +50,24 @@ class Affine(NamedTuple):
     training: bool
 
 
+class Convolution(NamedTuple):
+    """What makes conv(relu(x * scale + shift)) + bias of an x; it keeps the size of the maps.
+
+    weight [O, C, *kernel] and bias [O] or None are of the dtype of the maps, which `space` is of.
+    """
+
+    affine: Affine
+    weight: Tensor
+    bias: Tensor | None
+    dilation: int
+    space: Space
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether its kernel sees one place only."""
+        return is_pointwise(self.weight)
+
+
 class Pending(NamedTuple):
     """A gradient that its reader forms as it reads: g * scale - a - (x - mean) * b.
 
@@ -138,68 +156,41 @@ class Kernels:
         return torch.addcmul(affine.shift, x, affine.scale).relu_().to(x.dtype)
 
     def convolve(
-        self,
-        x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        bias: Tensor | None,
-        dilation: int,
-        space: Space,
-        out: Tensor,
-        moments: tuple[Tensor, Tensor] | None,
+        self, x: Tensor, conv: Convolution, out: Tensor, moments: tuple[Tensor, Tensor] | None
     ) -> None:
-        """conv(relu(x * scale + shift)) + bias, [rows, C] to `out` [rows, O].
+        """The convolution of x [rows, C], to `out` [rows, O].
 
         `moments`, if given, become mean and biased variance of the columns of `out`.
         """
-        self.place(convolve(self.norm_relu(x, affine), weight, bias, dilation, space), out, moments)
+        self.place(convolve(self.norm_relu(x, conv.affine), conv), out, moments)
 
     def convolve_twice(
-        self,
-        x: Tensor,
-        affines: tuple[Affine, Affine],
-        weights: tuple[Tensor, Tensor],
-        biases: tuple[Tensor | None, Tensor | None],
-        dilations: tuple[int, int],
-        space: Space,
-        out: Tensor,
+        self, x: Tensor, first: Convolution, second: Convolution, out: Tensor
     ) -> None:
         """`convolve` and again, where nobody asks for what lies between: a bottleneck's inference.
 
         Then the second norm's vectors, which are known before, may go into the first convolution.
         """
-        between = x.new_empty(space.rows, weights[0].shape[0])
-        for source, target, i in ((x, between, 0), (between, out, 1)):
-            self.convolve(
-                source, affines[i], weights[i], biases[i], dilations[i], space, target, None
-            )
+        between = x.new_empty(x.shape[0], first.weight.shape[0])
+        self.convolve(x, first, between, None)
+        self.convolve(between, second, out, None)
 
     def convolve_backward(
-        self,
-        grad: Tensor | Pending,
-        x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
-        needs_weight: bool,
+        self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool
     ) -> tuple[Tensor | None, NormGradient, Pending]:
         """Back through `convolve`, where nobody else reads x.
 
         Returns:
             Gradients of the weight, of the norm's parameters, and of x.
         """
-        grad_weight, norm, g = self._masked(grad, x, affine, weight, dilation, space, needs_weight)
-        return grad_weight, norm, input_gradient(g, x, affine, norm)
+        grad_weight, norm, g = self._masked(grad, x, conv, needs_weight)
+        return grad_weight, norm, input_gradient(g, x, conv.affine, norm)
 
     def convolve_backward_add(
         self,
         grad: Tensor | Pending,
         x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
+        conv: Convolution,
         needs_weight: bool,
         total: Tensor,
         base: Tensor | None,
@@ -211,27 +202,18 @@ class Kernels:
         first writer stores, so that nobody has to clear it. If the norm takes its statistics from
         the batch, adds its a and b (see `densely.fused.block`) to `mean_terms`, two vectors [C].
         """
-        grad_weight, norm, g = self._masked(grad, x, affine, weight, dilation, space, needs_weight)
-        torch.addcmul(total if base is None else base, g, affine.scale, out=total)
-        add_mean_terms(affine, norm, x.shape[0], mean_terms)
+        grad_weight, norm, g = self._masked(grad, x, conv, needs_weight)
+        torch.addcmul(total if base is None else base, g, conv.affine.scale, out=total)
+        add_mean_terms(conv.affine, norm, x.shape[0], mean_terms)
         return grad_weight, norm
 
     def _masked(
-        self,
-        grad: Tensor | Pending,
-        x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
-        needs_weight: bool,
+        self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool
     ) -> tuple[Tensor | None, NormGradient, Tensor]:
         """Back through a convolution up to its norm's output: the last is that gradient, masked."""
-        act = self.norm_relu(x, affine)
-        g, grad_weight = convolve_backward(
-            self.form(grad), act, weight, dilation, space, needs_weight
-        )
-        norm, g = self.norm_relu_backward(g, act, x, affine)
+        act = self.norm_relu(x, conv.affine)
+        g, grad_weight = convolve_backward(self.form(grad), act, conv, needs_weight)
+        norm, g = self.norm_relu_backward(g, act, x, conv.affine)
         return grad_weight, norm, g
 
     def norm_relu_backward(
@@ -315,32 +297,34 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, space: Space) -> Tensor:
-    """Convolution that keeps the size, [rows, C] to [rows, O], through PyTorch."""
-    if is_pointwise(weight):
-        flat = weight.flatten(1).t()
-        return torch.mm(x, flat) if bias is None else torch.addmm(bias, x, flat)
-    maps, weight = two_dimensional(space.maps(x), weight)
-    padding = same_padding(weight, dilation)
-    return space.matrix(_CONV[maps.dim() - 2](maps, weight, bias, 1, padding, dilation))
+def convolve(act: Tensor, conv: Convolution) -> Tensor:
+    """The convolution itself, [rows, C] to [rows, O], through PyTorch."""
+    if conv.pointwise:
+        flat = conv.weight.flatten(1).t()
+        return torch.mm(act, flat) if conv.bias is None else torch.addmm(conv.bias, act, flat)
+    maps, weight = two_dimensional(conv.space.maps(act), conv.weight)
+    padding = same_padding(weight, conv.dilation)
+    new = _CONV[maps.dim() - 2](maps, weight, conv.bias, 1, padding, conv.dilation)
+    return conv.space.matrix(new)
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, space: Space, needs_weight: bool
+    grad: Tensor, act: Tensor, conv: Convolution, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the weight, in their dtypes."""
-    if is_pointwise(weight):
+    """Gradients of `convolve`'s input and weight, in their dtypes."""
+    weight, space = conv.weight, conv.space
+    if conv.pointwise:
         flat = weight.flatten(1)
-        grad_weight = torch.mm(grad.t(), x).view_as(weight) if needs_weight else None
+        grad_weight = torch.mm(grad.t(), act).view_as(weight) if needs_weight else None
         return torch.mm(grad, flat), grad_weight
-    maps, kernel = two_dimensional(space.maps(x), weight)
+    maps, kernel = two_dimensional(space.maps(act), weight)
     grads, _ = two_dimensional(space.maps(grad.contiguous()), weight)
     d = maps.dim() - 2
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grads, maps, kernel, None, [1] * d, same_padding(kernel, dilation), [dilation] * d,
-        False, [0] * d, 1, [True, needs_weight, False],
+    grad_act, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grads, maps, kernel, None, [1] * d, same_padding(kernel, conv.dilation),
+        [conv.dilation] * d, False, [0] * d, 1, [True, needs_weight, False],
     )  # fmt: skip
-    return space.matrix(grad_x), grad_weight.view_as(weight) if needs_weight else None
+    return space.matrix(grad_act), grad_weight.view_as(weight) if needs_weight else None
 
 
 def is_pointwise(weight: Tensor) -> bool:

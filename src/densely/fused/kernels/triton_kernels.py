@@ -20,13 +20,13 @@ from densely.fused.kernels import (
 )
 from densely.fused.kernels.reference import (
     Affine,
+    Convolution,
     Kernels,
     NormGradient,
     Pending,
     Pooling,
     Space,
     convolve_backward,
-    is_pointwise,
 )
 
 
@@ -72,47 +72,32 @@ class TritonKernels(Kernels):
         return out
 
     def convolve(
-        self,
-        x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        bias: Tensor | None,
-        dilation: int,
-        space: Space,
-        out: Tensor,
-        moments: tuple[Tensor, Tensor] | None,
+        self, x: Tensor, conv: Convolution, out: Tensor, moments: tuple[Tensor, Tensor] | None
     ) -> None:
         """As the reference."""
-        if not _has_product(x, weight):
-            super().convolve(x, affine, weight, bias, dilation, space, out, moments)
+        if not _has_product(x, conv):
+            super().convolve(x, conv, out, moments)
             return
-        bias = None if bias is None else bias.contiguous()
-        wanted = moments is not None
-        if is_pointwise(weight):
-            taken = triton_pointwise.forward(x, affine, weight.flatten(1), bias, out, wanted)
+        bias = None if conv.bias is None else conv.bias.contiguous()
+        ending = (bias, out, moments is not None)
+        if conv.pointwise:
+            taken = triton_pointwise.forward(x, conv.affine, conv.weight.flatten(1), *ending)
         else:
-            planar, place = _planar(weight, space)
-            taken = triton_spatial.forward(x, affine, planar, bias, dilation, place, out, wanted)
+            weight, space = _planar(conv)
+            taken = triton_spatial.forward(
+                x, conv.affine, weight, bias, conv.dilation, space, *ending[1:]
+            )
         if moments is not None and taken is not None:
             triton_vectors.finish_moments(*taken, x.shape[0], *moments)
 
     def convolve_backward(
-        self,
-        grad: Tensor | Pending,
-        x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
-        needs_weight: bool,
+        self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool
     ) -> tuple[Tensor | None, NormGradient, Pending]:
         """As the reference."""
         if x.dtype == torch.float64:
-            return super().convolve_backward(grad, x, affine, weight, dilation, space, needs_weight)
-        g = x.new_empty(x.shape)
-        grad_weight, partials = self._back(
-            grad, x, affine, weight, dilation, space, needs_weight, g, None, False
-        )
+            return super().convolve_backward(grad, x, conv, needs_weight)
+        g, affine = x.new_empty(x.shape), conv.affine
+        grad_weight, partials = self._back(grad, x, conv, needs_weight, g, None, False)
         norm, terms = triton_vectors.finish_norm(partials, affine, x.shape[0])
         mean, a, b = (affine.mean, *terms) if terms is not None else (None, None, None)
         return grad_weight, norm, Pending(g, x, affine.scale, mean, a, b)
@@ -121,10 +106,7 @@ class TritonKernels(Kernels):
         self,
         grad: Tensor | Pending,
         x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
+        conv: Convolution,
         needs_weight: bool,
         total: Tensor,
         base: Tensor | None,
@@ -133,46 +115,40 @@ class TritonKernels(Kernels):
         """As the reference."""
         if x.dtype == torch.float64:
             return super().convolve_backward_add(
-                grad, x, affine, weight, dilation, space, needs_weight, total, base, mean_terms
+                grad, x, conv, needs_weight, total, base, mean_terms
             )
-        grad_weight, partials = self._back(
-            grad, x, affine, weight, dilation, space, needs_weight, total, base, True
-        )
-        norm, _ = triton_vectors.finish_norm(partials, affine, x.shape[0], mean_terms)
+        grad_weight, partials = self._back(grad, x, conv, needs_weight, total, base, True)
+        norm, _ = triton_vectors.finish_norm(partials, conv.affine, x.shape[0], mean_terms)
         return grad_weight, norm
 
     def _back(
         self,
         grad: Tensor | Pending,
         x: Tensor,
-        affine: Affine,
-        weight: Tensor,
-        dilation: int,
-        space: Space,
+        conv: Convolution,
         needs_weight: bool,
         total: Tensor,
         base: Tensor | None,
         add_scaled: bool,
     ) -> tuple[Tensor | None, Tensor]:
         """Gradient of the weight, and parts of the norm's sums; what reaches x to `total`."""
-        ending = (needs_weight, total, base, add_scaled)
-        if not _has_product(x, weight):
+        affine, shape = conv.affine, conv.weight.shape
+        ending = (total, base, add_scaled)
+        if not _has_product(x, conv):
             act = self.norm_relu(x, affine)
-            g, grad_weight = convolve_backward(
-                self.form(grad), act, weight, dilation, space, needs_weight
-            )
-            partials = triton_elementwise.norm_relu_backward(g, x, affine, *ending[1:])
-            return grad_weight, partials
-        if is_pointwise(weight):
+            g, grad_weight = convolve_backward(self.form(grad), act, conv, needs_weight)
+            return grad_weight, triton_elementwise.norm_relu_backward(g, x, affine, *ending)
+        if conv.pointwise:
             grad_weight, partials = triton_pointwise.backward(
-                grad, x, affine, weight.flatten(1), *ending
+                grad, x, affine, conv.weight.flatten(1), needs_weight, *ending
             )
         else:
-            planar, place = _planar(weight, space)
+            weight, space = _planar(conv)
+            formed = self.form(grad).contiguous()
             grad_weight, partials = triton_spatial.backward(
-                self.form(grad).contiguous(), x, affine, planar, dilation, place, *ending
+                formed, x, affine, weight, conv.dilation, space, needs_weight, *ending
             )
-        return None if grad_weight is None else grad_weight.view(weight.shape), partials
+        return None if grad_weight is None else grad_weight.view(shape), partials
 
     def pool(
         self, x: Tensor, affine: Affine, pooling: Pooling, space: Space
@@ -215,13 +191,13 @@ class TritonKernels(Kernels):
         return out
 
 
-def _has_product(x: Tensor, weight: Tensor) -> bool:
+def _has_product(x: Tensor, conv: Convolution) -> bool:
     """Whether there is a kernel for this convolution."""
-    return x.dtype != torch.float64 and (is_pointwise(weight) or weight.dim() <= 4)
+    return x.dtype != torch.float64 and (conv.pointwise or conv.weight.dim() <= 4)
 
 
-def _planar(weight: Tensor, space: Space) -> tuple[Tensor, Space]:
+def _planar(conv: Convolution) -> tuple[Tensor, Space]:
     """Along two axes: a signal is an image one pixel high."""
-    if weight.dim() == 3:
-        return weight.unsqueeze(2), Space(space.batch, (1, *space.size))
-    return weight, space
+    if conv.weight.dim() == 3:
+        return conv.weight.unsqueeze(2), Space(conv.space.batch, (1, *conv.space.size))
+    return conv.weight, conv.space

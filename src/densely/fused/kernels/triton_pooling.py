@@ -254,7 +254,7 @@ def _pool(
     tl.store(out + at, best.to(out.dtype.element_ty), mask=exists & inside)
     if LARGEST:
         at = r.to(tl.int64) * (columns * UNIT) + c
-        which = tl.where(best > 0, which, 255)
+        which = tl.where(best <= 0, 255, which)  # NaN keeps its place
         tl.store(choice + at, which.to(tl.uint8), mask=exists & inside)
 
 

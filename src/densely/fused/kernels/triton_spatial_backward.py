@@ -27,6 +27,7 @@ from densely.fused.kernels.triton_tiles import (
     masked_back,
     normalised,
     precision,
+    shared_memory,
     splits_for,
     window_of,
 )
@@ -52,7 +53,8 @@ def _input_launch(x: Tensor, outputs: int, window: Window, add_scaled: bool) -> 
     if x.dtype == torch.float32:
         return _Launch(32, 64, min(width, 32), 4, 2, window.kw if window.kw <= 3 else 1)
     narrow, small = x.shape[1] <= 64, window.kh in (1, 3) and window.kw <= 3
-    if width == 32 and small and not narrow and not add_scaled:
+    roomy = shared_memory(x.device) > 200_000  # 188 KB of weights and tiles: Hopper has them
+    if width == 32 and small and roomy and not narrow and not add_scaled:
         return _Launch(32, 128, 32, 8, 3, window.kw, 1)
     together = window.kw if window.kw * min(width, 64) <= 256 else 1
     if width <= 32:

@@ -11,6 +11,7 @@ whether an integer divides by 16, so strides come in units: `stride // unit`, wi
 # Kernels are written in Triton's language, which has no types that mypy could follow.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -165,8 +166,14 @@ def arriving(grad: Tensor | Pending) -> Arriving:
 
 
 def precision(x: Tensor) -> str:
-    """How a product of float32 is made; the others have one way only."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How a product of float32 is made; the others have one way only.
+
+    These products stand for convolutions and are none of cuDNN's: both settings must allow tf32.
+    """
+    if x.dtype != torch.float32:
+        return "ieee"
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    return "tf32" if all(s.fp32_precision == "tf32" for s in settings) else "ieee"
 
 
 def exact(x: Tensor) -> bool:
@@ -181,6 +188,15 @@ def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options:
             kernel[grid](*args, **options)
     else:
         kernel[grid](*args, **options)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return 232_448
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def splits_for(tiles: int, columns_of_programs: int, programs: int) -> int:

@@ -96,14 +96,4 @@ inline void in_chunks(int64_t items, int64_t chunks, const F& f) {
   });
 }
 
-// out[i] = the sum of parts[chunk][i], in order.
-template <class T, class Out>
-inline void add_parts(const std::vector<std::vector<T>>& parts, Out* out, int64_t size) {
-  for (int64_t i = 0; i < size; i++) {
-    T sum = 0;
-    for (const auto& part : parts) sum += part[i];
-    out[i] = static_cast<Out>(sum);
-  }
-}
-
 }  // namespace densely
