@@ -2,15 +2,24 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from densely.cache import cache_folder
 
 REAL_DATA = os.environ.get("DENSELY_DATA")
 # Compiled once for all tests, in the cache folder of the user, and not in that of each test.
 os.environ.setdefault("DENSELY_KERNELS", str(cache_folder() / "kernels"))
+
+# Triton decides when it is imported whether its own functions run in its interpreter, and any
+# module may import it first. Where there is no GPU its kernels are tested there.
+if find_spec("triton") is not None and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +35,6 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name not in ("fused", "models", "weights"):
         yield
         return
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
