@@ -179,6 +179,10 @@ def trainings(
             yield row
 
 
+def _without_paths(word: str) -> str:
+    return "FOLDER" if "/" in word else word
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -204,7 +208,8 @@ def main() -> None:
     path = given.output / f"equality-{name}-{runtime.device.type}.json"
     kernels = "cpu" if runtime.device.type == "cpu" else "triton"
     result: dict[str, Any] = {
-        "command": "python benchmarks/bench_equality.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/bench_equality.py "
+        + " ".join(map(_without_paths, sys.argv[1:])),
         "environment": environment(runtime) | {"command": None},
         "kernels": kernels,
         "settings": {

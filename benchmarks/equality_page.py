@@ -51,7 +51,7 @@ def distances(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = [
             f"{row['distance'][part]['fused']:.1e} / {row['distance'][part]['plain']:.1e} "
-            f"({row['ratio'][part]:.2f}x)"
+            f"({row['ratio'][part]:.2g}x)"
             for part in parts
         ]
         lines.append(f"| {row['net']} | {row['dtype']} | " + " | ".join(cells) + " |")
@@ -130,7 +130,8 @@ def draw(
         for run in ("fused", "plain, other order"):
             if (seed, run) not in losses:
                 continue
-            apart = [abs(a - b) for a, b in zip(losses[seed, run], plain, strict=True)]
+            pairs = zip(losses[seed, run], plain, strict=True)
+            apart = [max(abs(a - b), 1e-6) for a, b in pairs]  # losses are kept to six places
             below.semilogy(apart, color=COLORS[run], linewidth=1, label=f"{run} to plain")
         above.set_title(f"{net}, seed {seed}", fontsize=10)
         below.set_xlabel("step")
