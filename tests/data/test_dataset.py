@@ -32,7 +32,7 @@ def test_parts_are_disjoint_complete_sorted_and_fair(
     assert second.tolist() == sorted(second.tolist())
     for label, count in enumerate(counts):
         fair = len(second) * count / len(labels)  # of as many as there are: share is rounded up
-        assert abs(int((labels[second] == label).sum()) - fair) <= 1
+        assert abs(int((labels[second] == label).sum()) - fair) < 1
 
 
 def test_an_int_is_the_number_in_the_second_part() -> None:

@@ -38,6 +38,7 @@ from densely.fused.kernels.reference import (
     Pending,
     Space,
     accumulation_dtype,
+    two_vectors,
 )
 from densely.fused.packing import PackedStep, pack, unpack
 from densely.fused.second_order import gradients_with_gradients
@@ -160,7 +161,7 @@ def dense_block_forward(
         if not keep and not mean.numel() and len(layer) == 2 and not _drops(layer):
             first, second = (step.convolution(kernels, moments, space) for step in layer)
             kernels.convolve_twice(features, first, second, buffer[:, columns])
-            inner += [x.new_empty(0, layer[1].weight.shape[1]), *_vectors(x, 0)]
+            inner += [x.new_empty(0, layer[1].weight.shape[1]), *two_vectors(x, 0)]
             continue
         for step, following in zip(layer, [*layer[1:], None], strict=True):
             if following is None:
@@ -168,7 +169,7 @@ def dense_block_forward(
             else:
                 width = step.weight.shape[0]
                 out = x.new_empty(space.rows, width)
-                out_moments = _vectors(x, width if following.training else 0)
+                out_moments = two_vectors(x, width if following.training else 0)
                 inner += [out if keep else out.new_empty(0, width), *out_moments]
             wanted = out_moments if out_moments[0].numel() else None
             conv = step.convolution(kernels, moments, space)
@@ -195,7 +196,7 @@ def _(
         for step in later:
             width = step.weight.shape[1]
             inner.append(x.new_empty(space.rows if keep else 0, width))
-            inner += _vectors(x, width if step.training else 0)
+            inner += two_vectors(x, width if step.training else 0)
     return [space.maps(buffer), mean, var, *inner]
 
 
@@ -333,12 +334,7 @@ def _allocate(
     """The buffer of a block and the statistics of its channels, as yet without values."""
     channels = x.shape[1] + sum(layer[-1].weight.shape[0] for layer in layers)
     trained = any(step.training for layer in layers for step in layer)
-    return x.new_empty(space.rows, channels), *_vectors(x, channels if trained else 0)
-
-
-def _vectors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(x)
-    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
+    return x.new_empty(space.rows, channels), *two_vectors(x, channels if trained else 0)
 
 
 def _first_needed(layers: list[list[PackedStep]], needed: Sequence[bool]) -> int:

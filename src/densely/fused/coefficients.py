@@ -20,10 +20,9 @@ def parameters(norm: Norm, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 def like(gradient: Tensor, parameter: Tensor) -> Tensor:
     """The gradient in the parameter's dtype and memory order, as compilers are told it has."""
-    wanted = torch.empty_like(parameter)
-    if gradient.dtype == wanted.dtype and gradient.stride() == wanted.stride():
+    if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
         return gradient
-    return wanted.copy_(gradient)
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def update_running_statistics(norms: Iterable[tuple[Norm, Tensor, Tensor]], rows: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from densely.fused import plain
 from densely.fused.coefficients import like, parameters, update_running_statistics
 from densely.fused.kernels import chosen
-from densely.fused.kernels.reference import Pooling, Space, accumulation_dtype
+from densely.fused.kernels.reference import Pooling, Space, two_vectors
 from densely.fused.second_order import gradients_with_gradients
 
 
@@ -128,7 +128,7 @@ def reader_forward(
     """Output; mean and var of x, if they are not among the arguments; what backward wants."""
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix = space.matrix(x)
-    taken = _vectors(x, 0 if statistics else x.shape[1])
+    taken = two_vectors(x, 0 if statistics else x.shape[1])
     if not statistics:
         kernels.moments(matrix, taken)
     weight, bias = norm
@@ -154,7 +154,7 @@ def _(
 ) -> list[Tensor]:
     space = Pooling(kind, tuple(step)).pooled(_space(x))  # type: ignore[arg-type]
     output = space.maps(x.new_empty(space.rows, conv[0].shape[0] if conv else x.shape[1]))
-    taken = _vectors(x, 0 if statistics else x.shape[1])
+    taken = two_vectors(x, 0 if statistics else x.shape[1])
     pooled = x.new_empty(space.rows, x.shape[1])
     choice = chosen(x).choice(pooled, Pooling(kind, tuple(step)))  # type: ignore[arg-type]
     return [output, *taken, choice]
@@ -245,8 +245,3 @@ def _differentiable_backward(
 
 def _space(x: Tensor) -> Space:
     return Space(x.shape[0], tuple(x.shape[2:]))
-
-
-def _vectors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(x)
-    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)

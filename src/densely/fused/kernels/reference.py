@@ -141,8 +141,8 @@ class Kernels:
 
     def column_sums(self, x: Tensor) -> Tensor:
         """Sum of each column, of the accumulation dtype."""
-        mean = x.new_empty(x.shape[1], dtype=accumulation_dtype(x))
-        self.moments(x, (mean, torch.empty_like(mean)))
+        mean, var = two_vectors(x, x.shape[1])
+        self.moments(x, (mean, var))
         return mean * x.shape[0]
 
     def place(self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
@@ -325,6 +325,12 @@ def convolve_backward(
         [conv.dilation] * d, False, [0] * d, 1, [True, needs_weight, False],
     )  # fmt: skip
     return space.matrix(grad_act), grad_weight.view_as(weight) if needs_weight else None
+
+
+def two_vectors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Room for a mean and a variance of `size` channels of maps like x."""
+    dtype = accumulation_dtype(x)
+    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
 
 
 def is_pointwise(weight: Tensor) -> bool:
