@@ -262,6 +262,7 @@ and float16 has not run on one."""
 def bench() -> str:
     result = read("bench-cpu.json")
     tables = [bench_table(comparison) for comparison in result["comparisons"]]
+    compiled = read("compiled/bench-cpu.json")
     depth = result["depth"]
     lines = [
         "| variant | "
@@ -285,6 +286,11 @@ is what autograd saves for the backward pass, "peak" what a fresh process adds i
 network and images. Freed memory is kept in the process for all variants alike.
 
 {every_table}
+
+With the compiled peer, in a run of its own (`{compiled["command"]}`, commit
+{compiled["environment"]["commit"]}):
+
+{bench_table(compiled["comparisons"][0])}
 
 ![bars](../benchmarks/results/bench-cpu.png)
 
