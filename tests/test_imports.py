@@ -19,6 +19,7 @@ LAYERS = [
     {"training"},
     {"bench"},
     {"evaluation", "doctor"},
+    {"comparison"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import densely
+from densely.cli.comparing import compare
 from densely.cli.judging import evaluate, predict
 from densely.cli.machine import bench, doctor
 from densely.cli.networks import convert, models
@@ -84,6 +85,7 @@ _COMMANDS: dict[str, Callable[[Parser, list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "compare": compare,
     "convert": convert,
     "models": models,
     "bench": bench,

@@ -68,5 +68,7 @@ def add_fields(
 def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
+    if get_origin(hint) is dict:
+        return "{NAME: VALUE}"
     kinds = set(get_args(hint)) or {hint}
     return "N" if int in kinds else "X" if float in kinds else "TEXT"

@@ -38,7 +38,7 @@ class Classifier:
     """A network, its classes and its preprocessing, placed on a device; made by `densely.load`."""
 
     def __init__(self, model: torch.nn.Module, info: ModelInfo, runtime: Runtime) -> None:
-        self.model = runtime.place(model)
+        self.model, self.info = runtime.place(model), info
         self.classes, self.preprocessing = info.classes, info.preprocessing
         self.runtime = runtime
 

@@ -248,18 +248,28 @@ def model_facts(name: str) -> ModelFacts:
         ConfigError: an unknown name; the nearest ones are named.
     """
     chosen = preset(name)
-    with torch.device("meta"), torch.no_grad():
-        model = chosen.build().eval()
-        restore(model)  # fused operators do not tell the counter what they multiply
-        shape = (int(model.in_channels), chosen.image_size, chosen.image_size)  # type: ignore[arg-type]
-        counter = FlopCounterMode(display=False)
-        with counter:
-            model(torch.empty(1, *shape))
+    with torch.device("meta"):
+        model = chosen.build()
+    shape = (int(model.in_channels), chosen.image_size, chosen.image_size)  # type: ignore[arg-type]
     return ModelFacts(
         name,
         sum(p.numel() for p in model.parameters()),
-        counter.get_total_flops() // 2,
+        count_macs(model, shape),
         shape,
         int(model.min_image_size),  # type: ignore[arg-type]
         chosen.task,
     )
+
+
+def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Multiplications with addition of one input's forward pass.
+
+    Args:
+        model: on the meta device, which counts without computing; it is left on its plain path.
+        input_shape: channels and size.
+    """
+    restore(model.eval())  # fused operators do not tell the counter what they multiply
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(torch.empty(1, *input_shape, device="meta"))
+    return counter.get_total_flops() // 2

@@ -34,8 +34,8 @@ from densely.models import build_model
 class ModelInfo:
     """What a file of weights holds: the network's name, its classes, and its preprocessing.
 
-    `options` are further arguments of the network, where it was started from weights that want
-    them.
+    `options` are further arguments of the network: those that a run was given, and those that
+    weights want which it was started from.
     """
 
     model: str

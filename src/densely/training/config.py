@@ -42,6 +42,14 @@ class TrainConfig:
 
     recipe: str = _option("quickstart", _SOURCE, "the recipe that gave all values not set by hand")
     model: str = _option("densenet_bc_22_12", _WHAT, "network, such as d2l or densenet121")
+    options: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "group": _WHAT,
+            "help": "further arguments of the network, such as {transition_pool: max}; one of them "
+            "by --options.transition_pool max",
+        },
+    )
     weights: str | None = _option(
         None,
         _WHAT,
@@ -206,7 +214,7 @@ def _type_faults(config: TrainConfig) -> list[str]:
             if value not in get_args(hint):
                 faults.append(f"{name}={value!r}: must be one of {', '.join(get_args(hint))}")
             continue
-        allowed = get_args(hint) or (hint,)
+        allowed = (dict,) if get_origin(hint) is dict else get_args(hint) or (hint,)
         if float in allowed and type(value) in (int, str):
             # `lr: 1` means 1.0, and `lr: 1e-3` is a text to YAML 1.1, which wants a dot.
             with contextlib.suppress(ValueError, OverflowError):

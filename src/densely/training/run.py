@@ -112,7 +112,9 @@ class RunDirectory:
             config = TrainConfig.from_values(values)
         except DenselyError as error:
             raise RunError(f"{path}: {error}") from error
-        if missing := [field.name for field in fields(config) if field.name not in values]:
+        # Fields that came after runs had been written; these had the default.
+        late = {"options"}
+        if missing := [f.name for f in fields(config) if f.name not in {*values, *late}]:
             raise RunError(f"{path}: damaged: {', '.join(missing)} missing")
         return config
 

@@ -1,12 +1,13 @@
 """What a run starts from: a network with fresh weights, published ones, or those of a file."""
 
 import dataclasses
+from typing import cast
 
 from torch import nn
 
 from densely.data import ImageSet, Preprocessing
 from densely.errors import ConfigError
-from densely.models.registry import preset
+from densely.models.registry import ModelOptions, preset
 from densely.training.checkpoint import ModelInfo
 from densely.training.config import TrainConfig
 from densely.weights.create import published, start_model
@@ -44,6 +45,7 @@ def begin(
             num_classes=len(train_set.classes),
             in_channels=channels,
             image_size=size,
+            **cast(ModelOptions, config.options),
         )
     if not config.normalize:
         preprocessing = Preprocessing.identity(size, channels)
@@ -52,7 +54,7 @@ def begin(
         preprocessing = dataclasses.replace(start.preprocessing, crop=None)
     else:
         preprocessing = Preprocessing.standardizing(train_set, size)
-    info = ModelInfo(config.model, train_set.classes, preprocessing)
+    info = ModelInfo(config.model, train_set.classes, preprocessing, config.options)
     if start is None:
         return info, info.build(), None
     return dataclasses.replace(info, options=dict(start.options)), start.model, start.report

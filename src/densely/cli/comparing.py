@@ -1,0 +1,201 @@
+"""`densely compare`."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from densely.cli.parser import Parser, add_fields
+from densely.cli.training import add_voices, reporter_of
+from densely.comparison.config import COMPARISONS, CompareConfig, read_variant
+from densely.errors import ConfigError, unknown_name
+from densely.training.config import RECIPES, TrainConfig
+
+if TYPE_CHECKING:
+    from densely.comparison.compare import Comparison
+    from densely.training.reporting import Reporter
+
+
+def compare(parser: Parser, arguments: list[str]) -> None:
+    """Hold networks side by side on the same data: accuracy over seeds, tests, speed, memory.
+
+    `densely compare RUN RUN...` judges trained runs on the same images. Without runs it trains
+    variants of one configuration with the same seeds and budget, and then judges them:
+
+    `densely compare --recipe average-or-max` settles a claim of the chapter at full size;
+    `densely compare --recipe average-or-max --image-size 48 --limit 12000 --epochs 8` a cut of it;
+    `densely compare --data FOLDER --variant "small: {model: densenet_bc_22_12}"
+    --variant "large: {model: densenet121}"` anything else.
+
+    It leaves runs/compare-NAME-NNN with comparison.png, README.md (tables), comparison.json and
+    all runs. A stopped comparison goes on with --resume.
+    """
+    # What decides the defaults is read first, so that --help shows those that will hold.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--recipe", "--config", "--resume"):
+        first.add_argument(name)
+    try:
+        early, rest = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    if sum(value is not None for value in vars(early).values()) > 1:
+        raise ConfigError("--recipe, --config and --resume exclude each other")
+    base = _base(early)
+    train = base.train if isinstance(base, CompareConfig) else base
+
+    parser.add_argument("runs", type=str, nargs="*", metavar="RUN", help="run directories")
+    source = parser.add_argument_group("what to train and compare")
+    source.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"a comparison: {', '.join(COMPARISONS)}; or what variants begin with: "
+        f"{', '.join(RECIPES)}",
+    )
+    source.add_argument("--config", metavar="FILE", help="YAML with name, train, variants, seeds")
+    source.add_argument("--resume", metavar="FOLDER", help="go on with a stopped comparison")
+    source.add_argument(
+        "--variant",
+        action="append",
+        metavar="'NAME: {FIELD: VALUE}'",
+        help="fields that a variant changes; once for each variant",
+    )
+    source.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        default=base.seeds if isinstance(base, CompareConfig) else 3,
+        help="runs of each variant",
+    )
+    judged = parser.add_argument_group("which images runs are judged on")
+    judged.add_argument(
+        "--split",
+        type=Literal["train", "validation", "test"],
+        metavar="{train,validation,test}",
+        default="test",
+        help="part of the data",
+    )
+    add_fields(parser, train)
+    add_voices(parser)
+    chosen = parser.parse_args(rest)
+    if chosen.runs:
+        if chosen.variant or any(value is not None for value in vars(early).values()):
+            raise ConfigError("runs are compared as they are: leave --recipe and --variant out")
+        _judge(
+            [Path(run) for run in chosen.runs],
+            chosen,
+            Path(chosen.output),
+            None if chosen.data == train.data else chosen.data,
+        )
+        return
+
+    changed = {
+        field.name: getattr(chosen, field.name)
+        for field in dataclasses.fields(train)
+        if field.name != "recipe" and getattr(chosen, field.name) != getattr(train, field.name)
+    }
+    if early.resume is not None:
+        assert isinstance(base, CompareConfig)
+        if changed or chosen.variant or chosen.seeds != base.seeds:
+            raise ConfigError("--resume goes on with a comparison as it began: leave the rest out")
+        folder, config = Path(early.resume), base
+    else:
+        config = _config(base, train, changed, chosen)
+        from densely.comparison.training import create_folder
+
+        folder = create_folder(config, Path(chosen.output))
+    _train(folder, config, chosen)
+
+
+def _base(early: argparse.Namespace) -> CompareConfig | TrainConfig:
+    if early.resume is not None:
+        path = Path(early.resume) / "config.yaml"
+        if not path.is_file():
+            raise ConfigError(f"{early.resume}: no comparison (it has no config.yaml)")
+        return CompareConfig.read(path)
+    if early.config is not None:
+        return CompareConfig.read(Path(early.config))
+    if early.recipe is None:
+        return TrainConfig()
+    if early.recipe in COMPARISONS:
+        return COMPARISONS[early.recipe]
+    if early.recipe not in RECIPES:
+        raise ConfigError(unknown_name("recipe", early.recipe, [*COMPARISONS, *RECIPES]))
+    return RECIPES[early.recipe]
+
+
+def _config(
+    base: CompareConfig | TrainConfig, train: TrainConfig, changed: dict[str, Any], chosen: Any
+) -> CompareConfig:
+    shared = dataclasses.replace(train, **changed)
+    name = chosen.name or (base.name if isinstance(base, CompareConfig) else train.recipe)
+    variants = dict(map(read_variant, chosen.variant or []))
+    if not variants and isinstance(base, CompareConfig):
+        variants = base.variants
+    if not variants:
+        raise ConfigError(
+            "nothing to compare: name runs, --recipe with one of "
+            f"{', '.join(COMPARISONS)}, or variants (see densely compare --help)"
+        )
+    return CompareConfig(name=name, train=shared, variants=variants, seeds=chosen.seeds)
+
+
+def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
+    from densely.comparison.compare import compare
+    from densely.comparison.page import write_comparison
+    from densely.comparison.training import train_all
+    from densely.errors import Stopped
+
+    def reporter_for(title: str) -> "Reporter":
+        reporter = reporter_of(chosen.quiet, chosen.json)
+        reporter.note(title)
+        return reporter
+
+    try:
+        runs = train_all(folder, config, reporter_for)
+    except Stopped as stop:
+        raise Stopped(
+            f"stopped and saved; go on with: densely compare --resume {folder}", stop.exit_code
+        ) from stop
+    result = compare(
+        runs,
+        split=chosen.split,
+        title=config.name,
+        device=config.train.device,
+        precision=config.train.precision,
+        memory_format=config.train.memory_format,
+    )
+    _tell(result, write_comparison(result, folder), chosen)
+
+
+def _judge(runs: list[Path], chosen: Any, output: Path, data: str | None) -> None:
+    from densely.comparison.compare import compare
+    from densely.comparison.page import write_comparison
+    from densely.comparison.training import new_folder
+
+    result = compare(
+        runs,
+        data,
+        split=chosen.split,
+        data_dir=chosen.data_dir,
+        title=chosen.name or "runs",
+        device=chosen.device,
+        precision=chosen.precision,
+        memory_format=chosen.memory_format,
+    )
+    _tell(result, write_comparison(result, new_folder(output, chosen.name or "runs")), chosen)
+
+
+def _tell(result: "Comparison", page: Path, chosen: Any) -> None:
+    from densely.comparison.page import sentence, table
+
+    if chosen.json:
+        print(json.dumps(result.to_dict()))
+    elif chosen.quiet:
+        print(page.parent)
+    else:
+        print(table(result))
+        for pair in result.pairs:
+            print(sentence(pair))
+        print(f"picture:   {page.parent / 'comparison.png'}")
+        print(f"tables:    {page}")

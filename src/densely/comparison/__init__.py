@@ -1,0 +1,1 @@
+"""Networks side by side: the same data, the same budget, several seeds."""

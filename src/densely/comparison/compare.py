@@ -1,0 +1,281 @@
+"""Runs side by side on the same images: accuracy over seeds, paired tests, cost, curves.
+
+Two networks that are right on as many images need not be right on the same ones. McNemar's test
+looks only at the images on which the two differ: if neither is better, each is as likely as the
+other to be the one that is right there, so their numbers follow a binomial of 1/2.
+
+Sources: McNemar, "Note on the sampling error of the difference between correlated proportions"
+(1947), in its exact form; Dietterich, "Approximate statistical tests for comparing supervised
+classification learning algorithms" (1998).
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from densely.environment import environment
+from densely.errors import ConfigError
+from densely.evaluation.classifier import Classifier, load
+from densely.evaluation.cost import costs
+from densely.evaluation.findings import Cost, Interval
+from densely.evaluation.judged import Split, judged_images
+from densely.runtime import MemoryFormat, Precision, keep_freed_memory
+from densely.training.run import EpochMetrics, RunDirectory
+from densely.training.scoring import logits_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Args:
+        name: of the variant, or of the run.
+        runs: directories.
+        accuracies: of each run.
+        accuracy: mean over the runs with Student's 95% interval; Wilson's for a single run.
+        train_images_per_s: median over all epochs of all runs, as they were measured then.
+        cost: of one of the runs, measured in turns with the other groups'.
+        curves: rows of `metrics.csv`, a list for each run.
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    accuracies: tuple[float, ...]
+    accuracy: Interval
+    train_images_per_s: float
+    cost: Cost
+    curves: tuple[tuple[EpochMetrics, ...], ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two groups against each other, run by run in the order given.
+
+    Args:
+        first: name of a group.
+        second: name of the other.
+        difference: mean accuracy of the first less that of the second, with the paired Student's
+            95% interval over the runs; None for groups of a single run or of different sizes.
+        only_first: images that only the first got right, of each pair of runs.
+        only_second: images that only the second got right.
+        p_values: McNemar's, of each pair of runs.
+    """
+
+    first: str
+    second: str
+    difference: Interval | None
+    only_first: tuple[int, ...]
+    only_second: tuple[int, ...]
+    p_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs, judged on the same images; `title` says of what.
+
+    `schedule` are the fields of training that all runs share and that say how long they learned.
+    """
+
+    title: str
+    data: str
+    images: int
+    date: str
+    schedule: dict[str, Any]
+    groups: tuple[Group, ...]
+    pairs: tuple[Pair, ...]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def compare(
+    runs: Sequence[str | os.PathLike[str]] | Mapping[str, Sequence[str | os.PathLike[str]]],
+    data: str | None = None,
+    *,
+    split: Split = "test",
+    data_dir: str | None = None,
+    title: str = "comparison",
+    device: str = "auto",
+    precision: Precision = "auto",
+    memory_format: MemoryFormat = "auto",
+) -> Comparison:
+    """Compare trained runs on the same images.
+
+    Args:
+        runs: run directories; those that differ in their seed alone form a group. Or groups of
+            them by name.
+        data: as for `evaluate`; None for what the runs learned from.
+        split: part of the data.
+        data_dir: where the files of a named data set are looked for first.
+        title: for tables and pictures.
+        device: "auto", "cpu", "cuda", ...
+        precision: "auto", "float32" or "bfloat16".
+        memory_format: "auto", "contiguous" or "channels_last".
+
+    Raises:
+        DenselyError: fewer than two groups; runs that are missing or know other classes; or runs
+            whose splits are not the same images.
+    """
+    groups = runs if isinstance(runs, Mapping) else grouped([Path(run) for run in runs])
+    if len(groups) < 2:
+        raise ConfigError(
+            f"{sum(map(len, groups.values()))} run(s) of one configuration: name runs of at least "
+            "2, which differ in more than their seed"
+        )
+    judged: dict[str, list[_Judged]] = {}
+    for name, members in groups.items():
+        judged[name] = [
+            _judge(Path(run), data, split, data_dir, device, precision, memory_format)
+            for run in members
+        ]
+    everything = [run for members in judged.values() for run in members]
+    first = everything[0]
+    for other in everything[1:]:
+        if other.classifier.classes != first.classifier.classes or not torch.equal(
+            other.labels, first.labels
+        ):
+            raise ConfigError(
+                f"{first.run.path} and {other.run.path} are judged on different images or classes: "
+                "name the same ones for both with --data"
+            )
+    leaders = [members[0].classifier for members in judged.values()]
+    weighed = costs([(leader.model, leader.info) for leader in leaders], first.classifier.runtime)
+    return Comparison(
+        title=title,
+        data=first.data,
+        images=len(first.labels),
+        date=datetime.date.today().isoformat(),
+        schedule=_shared_schedule([run.run for run in everything]),
+        groups=tuple(
+            _group(name, members, cost)
+            for (name, members), cost in zip(judged.items(), weighed, strict=True)
+        ),
+        pairs=tuple(
+            _pair(a, judged[a], b, judged[b])
+            for i, a in enumerate(judged)
+            for b in list(judged)[i + 1 :]
+        ),
+        environment=environment(first.classifier.runtime),
+    )
+
+
+def grouped(runs: Sequence[Path]) -> dict[str, list[Path]]:
+    """Runs by configuration: those that differ in seed, name and place alone stand together."""
+    free = {"seed", "name", "output", "device", "data_dir"}
+    members: dict[str, list[Path]] = {}
+    for run in runs:
+        config = dataclasses.asdict(RunDirectory.open(run).config())
+        key = json.dumps({k: v for k, v in config.items() if k not in free}, sort_keys=True)
+        if run in members.setdefault(key, []):
+            raise ConfigError(f"{run}: named twice")
+        members[key].append(run)
+    named: dict[str, list[Path]] = {}
+    for group in members.values():
+        name = group[0].name
+        named[name if name not in named else str(group[0])] = group
+    return named
+
+
+@dataclass(frozen=True)
+class _Judged:
+    run: RunDirectory
+    classifier: Classifier
+    data: str
+    labels: Tensor
+    right: NDArray[np.bool_]
+
+
+def _judge(
+    path: Path,
+    data: str | None,
+    split: Split,
+    data_dir: str | None,
+    device: str,
+    precision: Precision,
+    memory_format: MemoryFormat,
+) -> _Judged:
+    run = RunDirectory.open(path)
+    classifier = load(path, device=device, precision=precision, memory_format=memory_format)
+    if classifier.runtime.device.type == "cpu":
+        keep_freed_memory()
+    name, images = judged_images(run, classifier, data, split, data_dir)
+    images = images.to(classifier.runtime.device)
+    logits = logits_of(
+        classifier.model, images.images, classifier.preprocessing, classifier.runtime
+    )
+    right = (logits.argmax(dim=1) == images.labels).cpu().numpy()
+    return _Judged(run, classifier, name, images.labels.cpu(), right)
+
+
+def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:
+    accuracies = [float(member.right.mean()) for member in members]
+    curves = tuple(tuple(member.run.rows()) for member in members)
+    speeds = [row.examples_per_s for rows in curves for row in rows]
+    return Group(
+        name=name,
+        runs=tuple(str(member.run.path) for member in members),
+        accuracies=tuple(accuracies),
+        accuracy=_wilson(members[0].right) if len(members) == 1 else _student(accuracies),
+        train_images_per_s=float(np.median(speeds)) if speeds else 0.0,
+        cost=cost,
+        curves=curves,
+    )
+
+
+def _pair(a: str, ones: Sequence[_Judged], b: str, others: Sequence[_Judged]) -> Pair:
+    matched = list(zip(ones, others, strict=False))
+    only_a = [int((one.right & ~other.right).sum()) for one, other in matched]
+    only_b = [int((~one.right & other.right).sum()) for one, other in matched]
+    differences = [float(one.right.mean() - other.right.mean()) for one, other in matched]
+    comparable = len(ones) == len(others) > 1
+    return Pair(
+        first=a,
+        second=b,
+        difference=_student(differences) if comparable else None,
+        only_first=tuple(only_a),
+        only_second=tuple(only_b),
+        p_values=tuple(mcnemar(x, y) for x, y in zip(only_a, only_b, strict=True)),
+    )
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value: how likely so uneven a split is if neither is better."""
+    differing = only_first + only_second
+    return float(stats.binomtest(only_first, differing).pvalue) if differing else 1.0
+
+
+def _wilson(right: NDArray[np.bool_]) -> Interval:
+    test = stats.binomtest(int(right.sum()), len(right))
+    bounds = test.proportion_ci(0.95, method="wilson")
+    return Interval(float(right.mean()), float(bounds.low), float(bounds.high))
+
+
+def _student(values: Sequence[float]) -> Interval:
+    """Mean and 95% interval of a mean of few values."""
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def _shared_schedule(runs: Sequence[RunDirectory]) -> dict[str, Any]:
+    """What says how long and on what all runs learned, where they agree."""
+    wanted = ("data", "image_size", "limit", "epochs", "batch_size", "lr", "schedule")
+    configs = [dataclasses.asdict(run.config()) for run in runs]
+    return {
+        key: configs[0][key]
+        for key in wanted
+        if all(config[key] == configs[0][key] for config in configs)
+    }

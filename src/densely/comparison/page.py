@@ -1,0 +1,85 @@
+"""A comparison as text: the table on the terminal, and the README.md of its folder."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from densely.comparison.compare import Comparison, Pair
+from densely.comparison.pictures import draw_comparison
+
+
+def table(comparison: Comparison) -> str:
+    """A Markdown table, a line a group."""
+    batches = sorted(comparison.groups[0].cost.images_per_s)
+    head = [
+        *("network", "accuracy (95%)", "runs", "parameters", "MACs", "training images/s"),
+        *(f"images/s, batch {batch}" for batch in batches),
+        "kept MB/image",
+    ]
+    rows = [
+        [
+            group.name,
+            f"{group.accuracy.value:.4f} ({group.accuracy.low:.4f} to {group.accuracy.high:.4f})",
+            str(len(group.runs)),
+            f"{group.cost.parameters:,}",
+            f"{group.cost.macs / 1e6:,.1f} M",
+            f"{group.train_images_per_s:,.0f}",
+            *(f"{group.cost.images_per_s[batch]:,.0f}" for batch in batches),
+            f"{group.cost.kept_bytes / 1e6:.2f}",
+        ]
+        for group in comparison.groups
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def sentence(pair: Pair) -> str:
+    """What is known of the difference between two groups, in words."""
+    text = f"{pair.first} against {pair.second}: "
+    if pair.difference is not None:
+        points = dataclasses.astuple(pair.difference)
+        value, low, high = (f"{100 * point:+.2f}" for point in points)
+        text += f"{value} points of accuracy (95% interval {low} to {high}, paired). "
+    runs = "; ".join(
+        f"only the first right {a}, only the second {b}, p = {_p(p)}"
+        for a, b, p in zip(pair.only_first, pair.only_second, pair.p_values, strict=True)
+    )
+    return text + f"McNemar, run by run: {runs}."
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> Path:
+    """Write comparison.json, comparison.png and README.md; gives the path of the last."""
+    draw_comparison(comparison, folder / "comparison.png")
+    _replace(folder / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
+    schedule = ", ".join(f"{key} {value}" for key, value in comparison.schedule.items())
+    pairs = "\n".join(f"- {sentence(pair)}" for pair in comparison.pairs)
+    text = f"""# {comparison.title}
+
+Judged on {comparison.data}: {comparison.images:,} images. Trained alike: {schedule}.
+
+![curves and accuracies](comparison.png)
+
+{table(comparison)}
+
+Accuracy is the mean over the runs, with Student's 95% interval over them (a single run: Wilson's,
+over the images). Training images/s are what each run measured while it went on; the others were
+measured here in turns. "Kept" is what a training step keeps for its backward pass.
+
+{pairs}
+
+McNemar's p is how likely so uneven a split of the images on which two networks differ would be if
+neither were better; it knows the spread over images and not over seeds.
+"""
+    _replace(folder / "README.md", text)
+    return folder / "README.md"
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

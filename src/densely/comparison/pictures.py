@@ -1,0 +1,72 @@
+"""The picture of a comparison: curves of all groups, and their accuracies with intervals."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densely.comparison.compare import Comparison, Group
+
+
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw into a PNG: held-out accuracy and training loss over the epochs, accuracy at the end.
+
+    Lines are means over the runs of a group, the shade reaches from its lowest to its highest.
+    """
+    # Not pyplot: it keeps global state and would look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11, 3.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, loss, end = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    for i, group in enumerate(comparison.groups):
+        for axes, values in ((accuracy, _held_out(group)), (loss, _curves(group, "train_loss"))):
+            epochs = np.arange(1, values.shape[1] + 1)
+            marker = "o" if len(epochs) == 1 else None
+            axes.plot(epochs, values.mean(axis=0), color=f"C{i}", marker=marker, label=group.name)
+            axes.fill_between(
+                epochs, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.2
+            )
+        place = len(comparison.groups) - 1 - i  # the first one on top
+        end.errorbar(
+            group.accuracy.value,
+            place,
+            xerr=[
+                [group.accuracy.value - group.accuracy.low],
+                [group.accuracy.high - group.accuracy.value],
+            ],
+            fmt="o",
+            color=f"C{i}",
+            capsize=4,
+        )
+        end.scatter(
+            group.accuracies, [place - 0.15] * len(group.accuracies), s=12, color=f"C{i}", alpha=0.6
+        )
+    for axes, label in ((accuracy, "held-out accuracy"), (loss, "training loss")):
+        axes.set_xlabel("epoch")
+        axes.set_title(label, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    accuracy.legend(loc="lower right", fontsize=8)
+    names = [group.name for group in reversed(comparison.groups)]
+    end.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    end.set_ylim(-0.5, len(names) - 0.5)
+    end.set_title("accuracy in the end, 95% interval", fontsize=10)
+    end.grid(alpha=0.3)
+    figure.suptitle(f"{comparison.title}, on {comparison.data}", fontsize=11, parse_math=False)
+    beside = path.with_name(path.name + ".new")
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+
+
+def _held_out(group: Group) -> NDArray[np.float64]:
+    has_validation = group.curves[0][0].validation_accuracy is not None
+    return _curves(group, "validation_accuracy" if has_validation else "test_accuracy")
+
+
+def _curves(group: Group, column: str) -> NDArray[np.float64]:
+    """[runs, epochs], up to the shortest run."""
+    length = min(len(rows) for rows in group.curves)
+    return np.array([[getattr(row, column) for row in rows[:length]] for rows in group.curves])

@@ -1,0 +1,106 @@
+"""Training the runs of a comparison, one after another, and going on where they were stopped.
+
+COMPARISON/config.yaml                      what is compared
+           runs/VARIANT-seedN-001/          a run directory each
+           comparison.json, .png, README.md what came out
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from densely.comparison.config import CompareConfig, slug
+from densely.data import absolute
+from densely.errors import RunError
+from densely.training.checkpoint import find_checkpoint
+from densely.training.loop import train
+from densely.training.reporting import Reporter
+from densely.training.run import RunDirectory
+from densely.training.start import check_start
+
+
+def create_folder(config: CompareConfig, output: Path) -> Path:
+    """Make the next free `OUTPUT/compare-NAME-NNN` with the configuration in it.
+
+    Raises:
+        DenselyError: a variant cannot be trained, or the folder cannot be made.
+    """
+    for variant in config.variants:
+        check_start(config.config(variant, 0))
+    # By full paths, so that the comparison goes on from wherever it is called.
+    shared = dataclasses.replace(
+        config.train,
+        data=absolute(config.train.data),
+        data_dir=absolute(config.train.data_dir) if config.train.data_dir else None,
+    )
+    config = dataclasses.replace(config, train=shared)
+    folder = new_folder(output, config.name)
+    beside = folder / "config.yaml.new"
+    beside.write_text(config.to_yaml(), encoding="utf-8")
+    os.replace(beside, folder / "config.yaml")
+    return folder
+
+
+def new_folder(output: Path, name: str) -> Path:
+    """Make the next free `OUTPUT/compare-NAME-NNN`.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    number = 1
+    try:
+        while True:
+            folder = output / f"compare-{slug(name)}-{number:03d}"
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise RunError(f"--output {output}: cannot be written: {error.strerror}") from error
+
+
+def train_all(
+    folder: Path, config: CompareConfig, reporter_for: Callable[[str], Reporter]
+) -> dict[str, list[Path]]:
+    """Train what is not yet trained, seed after seed, so that each seed compares all variants.
+
+    Args:
+        folder: of the comparison.
+        config: what is compared.
+        reporter_for: makes the voice of a run from a line that says which it is.
+
+    Returns:
+        The runs of each variant, in the order of their seeds.
+
+    Raises:
+        DenselyError: training failed; or (`Stopped`) a signal ended it after saving.
+    """
+    total = len(config.variants) * config.seeds
+    runs: dict[str, list[Path]] = {variant: [] for variant in config.variants}
+    for number in range(config.seeds):
+        for variant in config.variants:
+            run_config = dataclasses.replace(
+                config.config(variant, number), output=str(folder / "runs")
+            )
+            done = sum(map(len, runs.values()))
+            begun = _latest(folder / "runs", run_config.run_name)
+            if begun is None or len(begun.rows()) < run_config.epochs or not finished(begun):
+                title = f"[{done + 1}/{total}] {variant}, seed {run_config.seed}"
+                resume = begun.path if begun is not None and find_checkpoint(begun.last) else None
+                path = train(run_config, resume=resume, reporter=reporter_for(title)).run
+            else:
+                path = begun.path
+            runs[variant].append(path)
+    return runs
+
+
+def finished(run: RunDirectory) -> bool:
+    """Whether a run came to its end: the model card is the last thing it writes."""
+    return run.card_file.is_file()
+
+
+def _latest(folder: Path, name: str) -> RunDirectory | None:
+    paths = sorted(folder.glob(f"{name}-[0-9][0-9][0-9]"))
+    return RunDirectory.open(paths[-1]) if paths else None
