@@ -293,3 +293,24 @@ def test_batches_cover_all_images_once_and_none_is_single() -> None:
 def test_seeds_differ_between_epochs_steps_and_runs() -> None:
     seeds = {generator_seed(*n) for n in [(0,), (1,), (0, 1), (1, 0), (0, 1, 2), (0, 2, 1)]}
     assert len(seeds) == 6
+
+
+def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters(tmp_path: Path) -> None:
+    summary = train(config(tmp_path, schedule="step", lr=0.1, epochs=8, limit=30))
+    with (summary.run / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+def test_augmented_training_is_another_and_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
+    plain = train(config(tmp_path))
+    whole = train(config(tmp_path, augment="crop-flip"))
+    assert not same_bits(weights(plain.run), weights(whole.run))
+    with pytest.raises(Stopped):
+        train(config(tmp_path, augment="crop-flip"), reporter=StopAt(2, 2))
+    stopped = sorted((tmp_path / "runs").iterdir())[-1]
+    again = train(config(tmp_path, augment="crop-flip"), resume=stopped)
+    assert same_bits(weights(again.run), weights(whole.run))

@@ -80,11 +80,17 @@ class TrainConfig:
     epochs: int = _option(15, _HOW, "times that each training image is seen")
     batch_size: int = _option(64, _HOW, "images of one step")
     lr: float = _option(0.1, _HOW, "learning rate")
-    schedule: Literal["constant", "cosine"] = _option(
-        "cosine", _HOW, "constant learning rate, or falling to 0 along half a cosine"
+    schedule: Literal["constant", "cosine", "step"] = _option(
+        "cosine",
+        _HOW,
+        "constant learning rate, falling to 0 along half a cosine, or divided by 10 after half and "
+        "after three quarters of the epochs",
     )
     momentum: float = _option(0.9, _HOW, "Nesterov momentum of the gradient steps; 0 for plain SGD")
     weight_decay: float = _option(1e-4, _HOW, "L2 penalty")
+    augment: Literal["none", "crop-flip"] = _option(
+        "none", _HOW, "crop-flip shifts training images by up to an eighth and mirrors half of them"
+    )
     norm_batches: int = _option(
         0,
         _HOW,
@@ -248,5 +254,21 @@ RECIPES = {
         momentum=0.0,
         weight_decay=0.0,
         norm_batches=20,
+    ),
+    # The paper's networks for images of 32 pixels with its recipe (section 4.2, C10+); name the
+    # folder of images with data.
+    "cifar": TrainConfig(
+        recipe="cifar",
+        model="densenet_bc_100_12",
+        data="cifar10",
+        image_size=32,
+        validation=0.0,
+        epochs=300,
+        batch_size=64,
+        lr=0.1,
+        schedule="step",
+        augment="crop-flip",
+        momentum=0.9,
+        weight_decay=1e-4,
     ),
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from densely.data import ImageSet, absolute
+from densely.data.augmentation import crop_and_flip
 from densely.environment import device_name
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.runtime import choose_runtime, keep_freed_memory
@@ -218,9 +219,13 @@ class _Trainer:
         for first, end in self.batches[progress.step :]:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(progress.step)
-            torch.manual_seed(generator_seed(config.seed, progress.epoch, progress.step))
+            seed = generator_seed(config.seed, progress.epoch, progress.step)
+            generator = torch.manual_seed(seed)
             index = order[first:end]
-            self.step(self._inputs(index), self.train_set.labels[index])
+            inputs = self._inputs(index)
+            if config.augment == "crop-flip":
+                inputs = self.runtime.layout(crop_and_flip(inputs, generator))
+            self.step(inputs, self.train_set.labels[index])
             progress.step += 1
             progress.seen = end
             now = time.monotonic()
@@ -266,6 +271,8 @@ class _Trainer:
         if config.schedule == "constant":
             return config.lr
         done = (self.progress.epoch + step / len(self.batches)) / config.epochs
+        if config.schedule == "step":
+            return config.lr * 0.1 ** sum(done >= share for share in (0.5, 0.75))
         return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def _finish_epoch(self) -> None:

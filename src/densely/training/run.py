@@ -113,7 +113,7 @@ class RunDirectory:
         except DenselyError as error:
             raise RunError(f"{path}: {error}") from error
         # Fields that came after runs had been written; these had the default.
-        late = {"options"}
+        late = {"augment", "options"}
         if missing := [f.name for f in fields(config) if f.name not in {*values, *late}]:
             raise RunError(f"{path}: damaged: {', '.join(missing)} missing")
         return config

@@ -1,0 +1,38 @@
+"""Other views of the training images: shifted and mirrored, a whole batch at once on the device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: The paper pads images of 32 pixels by 4 on each side.
+PADDED_SHARE = 1 / 8
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to an eighth of its side, and mirror half of them left to right.
+
+    Each image is padded with zeros, which are the mean colour of standardised images, and cut out
+    again at a random place.
+
+    Args:
+        images: [N, C, H, W], as the network takes them.
+        generator: on the CPU, so that a seed gives the same views on every device.
+
+    Returns:
+        [N, C, H, W], channels-last in memory.
+
+    Source: Huang et al. (2017), section 4.1, "standard data augmentation" (C10+).
+    """
+    count, _, height, width = images.shape
+    device = images.device
+    top, left = (max(1, round(side * PADDED_SHARE)) for side in (height, width))
+
+    def drawn(choices: int) -> Tensor:
+        return torch.randint(choices, (count, 1), generator=generator).to(device)
+
+    rows = torch.arange(height, device=device) + drawn(2 * top + 1)
+    columns = torch.arange(width, device=device) + drawn(2 * left + 1)
+    columns = torch.where(drawn(2) == 1, columns.flip(1), columns)
+    padded = F.pad(images, (left, left, top, top))
+    index = torch.arange(count, device=device)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,173 @@
+"""Runs side by side: groups, intervals, McNemar's test, pictures, and going on after a stop."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import densely
+from densely.cli import main
+from densely.comparison.compare import compare, grouped, mcnemar
+from densely.comparison.page import sentence, table, write_comparison
+from densely.errors import ConfigError, RunError
+from densely.training.run import RunDirectory
+
+FLAGS = [
+    *("--epochs", "1", "--limit", "60", "--seeds", "2", "--validation", "0"),
+    *("--variant", "average: {options: {transition_pool: avg}}"),
+    *("--variant", "maximum: {options: {transition_pool: max}}"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two variants with two seeds each; tests must leave it as it is."""
+    output = tmp_path_factory.mktemp("compared")
+    assert main(["compare", *FLAGS, "--quiet", "--output", str(output)]) == 0
+    return output / "compare-quickstart-001"
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "comparison.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_every_variant_is_trained_with_every_seed(folder: Path) -> None:
+    configs = [RunDirectory.open(path).config() for path in sorted((folder / "runs").iterdir())]
+    assert [(c.options["transition_pool"], c.seed) for c in configs] == [
+        *(("avg", 0), ("avg", 1)),
+        *(("max", 0), ("max", 1)),
+    ]
+    assert all((c.epochs, c.limit) == (1, 60) for c in configs)
+
+
+def test_accuracies_are_those_of_evaluate(folder: Path, written: dict) -> None:
+    for group in written["groups"]:
+        for run, accuracy in zip(group["runs"], group["accuracies"], strict=True):
+            assert densely.evaluate(run).accuracy == accuracy
+        a, b = group["accuracies"]
+        # Student with one degree of freedom: 12.706 standard errors, |a - b| / 2.
+        reach = 12.7062 * abs(a - b) / 2
+        assert group["accuracy"]["value"] == pytest.approx((a + b) / 2)
+        assert group["accuracy"]["high"] - (a + b) / 2 == pytest.approx(reach, rel=1e-4)
+
+
+def test_images_on_which_two_runs_differ_are_counted(folder: Path, written: dict) -> None:
+    (pair,) = written["pairs"]
+    for i in range(2):
+        tables = [densely.evaluate(group["runs"][i]) for group in written["groups"]]
+        difference = pair["only_first"][i] - pair["only_second"][i]
+        assert difference == round(360 * (tables[0].accuracy - tables[1].accuracy))
+        assert pair["p_values"][i] == mcnemar(pair["only_first"][i], pair["only_second"][i])
+
+
+def test_what_a_network_costs_is_told(written: dict) -> None:
+    first, second = (group["cost"] for group in written["groups"])
+    assert first["parameters"] == second["parameters"] > 70_000
+    assert first["macs"] < second["macs"]  # only the average may be taken before the convolution
+    assert all(speed > 0 for speed in first["images_per_s"].values())
+    assert 0 < first["kept_bytes"] < second["kept_bytes"]
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (5, 5), (9, 1), (1, 9), (0, 12), (40, 60)])
+def test_mcnemar_is_the_exact_two_sided_binomial(b: int, c: int) -> None:
+    n, k = b + c, min(b, c)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    assert mcnemar(b, c) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_runs_that_differ_in_their_seed_alone_stand_together(folder: Path) -> None:
+    runs = sorted((folder / "runs").iterdir())
+    assert [len(group) for group in grouped(runs).values()] == [2, 2]
+    with pytest.raises(ConfigError, match="named twice"):
+        grouped([runs[0], runs[0]])
+    with pytest.raises(ConfigError, match=r"2 run\(s\) of one configuration"):
+        compare(runs[:2])
+    with pytest.raises(RunError, match="nowhere: no run directory"):
+        compare([runs[0], "nowhere"])
+
+
+def test_runs_on_other_images_are_not_compared(folder: Path, digits_run: Path) -> None:
+    run = sorted((folder / "runs").iterdir())[0]
+    assert compare([run, digits_run]).images == 360
+    config = (digits_run / "config.yaml").read_text()
+    assert "split_seed: 0" in config
+
+
+def test_a_single_run_each_has_wilsons_interval(folder: Path) -> None:
+    runs = sorted((folder / "runs").iterdir())
+    result = compare({"one": runs[:1], "other": runs[2:3]})
+    interval = result.groups[0].accuracy
+    p, n, z = interval.value, 360, 1.959964
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert (interval.low, interval.high) == pytest.approx((middle - half, middle + half))
+    assert result.pairs[0].difference is None
+    assert "McNemar, run by run" in sentence(result.pairs[0])
+
+
+def test_the_page_and_the_picture(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "README.md").read_text()
+    assert "| average |" in text
+    assert "average against maximum:" in text
+    assert "epochs 1" in text
+    picture = np.asarray(Image.open(folder / "comparison.png").convert("RGB"))
+    assert picture.shape[1] > 1000
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # not an empty page
+    runs = sorted((folder / "runs").iterdir())
+    result = compare({"$|<平均>": runs[:1], "b": runs[2:3]})
+    write_comparison(result, tmp_path)
+    assert "$|<平均>" in table(result)
+
+
+def test_a_stopped_comparison_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    before = (copy / "runs" / "maximum-seed0-001" / "metrics.csv").read_bytes()
+    shutil.rmtree(copy / "runs" / "maximum-seed1-001")
+    (copy / "runs" / "average-seed1-001" / "README.md").unlink()  # stopped before its end
+    assert main(["compare", "--resume", str(copy), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    again = lines[-1]
+    assert sum(line.get("event") == "start" for line in lines) == 2
+    original = json.loads((folder / "comparison.json").read_text())
+    for group, other in zip(again["groups"], original["groups"], strict=True):
+        assert group["accuracies"] == other["accuracies"]
+    assert (copy / "runs" / "maximum-seed0-001" / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "nothing to compare"),
+        ("--recipe quickstart", "nothing to compare"),
+        ("--recipe average-or-mx", "did you mean average-or-max"),
+        ("--recipe d2l --config x.yaml", "exclude each other"),
+        ("--variant x", "expected 'NAME: {FIELD: VALUE}'"),
+        ("--resume nowhere", "nowhere: no comparison"),
+        ("nowhere elsewhere", "no run directory"),
+        ("nowhere --recipe d2l", "runs are compared as they are"),
+        ("--recipe average-or-max --seeds 0", "seeds=0"),
+        ("--recipe average-or-max --model resnt", "unknown model 'resnt'"),
+    ],
+)
+def test_a_mistake_ends_in_a_line_and_leaves_nothing(
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
