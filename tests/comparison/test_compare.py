@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,10 @@ def test_a_stopped_comparison_goes_on(
         ("nowhere elsewhere", "no run directory"),
         ("nowhere --recipe d2l", "runs are compared as they are"),
         ("--recipe average-or-max --seeds 0", "seeds=0"),
-        ("--recipe average-or-max --model resnt", "unknown model 'resnt'"),
+        ("--recipe average-or-max", "Fashion-MNIST is not here"),
+        ("--variant 'a: {}' --variant 'b: {model: resnt}'", "unknown model 'resnt'"),
+        ("--variant 'a: {}' --variant 'b: {options: {bn: 3}}'", "unknown option"),
+        ("--variant 'a: {}' --variant 'b: {model: d2l}'", "needs images of at least 29 pixels"),
     ],
 )
 def test_a_mistake_ends_in_a_line_and_leaves_nothing(
@@ -166,8 +170,8 @@ def test_a_mistake_ends_in_a_line_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", *arguments.split()]) == 2
+    assert main(["compare", *shlex.split(arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) <= 2
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "runs").exists()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from densely import drawing
 from densely.bench.depth import NOTE, DepthSeries
 from densely.bench.nets import NETS
 from densely.bench.results import Comparison, Measured
@@ -34,7 +35,7 @@ def draw_bars(comparisons: Sequence[Comparison], path: Path, conditions: str) ->
     names = {net: _names([c for c in comparisons if c.net == net]) for net in nets}
     heights = [1.6 + len(names[net]) for net in nets]
 
-    figure = _figure(3.4 + 3.3 * len(panels), 0.26 * sum(heights) + 0.5)
+    figure = drawing.new_figure(3.4 + 3.3 * len(panels), 0.26 * sum(heights) + 0.5)
     grid = figure.subplots(
         len(nets), len(panels), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
@@ -57,13 +58,13 @@ def draw_bars(comparisons: Sequence[Comparison], path: Path, conditions: str) ->
     figure.suptitle(
         f"densely bench ({conditions}); ratios to {references}", fontsize=10, parse_math=False
     )
-    _save(figure, path)
+    drawing.save(figure, path)
 
 
 def draw_depth(series: Sequence[DepthSeries], path: Path) -> None:
     """Bytes kept for the backward pass against depth, both axes logarithmic."""
     lines = [line for line in series if line.gap is None]
-    figure = _figure(7, 5.8)
+    figure = drawing.new_figure(7, 5.8)
     axes = figure.subplots()
     depths = series[0].depths
     # A straight line of slope 1 or 2 from where the ordinary network begins: which way is it going?
@@ -104,7 +105,7 @@ def draw_depth(series: Sequence[DepthSeries], path: Path) -> None:
         loc="outside lower center", ncols=1, fontsize=8, frameon=False,
     )  # fmt: skip
     axes.set_title(textwrap.fill(NOTE, 95), fontsize=8, loc="left")
-    _save(figure, path)
+    drawing.save(figure, path)
 
 
 def _names(comparisons: Sequence[Comparison]) -> list[str]:
@@ -181,20 +182,3 @@ def _legend_of_kinds(figure: "Figure", comparisons: Sequence[Comparison]) -> Non
     seen = {row.kind for comparison in comparisons for row in comparison.rows if row.gap is None}
     handles = [Patch(color=COLORS[kind], label=KINDS[kind]) for kind in COLORS if kind in seen]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=8)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    # Not pyplot: it keeps global state and would look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    # Beside, then in its place: a picture that is being looked at is never half written.
-    beside = path.with_name(path.name + ".new")
-    figure.savefig(beside, format="png")
-    beside.replace(path)

@@ -22,17 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torch import Tensor
 
 from densely.environment import environment
 from densely.errors import ConfigError
-from densely.evaluation.classifier import Classifier, load
 from densely.evaluation.cost import costs
 from densely.evaluation.findings import Cost, Interval
-from densely.evaluation.judged import Split, judged_images
-from densely.runtime import MemoryFormat, Precision, keep_freed_memory
+from densely.evaluation.judged import Judged, Split, judge
+from densely.runtime import MemoryFormat, Precision
 from densely.training.run import EpochMetrics, RunDirectory
-from densely.training.scoring import logits_of
 
 
 @dataclass(frozen=True)
@@ -135,12 +132,21 @@ def compare(
             f"{sum(map(len, groups.values()))} run(s) of one configuration: name runs of at least "
             "2, which differ in more than their seed"
         )
-    judged: dict[str, list[_Judged]] = {}
-    for name, members in groups.items():
-        judged[name] = [
-            _judge(Path(run), data, split, data_dir, device, precision, memory_format)
+    judged = {
+        name: [
+            judge(
+                run,
+                data,
+                split=split,
+                data_dir=data_dir,
+                device=device,
+                precision=precision,
+                memory_format=memory_format,
+            )
             for run in members
         ]
+        for name, members in groups.items()
+    }
     everything = [run for members in judged.values() for run in members]
     first = everything[0]
     for other in everything[1:]:
@@ -189,57 +195,32 @@ def grouped(runs: Sequence[Path]) -> dict[str, list[Path]]:
     return named
 
 
-@dataclass(frozen=True)
-class _Judged:
-    run: RunDirectory
-    classifier: Classifier
-    data: str
-    labels: Tensor
-    right: NDArray[np.bool_]
+def _right(judged: Judged) -> NDArray[np.bool_]:
+    """Which images it is right on."""
+    found: NDArray[np.bool_] = (judged.logits.argmax(dim=1) == judged.labels).numpy()
+    return found
 
 
-def _judge(
-    path: Path,
-    data: str | None,
-    split: Split,
-    data_dir: str | None,
-    device: str,
-    precision: Precision,
-    memory_format: MemoryFormat,
-) -> _Judged:
-    run = RunDirectory.open(path)
-    classifier = load(path, device=device, precision=precision, memory_format=memory_format)
-    if classifier.runtime.device.type == "cpu":
-        keep_freed_memory()
-    name, images = judged_images(run, classifier, data, split, data_dir)
-    images = images.to(classifier.runtime.device)
-    logits = logits_of(
-        classifier.model, images.images, classifier.preprocessing, classifier.runtime
-    )
-    right = (logits.argmax(dim=1) == images.labels).cpu().numpy()
-    return _Judged(run, classifier, name, images.labels.cpu(), right)
-
-
-def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:
-    accuracies = [float(member.right.mean()) for member in members]
+def _group(name: str, members: Sequence[Judged], cost: Cost) -> Group:
+    accuracies = [float(_right(member).mean()) for member in members]
     curves = tuple(tuple(member.run.rows()) for member in members)
     speeds = [row.examples_per_s for rows in curves for row in rows]
     return Group(
         name=name,
         runs=tuple(str(member.run.path) for member in members),
         accuracies=tuple(accuracies),
-        accuracy=_wilson(members[0].right) if len(members) == 1 else _student(accuracies),
+        accuracy=_wilson(_right(members[0])) if len(members) == 1 else _student(accuracies),
         train_images_per_s=float(np.median(speeds)) if speeds else 0.0,
         cost=cost,
         curves=curves,
     )
 
 
-def _pair(a: str, ones: Sequence[_Judged], b: str, others: Sequence[_Judged]) -> Pair:
-    matched = list(zip(ones, others, strict=False))
-    only_a = [int((one.right & ~other.right).sum()) for one, other in matched]
-    only_b = [int((~one.right & other.right).sum()) for one, other in matched]
-    differences = [float(one.right.mean() - other.right.mean()) for one, other in matched]
+def _pair(a: str, ones: Sequence[Judged], b: str, others: Sequence[Judged]) -> Pair:
+    matched = [(_right(one), _right(other)) for one, other in zip(ones, others, strict=False)]
+    only_a = [int((one & ~other).sum()) for one, other in matched]
+    only_b = [int((~one & other).sum()) for one, other in matched]
+    differences = [float(one.mean() - other.mean()) for one, other in matched]
     comparable = len(ones) == len(others) > 1
     return Pair(
         first=a,

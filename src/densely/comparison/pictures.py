@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from densely import drawing
 from densely.comparison.compare import Comparison, Group
 
 
@@ -13,13 +14,9 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 
     Lines are means over the runs of a group, the shade reaches from its lowest to its highest.
     """
-    # Not pyplot: it keeps global state and would look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 3.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new_figure(11, 3.8)
     accuracy, loss, end = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     for i, group in enumerate(comparison.groups):
         for axes, values in ((accuracy, _held_out(group)), (loss, _curves(group, "train_loss"))):
@@ -49,16 +46,17 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         axes.set_title(label, fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    accuracy.legend(loc="lower right", fontsize=8)
-    names = [group.name for group in reversed(comparison.groups)]
-    end.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
-    end.set_ylim(-0.5, len(names) - 0.5)
+    legend = accuracy.legend(loc="lower right", fontsize=8)
+    end.set_yticks(
+        range(len(comparison.groups)), [group.name for group in reversed(comparison.groups)]
+    )
+    end.tick_params(axis="y", labelsize=8)
+    end.set_ylim(-0.5, len(comparison.groups) - 0.5)
     end.set_title("accuracy in the end, 95% interval", fontsize=10)
     end.grid(alpha=0.3)
-    figure.suptitle(f"{comparison.title}, on {comparison.data}", fontsize=11, parse_math=False)
-    beside = path.with_name(path.name + ".new")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    title = figure.suptitle(f"{comparison.title}, on {comparison.data}", fontsize=11)
+    drawing.anybodys([title, *legend.get_texts(), *end.get_yticklabels()])
+    drawing.save(figure, path)
 
 
 def _held_out(group: Group) -> NDArray[np.float64]:

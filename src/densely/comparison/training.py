@@ -17,7 +17,8 @@ from densely.training.checkpoint import find_checkpoint
 from densely.training.loop import train
 from densely.training.reporting import Reporter
 from densely.training.run import RunDirectory
-from densely.training.start import check_start
+from densely.training.splits import splits_of
+from densely.training.start import begin, check_start
 
 
 def create_folder(config: CompareConfig, output: Path) -> Path:
@@ -26,8 +27,10 @@ def create_folder(config: CompareConfig, output: Path) -> Path:
     Raises:
         DenselyError: a variant cannot be trained, or the folder cannot be made.
     """
-    for variant in config.variants:
-        check_start(config.config(variant, 0))
+    for variant in config.variants:  # before anything is written: hours may follow
+        first = config.config(variant, 0)
+        check_start(first)
+        begin(first, splits_of(first).train)
     # By full paths, so that the comparison goes on from wherever it is called.
     shared = dataclasses.replace(
         config.train,

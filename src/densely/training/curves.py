@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from densely import drawing
 from densely.training.run import EpochMetrics
 
 
@@ -12,17 +13,13 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     Colours and dashes are the chapter's, and the legend ends in the last epoch's values. Losses
     above 2 are cut off.
     """
-    # Not pyplot: it keeps global state and would look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row.epoch for row in rows]
     held_out = "validation" if rows[0].validation_accuracy is not None else "test"
     accuracies = [getattr(row, f"{held_out}_accuracy") for row in rows]
 
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new_figure(6, 4)
     axes = figure.subplots()
     marker = "o" if len(rows) == 1 else None
     for name, style, color, values in (
@@ -35,10 +32,7 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     axes.set_ylim(0, min(2.0, max(1.08, 1.05 * max(row.train_loss for row in rows))))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_title(title, fontsize=10, parse_math=False)  # it may hold a folder's name
+    drawing.anybodys([axes.set_title(title, fontsize=10)])  # it may hold a folder's name
     axes.grid(alpha=0.3)
     axes.legend(loc="center right")
-    # Beside, then in its place: a picture that is being looked at is never half written.
-    beside = path.with_name(path.name + ".new")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    drawing.save(figure, path)
