@@ -14,7 +14,7 @@ train: $(VENV)/installed
 	$(BIN)/densely train
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -41,5 +41,5 @@ $(VENV)/installed: $(VENV)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) --editable '.[dev,keras,peers]'
+	$(INSTALL) --editable '.[dev,explain,keras,peers]'
 	@touch $@

@@ -21,6 +21,9 @@ if find_spec("triton") is not None and not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         import triton  # noqa: F401
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +53,15 @@ def fashion_mnist_dir() -> Path:
     if not (folder / "train-images-idx3-ubyte.gz").is_file():
         pytest.skip(f"DENSELY_DATA={REAL_DATA} holds no fashion-mnist/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def hasty_costs() -> Iterator[None]:
+    """Speeds are measured, and need not be measured well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("densely.evaluation.cost.TURN_SECONDS", 0.0)
+        patch.setattr("densely.evaluation.cost.ROUNDS", 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,10 @@ def test_every_command_of_the_readme_runs(
     ]
     assert len(commands) >= 7
     for command in commands:
-        if "d2l" in command or command[0] == "bench":  # they take minutes: settings are enough
+        if "d2l" in command or command[0] in (
+            "bench",
+            "compare",
+        ):  # they take minutes: settings are enough
             command.append("--help")
         if "--resume" in command:
             command[command.index("--resume") + 1] = "runs/quickstart-001"

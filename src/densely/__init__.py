@@ -10,11 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from densely.comparison.compare import Comparison as Comparison
+    from densely.comparison.compare import compare as compare
     from densely.errors import DenselyError as DenselyError
     from densely.evaluation.classifier import Classifier as Classifier
     from densely.evaluation.classifier import Prediction as Prediction
     from densely.evaluation.classifier import load as load
     from densely.evaluation.evaluate import evaluate as evaluate
+    from densely.evaluation.heat_maps import Explanation as Explanation
+    from densely.evaluation.heat_maps import explain as explain
+    from densely.evaluation.report import Report as Report
+    from densely.evaluation.report import report as report
+    from densely.evaluation.scores import multilabel_scores as multilabel_scores
     from densely.fused.accelerate import accelerate as accelerate
     from densely.fused.accelerate import restore as restore
     from densely.fused.report import Acceleration as Acceleration
@@ -37,20 +44,27 @@ __version__ = "0.1.0"
 _PLACES = {
     "Acceleration": "densely.fused.report",
     "Classifier": "densely.evaluation.classifier",
+    "Comparison": "densely.comparison.compare",
     "DenseNet": "densely.models.densenet",
     "DenselyError": "densely.errors",
+    "Explanation": "densely.evaluation.heat_maps",
     "FCDenseNet": "densely.models.fc_densenet",
     "LoadReport": "densely.weights.load",
     "Prediction": "densely.evaluation.classifier",
+    "Report": "densely.evaluation.report",
     "TrainConfig": "densely.training.config",
     "accelerate": "densely.fused.accelerate",
+    "compare": "densely.comparison.compare",
     "convert_weights": "densely.weights.convert",
     "create_model": "densely.weights.create",
     "evaluate": "densely.evaluation.evaluate",
+    "explain": "densely.evaluation.heat_maps",
     "list_models": "densely.models.registry",
     "load": "densely.evaluation.classifier",
     "load_weights": "densely.weights.load",
     "model_facts": "densely.models.registry",
+    "multilabel_scores": "densely.evaluation.scores",
+    "report": "densely.evaluation.report",
     "restore": "densely.fused.accelerate",
     "save_weights": "densely.weights.save",
     "train": "densely.training.loop",

@@ -16,6 +16,8 @@ from densely.comparison.page import sentence, table, write_comparison
 from densely.errors import ConfigError, RunError
 from densely.training.run import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("hasty_costs")
+
 FLAGS = [
     *("--epochs", "1", "--limit", "60", "--seeds", "2", "--validation", "0"),
     *("--variant", "average: {options: {transition_pool: avg}}"),
@@ -24,7 +26,7 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, hasty_costs: None) -> Path:
     """Two variants with two seeds each; tests must leave it as it is."""
     output = tmp_path_factory.mktemp("compared")
     assert main(["compare", *FLAGS, "--quiet", "--output", str(output)]) == 0

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import densely
 from densely.cli.comparing import compare
+from densely.cli.explaining import explain
 from densely.cli.judging import evaluate, predict
 from densely.cli.machine import bench, doctor
 from densely.cli.networks import convert, models
@@ -85,6 +86,7 @@ _COMMANDS: dict[str, Callable[[Parser, list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "explain": explain,
     "compare": compare,
     "convert": convert,
     "models": models,

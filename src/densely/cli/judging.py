@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ActionYesNo
 
 from densely.cli.parser import Parser, add_fields
 from densely.errors import ConfigError
@@ -10,10 +13,17 @@ from densely.training.config import HARDWARE, TrainConfig
 
 if TYPE_CHECKING:
     from densely.evaluation.evaluate import Evaluation
+    from densely.evaluation.findings import Findings
 
 
 def evaluate(parser: Parser, arguments: list[str]) -> None:
-    """Judge a run: accuracy, loss and a table of confusions, on its test split or other data."""
+    """Judge and calibrate a run, and write a page with pictures: RUN/report/report.html.
+
+    The page has accuracy with intervals, confusions, calibration, the mistakes with heat maps,
+    likely label errors, speed and memory; metrics.json beside it has the figures. Calibration and
+    the threshold of --wanted-error are fitted on the validation split and stored with the model:
+    `densely predict` applies them. An earlier page is replaced.
+    """
     parser.add_argument("run", type=str, metavar="RUN", help="run directory")
     parser.add_argument(
         "--data",
@@ -31,25 +41,78 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
         default="test",
         help="part of the data; another folder without train/ is judged on as a whole",
     )
+    parser.add_argument(
+        "--report", action=ActionYesNo(no_prefix="no-"), default=True, help="calibrate and write"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Literal["temperature", "vector", "none"],
+        metavar="{temperature,vector,none}",
+        default="temperature",
+        help="what is stored with the model; the page compares all",
+    )
+    parser.add_argument(
+        "--wanted-error",
+        type=float,
+        metavar="X",
+        default=0.05,
+        help="share of wrong answers that is acceptable where predict is sure",
+    )
+    parser.add_argument(
+        "--output", type=str | None, metavar="FOLDER", help="of the page; null for RUN/report"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_fields(parser, TrainConfig(), [HARDWARE])
     chosen = parser.parse_args(arguments)
+    hardware = {name: chosen[name] for name in ("device", "precision", "memory_format")}
+    where = {"split": chosen.split, "data_dir": chosen.data_dir}
+    if not chosen.report:
+        from densely.evaluation.evaluate import evaluate
 
-    from densely.evaluation.evaluate import evaluate
+        result = evaluate(chosen.run, chosen.data, **where, **hardware)
+        if chosen.json:
+            print(json.dumps(result.to_dict()))
+        else:
+            _print_evaluation(result)
+        return
 
-    result = evaluate(
+    from densely.evaluation.report import report
+
+    def note(text: str) -> None:
+        if not chosen.json and sys.stdout.isatty():
+            print(text, flush=True)
+
+    done = report(
         chosen.run,
         chosen.data,
-        split=chosen.split,
-        data_dir=chosen.data_dir,
-        device=chosen.device,
-        precision=chosen.precision,
-        memory_format=chosen.memory_format,
+        calibration=chosen.calibration,
+        wanted_error=chosen.wanted_error,
+        output=chosen.output,
+        note=note,
+        **where,
+        **hardware,
     )
     if chosen.json:
-        print(json.dumps(result.to_dict()))
+        print(json.dumps(done.evaluation.to_dict() | {"report": str(done.page)}))
+        return
+    _print_evaluation(done.evaluation)
+    _print_calibration(done.findings)
+    print(f"report:  {done.page}")
+
+
+def _print_calibration(found: "Findings") -> None:
+    print()
+    for warning in found.warnings:
+        print(f"note: {warning}")
+    before = found.calibration[0]
+    after = next(score for score in found.calibration if score.method == found.method)
+    if after is not before:
+        print(
+            f"calibration error {before.ece:.4f}, and {after.ece:.4f} with {after.method} scaling "
+            f"(fitted on {found.calibrated_on})"
+        )
     else:
-        _print_evaluation(result)
+        print(f"calibration error {before.ece:.4f}, not calibrated")
 
 
 def _print_evaluation(result: "Evaluation") -> None:
@@ -79,6 +142,12 @@ def predict(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument(
         "--top", type=int, metavar="N", default=1, help="classes to name for each image"
     )
+    parser.add_argument(
+        "--calibrated",
+        action=ActionYesNo(no_prefix="no-"),
+        default=True,
+        help="apply the calibration and the threshold that densely evaluate has fitted",
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object a line, all classes")
     add_fields(parser, TrainConfig(), [HARDWARE])
     chosen = parser.parse_args(arguments)
@@ -92,6 +161,7 @@ def predict(parser: Parser, arguments: list[str]) -> None:
         device=chosen.device,
         precision=chosen.precision,
         memory_format=chosen.memory_format,
+        calibrated=chosen.calibrated,
     )
     margin = max(map(len, chosen.images))
     for path, prediction in zip(chosen.images, classifier.predict(chosen.images), strict=True):
@@ -100,4 +170,5 @@ def predict(parser: Parser, arguments: list[str]) -> None:
             continue
         ranked = list(prediction.probabilities.items())[: chosen.top]
         for i, (label, probability) in enumerate(ranked):
-            print(f"{'' if i else path:{margin}}  {probability:6.4f}  {label}")
+            unsure = "  (unsure)" if i == 0 and prediction.sure is False else ""
+            print(f"{'' if i else path:{margin}}  {probability:6.4f}  {label}{unsure}")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from densely.data.images import decode, open_image
 from densely.errors import DataError
+from densely.evaluation.calibration import Calibration, load_calibration
 from densely.runtime import MemoryFormat, Precision, Runtime, choose_runtime
-from densely.training.checkpoint import ModelInfo, load_model
+from densely.training.checkpoint import ModelInfo, find_checkpoint, load_model
 from densely.training.run import RunDirectory
 from densely.training.scoring import BATCH_SIZE, logits_of
 
@@ -25,19 +26,32 @@ class Prediction:
 
     Args:
         label: name of the likeliest class.
-        probability: the network's probability of it, in [0, 1]; not calibrated.
+        probability: the network's probability of it, in [0, 1]; calibrated where the run is.
         probabilities: of every class, likeliest first.
+        sure: whether `probability` reaches the threshold that was chosen for a wanted error; None
+            where none was.
     """
 
     label: str
     probability: float
     probabilities: dict[str, float]
+    sure: bool | None = None
 
 
 class Classifier:
-    """A network, its classes and its preprocessing, placed on a device; made by `densely.load`."""
+    """A network, its classes and its preprocessing, placed on a device; made by `densely.load`.
 
-    def __init__(self, model: torch.nn.Module, info: ModelInfo, runtime: Runtime) -> None:
+    `calibration` turns its logits into probabilities that can be believed; None for the bare ones.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        info: ModelInfo,
+        runtime: Runtime,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.calibration = calibration
         self.model, self.info = runtime.place(model), info
         self.classes, self.preprocessing = info.classes, info.preprocessing
         self.runtime = runtime
@@ -75,7 +89,8 @@ class Classifier:
 
     def _probabilities(self, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
         images = images.to(self.runtime.device)
-        return logits_of(self.model, images, prepare, self.runtime).softmax(dim=1).cpu()
+        logits = logits_of(self.model, images, prepare, self.runtime).cpu()
+        return (self.calibration or Calibration.none(len(self.classes))).probabilities(logits)
 
     def _pixels(self, image: ImageLike) -> Tensor:
         channels = self.preprocessing.channels
@@ -92,7 +107,9 @@ class Classifier:
         order = probabilities.argsort(descending=True, stable=True).tolist()
         ranked = {self.classes[i]: probabilities[i].item() for i in order}
         label = self.classes[order[0]]
-        return Prediction(label, ranked[label], ranked)
+        threshold = self.calibration.threshold if self.calibration else None
+        sure = None if threshold is None else ranked[label] >= threshold
+        return Prediction(label, ranked[label], ranked, sure)
 
 
 def load(
@@ -101,6 +118,7 @@ def load(
     device: str = "auto",
     precision: Precision = "auto",
     memory_format: MemoryFormat = "auto",
+    calibrated: bool = True,
 ) -> Classifier:
     """Load the network of a run, ready to predict.
 
@@ -109,9 +127,14 @@ def load(
         device: "auto", "cpu", "cuda", ...
         precision: "auto", "float32" or "bfloat16".
         memory_format: "auto", "contiguous" or "channels_last".
+        calibrated: whether to calibrate probabilities as `densely evaluate` has fitted it, if it
+            has.
 
     Raises:
         RunError: no run, no checkpoint in it yet, or a damaged one.
     """
-    model, info = load_model(RunDirectory.open(Path(run)).weights())
-    return Classifier(model, info, choose_runtime(device, precision, memory_format))
+    weights = RunDirectory.open(Path(run)).weights()
+    model, info = load_model(weights)
+    folder = find_checkpoint(weights) if calibrated else None
+    calibration = load_calibration(folder, len(info.classes)) if folder else None
+    return Classifier(model, info, choose_runtime(device, precision, memory_format), calibration)

@@ -2,17 +2,14 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from densely.evaluation.classifier import load
-from densely.evaluation.judged import Split, judged_images
-from densely.runtime import MemoryFormat, Precision, keep_freed_memory
-from densely.training.run import RunDirectory
-from densely.training.scoring import logits_of, score
+from densely.evaluation.judged import Judged, Split, judge
+from densely.runtime import MemoryFormat, Precision
+from densely.training.scoring import score
 
 
 @dataclass(frozen=True)
@@ -73,19 +70,28 @@ def evaluate(
     Raises:
         DenselyError: the run or the data are missing or damaged, or do not fit each other.
     """
+    return evaluation_of(
+        judge(
+            run,
+            data,
+            split=split,
+            data_dir=data_dir,
+            device=device,
+            precision=precision,
+            memory_format=memory_format,
+        )
+    )
+
+
+def evaluation_of(judged: Judged) -> Evaluation:
+    """Sum up what a network says of a set of images."""
     from sklearn.metrics import confusion_matrix
 
-    classifier = load(run, device=device, precision=precision, memory_format=memory_format)
-    runtime = classifier.runtime
-    if runtime.device.type == "cpu":
-        keep_freed_memory()
-    name, images = judged_images(RunDirectory.open(Path(run)), classifier, data, split, data_dir)
-    images = images.to(runtime.device)
-    logits = logits_of(classifier.model, images.images, classifier.preprocessing, runtime)
-    result = score(logits, images.labels)
+    result = score(judged.logits, judged.labels)
+    classes = judged.classifier.classes
     confusion = confusion_matrix(
-        images.labels.cpu(), logits.argmax(dim=1).cpu(), labels=range(len(classifier.classes))
+        judged.labels, judged.logits.argmax(dim=1), labels=range(len(classes))
     )
     return Evaluation(
-        name, len(images), result.accuracy, result.loss, classifier.classes, confusion
+        judged.data, len(judged.labels), result.accuracy, result.loss, classes, confusion
     )

@@ -1,12 +1,12 @@
 """What an evaluation finds: plain values that are computed once, written as JSON and drawn.
 
-    Findings
-    ├── Scores            how often it is right, as a whole and class by class
-    ├── CalibrationScore  whether its probabilities can be believed, before and after calibration
-    ├── RiskCoverage      how wrong it still is on the images that it is surest of
-    │   └── Choice        the confidence from which on an error is as small as wanted
-    ├── Example           images worth a look, with heat maps
-    └── Cost              parameters, multiplications, memory, speed on this machine
+Findings
+├── Scores            how often it is right, as a whole and class by class
+├── CalibrationScore  whether its probabilities can be believed, before and after calibration
+├── RiskCoverage      how wrong it still is on the images that it is surest of
+│   └── Choice        the confidence from which on an error is as small as wanted
+├── Example           images worth a look, with heat maps
+└── Cost              parameters, multiplications, memory, speed on this machine
 """
 
 import dataclasses

@@ -1,18 +1,84 @@
 """Which images a run is judged on: the ones that it set aside, or others."""
 
 import dataclasses
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from densely.data import ImageSet, Splits, absolute, load_data
+from torch import Tensor
+
+from densely.data import ImageSet, Splits, absolute, load_data, with_validation
 from densely.data.folder import load_labelled
 from densely.errors import ConfigError, DataError
-from densely.evaluation.classifier import Classifier
+from densely.evaluation.classifier import Classifier, load
+from densely.evaluation.scores import check
+from densely.runtime import MemoryFormat, Precision, keep_freed_memory
 from densely.training.checkpoint import load_state
 from densely.training.run import RunDirectory
+from densely.training.scoring import logits_of
 from densely.training.splits import splits_of
 
 Split = Literal["train", "validation", "test"]
+
+#: Share of the training images that stand in where a run set none aside for validation.
+STAND_IN_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A network and what it says of a set of images.
+
+    Args:
+        run: the run directory.
+        classifier: its network.
+        data: name of the images.
+        images: uint8 images and labels, on the device.
+        logits: float32 [N, K] on the CPU, not calibrated; all finite.
+        labels: int64 [N] on the CPU.
+    """
+
+    run: RunDirectory
+    classifier: Classifier
+    data: str
+    images: ImageSet
+    logits: Tensor
+    labels: Tensor
+
+
+def judge(
+    run: str | os.PathLike[str],
+    data: str | None = None,
+    *,
+    split: Split = "test",
+    data_dir: str | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    memory_format: MemoryFormat = "auto",
+) -> Judged:
+    """Let the network of a run see a set of images; see `evaluate` for the arguments.
+
+    Raises:
+        DenselyError: the run or the data are missing or damaged, or do not fit each other; or the
+            network gives NaN.
+    """
+    classifier = load(run, device=device, precision=precision, memory_format=memory_format)
+    if classifier.runtime.device.type == "cpu":
+        keep_freed_memory()
+    directory = RunDirectory.open(Path(run))
+    name, images = judged_images(directory, classifier, data, split, data_dir)
+    images, logits = seen(classifier, images)
+    return Judged(directory, classifier, name, images, logits, images.labels.cpu())
+
+
+def seen(classifier: Classifier, images: ImageSet) -> tuple[ImageSet, Tensor]:
+    """The images on the classifier's device, and its logits of them on the CPU, all finite."""
+    images = images.to(classifier.runtime.device)
+    logits = logits_of(
+        classifier.model, images.images, classifier.preprocessing, classifier.runtime
+    ).cpu()
+    check(logits, images.labels.cpu(), images.classes)
+    return images, logits
 
 
 def judged_images(
@@ -38,11 +104,7 @@ def judged_images(
     source = config.data if data is None else absolute(data)
     if source == config.data:
         splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
-        if splits.train.digest() != load_state(run.weights()).data_digest:
-            raise DataError(
-                f"{source} has changed since {run.path} learned from it: which of its images are "
-                "unseen cannot be told; name a folder of new images with --data"
-            )
+        _require_unchanged(run, splits)
     elif Path(source).is_dir() and not (Path(source) / "train").is_dir():
         folder = Path(source)
         return source, load_labelled(folder, classifier.classes, prep.image_size, prep.channels)
@@ -61,6 +123,34 @@ def judged_images(
             f"{_listed(classifier.classes)}"
         )
     return f"{source}, {split}", images
+
+
+def fitting_images(run: RunDirectory, classifier: Classifier) -> tuple[str, ImageSet, bool]:
+    """Images that calibration and thresholds are fitted on: never those of the test split.
+
+    Returns:
+        Their name; the images; and whether the network has learned from them, as it has where the
+        run set none aside.
+
+    Raises:
+        DenselyError: the run's data are missing, or have changed since.
+    """
+    config, prep = run.config(), classifier.preprocessing
+    splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
+    _require_unchanged(run, splits)
+    if splits.validation is not None:
+        return "validation split", splits.validation, False
+    splits = with_validation(splits, STAND_IN_SHARE, config.split_seed)
+    assert splits.validation is not None
+    return "part of the training split", splits.validation, True
+
+
+def _require_unchanged(run: RunDirectory, splits: Splits) -> None:
+    if splits.train.digest() != load_state(run.weights()).data_digest:
+        raise DataError(
+            f"{run.config().data} has changed since {run.path} learned from it: which of its "
+            "images are unseen cannot be told; name a folder of new images with --data"
+        )
 
 
 def _part(splits: Splits, split: Split) -> ImageSet:

@@ -23,6 +23,7 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
         if facts.validation_images
         else f"epoch {summary.best_epoch}, the last one: there was no validation split"
     )
+    options = "".join(f", {name} {value}" for name, value in config.options.items())
     began = f"| began with | {config.weights} |\n" if config.weights else ""
     names = ", ".join(info.classes[:20]) + ", ..." * (len(info.classes) > 20)
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
@@ -35,7 +36,7 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
 | test accuracy | {summary.test.accuracy:.4f} on {facts.test_images:,} images |
 | test loss | {summary.test.loss:.4f} |
 | weights | {chosen} |
-| network | {config.model}, {facts.parameters:,} parameters |
+| network | {config.model}{options}, {facts.parameters:,} parameters |
 {began}| classes | {len(info.classes)}: {names} |
 | input | {colour} images, scaled to {prep.image_size}x{prep.image_size} pixels in [0, 1]\
 {scaled} |
@@ -58,6 +59,6 @@ or in Python:
     densely.load({str(summary.run)!r}).predict(["IMAGE"])
 
 Limits: it knows nothing but the classes above, and gives one of them to any picture at all. Its
-probabilities are not calibrated. It was judged on one test split of the same source as its
+probabilities are not calibrated until `densely evaluate` has done so. It was judged on one test split of the same source as its
 training images; other cameras, other places and other times may differ.
 """

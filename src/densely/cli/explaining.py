@@ -1,0 +1,88 @@
+"""`densely explain`."""
+
+import json
+from typing import Literal
+
+from densely.cli.parser import Parser, add_fields
+from densely.errors import ConfigError
+from densely.training.config import HARDWARE, TrainConfig
+
+Method = Literal["cam", "gradcam", "gradcam++", "integrated_gradients"]
+
+
+def explain(parser: Parser, arguments: list[str]) -> None:
+    """Show where a network looks: heat maps over images, and how its layers read each other."""
+    parser.add_argument("run", type=str, metavar="RUN", help="run directory")
+    # With "*", argparse settles for no image as soon as a flag stands between RUN and IMAGE.
+    parser.add_argument(
+        "images",
+        type=str,
+        nargs="*" if "--connections" in arguments else "+",
+        metavar="IMAGE",
+        help="image files; with --connections none are needed",
+    )
+    parser.add_argument(
+        "--method",
+        type=Method,
+        metavar="{cam,gradcam,gradcam++,integrated_gradients}",
+        default="cam",
+        help="how the maps are made; integrated gradients need captum",
+    )
+    parser.add_argument(
+        "--level",
+        type=int | None,
+        metavar="N",
+        help="dense block that gradcam looks at, from 1 on; null for the last",
+    )
+    parser.add_argument(
+        "--target",
+        type=str | None,
+        metavar="CLASS",
+        help="class to look for; null for each image's likeliest",
+    )
+    parser.add_argument(
+        "--connections",
+        action="store_true",
+        help="draw how much each layer reads of each earlier one (figure 5 of the paper)",
+    )
+    parser.add_argument(
+        "--output", type=str | None, metavar="FOLDER", help="of the pictures; null for RUN/explain"
+    )
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    add_fields(parser, TrainConfig(), [HARDWARE])
+    try:
+        chosen = parser.parse_args(arguments)
+    except ConfigError as error:
+        if "required: images" not in str(error):
+            raise
+        raise ConfigError(
+            f"no IMAGE given: name image files, or --connections (see {parser.prog} --help)"
+        ) from error
+
+    from densely.evaluation.explain_run import explain_connections, explain_images
+
+    if chosen.images:
+        pictures = explain_images(
+            chosen.run,
+            chosen.images,
+            method=chosen.method,
+            level=chosen.level,
+            target=chosen.target,
+            output=chosen.output,
+            device=chosen.device,
+            precision=chosen.precision,
+            memory_format=chosen.memory_format,
+        )
+        margin = max(len(picture.image) for picture in pictures)
+        width = max(len(picture.label) for picture in pictures)
+        for picture in pictures:
+            if chosen.json:
+                print(json.dumps(picture.to_dict()))
+                continue
+            print(
+                f"{picture.image:{margin}}  {picture.label:{width}}  {picture.probability:6.4f}  "
+                f"{picture.path}"
+            )
+    if chosen.connections:
+        path = str(explain_connections(chosen.run, chosen.output))
+        print(json.dumps({"connections": path}) if chosen.json else path)

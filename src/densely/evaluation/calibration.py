@@ -1,0 +1,376 @@
+"""Probabilities that can be believed: their calibration, how good it is, and where it is kept.
+
+    calibrated logits = logits * scale + bias        scale and bias: one for each class
+
+    "temperature"   one scale, 1/T, and no bias: which class is likeliest does not change
+    "vector"        a scale and a bias for each class
+
+Source: Guo, Pleiss, Sun, Weinberger 2017, "On Calibration of Modern Neural Networks", section 4.2.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from densely.errors import DataError, RunError, ShapeError
+from densely.evaluation.findings import CalibrationScore, Method, ReliabilityBin
+from densely.weights.whole_file import whole_file
+
+BINS = 15
+
+#: Bounds of 1/T. On images that are all answered rightly the likelihood rises for ever as T falls.
+INVERSE_TEMPERATURES = (0.05, 20.0)
+
+#: Standard deviation of the normal prior of vector scaling: of each scale, as a share of the fitted
+#: 1/T, and of each bias, in nats.
+PRIOR_DEVIATION = 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How logits become the logits whose softmax can be believed.
+
+    Args:
+        method: "none", "temperature" or "vector".
+        scale: factor of each class's logit.
+        bias: what is then added to it.
+        fitted_on: what it was fitted on; empty where it was not.
+        images: number of images that it was fitted on.
+        wanted_error: largest share of wrong answers among those given; None where none was chosen.
+        threshold: answers of at least this calibrated probability are given; None where none was
+            chosen, or none keeps the promise.
+
+    Raises:
+        ValueError: a field is of another type, not finite, or does not fit the others.
+    """
+
+    method: Method
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+    fitted_on: str
+    images: int
+    wanted_error: float | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"method={self.method!r}: expected one of {get_args(Method)}")
+        for name in ("scale", "bias"):
+            values = getattr(self, name)
+            if not (isinstance(values, tuple) and all(_is_finite(value) for value in values)):
+                raise ValueError(f"{name}={values!r}: expected finite floats")
+        if not 0 < len(self.scale) == len(self.bias):
+            raise ValueError(
+                f"{len(self.scale)} scales and {len(self.bias)} biases: expected one "
+                "of each for each class"
+            )
+        if self.method != "vector" and (len(set(self.scale)) > 1 or any(self.bias)):
+            raise ValueError(f"method={self.method!r}: expected one scale for all and no bias")
+        if self.method == "none" and self.scale[0] != 1:
+            raise ValueError(f"method='none': expected a scale of 1, not {self.scale[0]}")
+        if self.method == "temperature" and self.scale[0] <= 0:
+            raise ValueError(f"method='temperature': a scale of {self.scale[0]} is not positive")
+        if not isinstance(self.fitted_on, str):
+            raise ValueError(f"fitted_on={self.fitted_on!r}: expected a string")
+        if type(self.images) is not int or self.images < 0:
+            raise ValueError(f"images={self.images!r}: expected a number of images")
+        for name in ("wanted_error", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not (_is_finite(value) and 0 <= value <= 1):
+                raise ValueError(f"{name}={value!r}: expected a share from 0 to 1")
+        if self.threshold is not None and self.wanted_error is None:
+            raise ValueError(f"threshold={self.threshold}: its wanted_error is missing")
+
+    @classmethod
+    def none(cls, num_classes: int) -> "Calibration":
+        """Leave logits as they are."""
+        return cls("none", (1.0,) * num_classes, (0.0,) * num_classes, "", 0)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Calibrated logits of logits [N, K]: float32 [N, K] on the same device.
+
+        Raises:
+            ShapeError: K is another number of classes.
+        """
+        if logits.ndim != 2 or logits.shape[1] != len(self.scale):
+            raise ShapeError(
+                f"logits of shape {list(logits.shape)}: the calibration is for "
+                f"[images, {len(self.scale)}]"
+            )
+        scale = torch.tensor(self.scale, dtype=torch.float32, device=logits.device)
+        bias = torch.tensor(self.bias, dtype=torch.float32, device=logits.device)
+        return logits.float() * scale + bias
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Calibrated probabilities of logits [N, K]: float32 [N, K] on the same device.
+
+        Raises:
+            ShapeError: K is another number of classes.
+        """
+        return self.apply(logits).softmax(dim=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self) | {"scale": list(self.scale), "bias": list(self.bias)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Calibration":
+        """Read what `to_dict` gave.
+
+        Raises:
+            ValueError: a field is missing, unknown, or as the class says.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if values.keys() != names:
+            wrong = ", ".join(sorted(names ^ values.keys()))
+            raise ValueError(f"missing or unknown: {wrong}")
+        for name in ("scale", "bias"):
+            if not isinstance(values[name], list):
+                raise ValueError(f"{name}={values[name]!r}: expected a list")
+        return cls(**values | {name: tuple(values[name]) for name in ("scale", "bias")})
+
+
+def fit(logits: Tensor, labels: Tensor, method: Method, *, fitted_on: str) -> Calibration:
+    """Fit a calibration to images that the network did not learn from.
+
+    Both methods minimise the mean negative log-likelihood of the true classes, in float64; neither
+    gives a worse one than the logits as they are.
+
+    Temperature: the likelihood is concave in 1/T, so that the zero of its slope is the best 1/T,
+    held within `INVERSE_TEMPERATURES`.
+
+    Vector: a few hundred images do not determine a scale and a bias for each class, and without
+    bounds a class that does not occur among them gets a bias of minus infinity. So each has a
+    normal prior, s_k ~ N(1/T, (PRIOR_DEVIATION/T)^2) and b_k ~ N(0, PRIOR_DEVIATION^2), with T of
+    temperature scaling, and what is minimised is
+
+        NLL + (sum_k (s_k T - 1)^2 + sum_k b_k^2) / (2 N PRIOR_DEVIATION^2),
+
+    whose pull fades as the number of images N grows. It is strictly convex.
+
+    Args:
+        logits: float [N, K].
+        labels: int64 [N].
+        method: "none" leaves the logits as they are.
+        fitted_on: what the images are, for the reader.
+
+    Raises:
+        DataError: there are no images, or logits are NaN or infinity.
+    """
+    inputs, truth = logits.detach().cpu().double(), labels.cpu()
+    if not math.isfinite(_nll(inputs, truth)):
+        raise DataError(f"{fitted_on}: there are no images, or the network gives NaN or infinity")
+    classes = inputs.shape[1]
+    scale, bias = np.ones(classes), np.zeros(classes)
+    if method != "none":
+        scale *= _best_inverse_temperature(inputs, truth)
+    if method == "vector":
+        scale, bias = _best_vector(inputs, truth, scale[0])
+    return Calibration(method, tuple(scale.tolist()), tuple(bias.tolist()), fitted_on, len(truth))
+
+
+def calibration_score(method: Method, logits: Tensor, labels: Tensor) -> CalibrationScore:
+    """Judge probabilities: the softmax of calibrated logits.
+
+    Calibration errors are of the likeliest class: the mean of |confidence - accuracy| over bins,
+    weighted by their images (Guo et al. 2017, equation 3). Bins of equal width are those of Naeini,
+    Cooper, Hauskrecht 2015; those of equal numbers of images those of Nguyen and O'Connor 2015
+    and of Nixon et al. 2019.
+
+    Args:
+        method: how `logits` were calibrated.
+        logits: float [N, K], calibrated.
+        labels: int64 [N].
+    """
+    from sklearn.metrics import brier_score_loss
+
+    outputs, truth = logits.detach().cpu().double(), labels.cpu()
+    confidence, right = surest_first(outputs, truth)
+    bins = _bins_of_equal_width(confidence, right)
+    groups = np.array_split(np.arange(len(truth)), min(BINS, len(truth)))
+    return CalibrationScore(
+        method=method,
+        # Not scikit-learn's log_loss, which clips probabilities: of sure mistakes it hides most.
+        nll=_nll(outputs, truth),
+        brier=float(
+            brier_score_loss(
+                truth.numpy(),
+                outputs.softmax(dim=1).numpy(),
+                labels=np.arange(outputs.shape[1]),
+                scale_by_half=False,
+            )
+        ),
+        ece=sum(abs(b.confidence - b.accuracy) * b.images for b in bins) / len(truth),
+        adaptive_ece=float(sum(abs((confidence[g] - right[g]).sum()) for g in groups) / len(truth)),
+        bins=bins,
+    )
+
+
+def surest_first(logits: Tensor, labels: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Confidence in the likeliest class and whether it is right, from the surest image on.
+
+    Images of equal confidence share what is right: each counts as their mean, so that nothing
+    depends on their order.
+
+    Args:
+        logits: float [N, K], calibrated.
+        labels: int64 [N].
+
+    Returns:
+        Both [N]; confidence falls, and "right" is 0 or 1 where no other image is as sure.
+    """
+    probabilities = logits.detach().cpu().double().softmax(dim=1)
+    top = probabilities.max(dim=1)
+    confidence = top.values.numpy()
+    right = (top.indices == labels.cpu()).numpy()
+    levels, level, images = np.unique(-confidence, return_inverse=True, return_counts=True)
+    shares = np.bincount(level, weights=right) / images
+    return -np.repeat(levels, images), np.repeat(shares, images)
+
+
+def save_calibration(folder: Path, calibration: Calibration) -> None:
+    """Write `calibration.json` beside the weights of a checkpoint, with the weights' digest.
+
+    Args:
+        folder: as `find_checkpoint` gives it.
+        calibration: of those weights.
+
+    Raises:
+        RunError: there are no weights, or the file cannot be written.
+    """
+    path = folder / "calibration.json"
+    text = json.dumps(
+        {"weights_digest": _weights_digest(folder), "calibration": calibration.to_dict()}, indent=2
+    )
+    try:
+        with whole_file(path) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error}") from error
+
+
+def load_calibration(folder: Path, num_classes: int) -> Calibration | None:
+    """Read the calibration of a checkpoint; None where there is none for these weights.
+
+    Args:
+        folder: as `find_checkpoint` gives it.
+        num_classes: of the network.
+
+    Raises:
+        RunError: it is damaged, or there are no weights.
+    """
+    path = folder / "calibration.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        digest, fields = values["weights_digest"], values["calibration"]
+        calibration = Calibration.from_dict(fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: damaged or of another version: {error}") from error
+    if digest != _weights_digest(folder):  # a run that went on has other weights
+        return None
+    if len(calibration.scale) != num_classes:
+        raise RunError(
+            f"{path}: damaged: it is for {len(calibration.scale)} classes, and the network has "
+            f"{num_classes}"
+        )
+    return calibration
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _weights_digest(folder: Path) -> str:
+    path = folder / "model.safetensors"
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise RunError(f"{path}: missing or not to be read: {error}") from error
+
+
+def _nll(logits: Tensor, labels: Tensor) -> float:
+    return F.cross_entropy(logits, labels).item()
+
+
+def _best_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
+    from scipy.optimize import brentq
+
+    true_logits = logits.gather(1, labels[:, None]).mean()
+
+    def slope(inverse: float) -> float:
+        """Derivative of the NLL by 1/T, which only rises: mean of E[logit] - logit of the truth."""
+        expected = (logits * (logits * inverse).softmax(dim=1)).sum(dim=1).mean()
+        return float(expected - true_logits)
+
+    low, high = INVERSE_TEMPERATURES
+    if slope(low) >= 0:
+        best = low
+    elif slope(high) <= 0:
+        best = high
+    else:
+        best = float(brentq(slope, low, high))
+    # Equal where no temperature matters, as all logits of an image are equal.
+    return best if _nll(logits * best, labels) < _nll(logits, labels) else 1.0
+
+
+def _best_vector(
+    logits: Tensor, labels: Tensor, inverse_temperature: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scale and bias of each class."""
+    from scipy.optimize import minimize
+
+    images, classes = logits.shape
+    scaled = logits * inverse_temperature
+    rows = torch.arange(images)
+    pull = 1 / (2 * images * PRIOR_DEVIATION**2)
+    # The likelihood is steep in scales of large logits: in these units half the steps do.
+    unit = np.concatenate([1 / np.sqrt(1 + scaled.square().mean(dim=0).numpy()), np.ones(classes)])
+
+    def objective(place: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """Value and gradient at scales 1/T * (1 + change[:K]) and biases change[K:]."""
+        change = place * unit
+        factor, bias = torch.from_numpy(change).reshape(2, classes)
+        logarithms = (scaled * (1 + factor) + bias).log_softmax(dim=1)
+        value = -float(logarithms[rows, labels].mean()) + pull * float(change @ change)
+        error = logarithms.exp_()
+        error[rows, labels] -= 1
+        slope = torch.cat([(error * scaled).sum(dim=0), error.sum(dim=0)]).numpy()
+        return value, (slope / images + 2 * pull * change) * unit
+
+    found = minimize(
+        objective,
+        np.zeros(2 * classes),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 1000, "gtol": 1e-6, "ftol": 1e-11},
+    )
+    factor, bias = (found.x * unit).reshape(2, classes)
+    return inverse_temperature * (1 + factor), bias
+
+
+def _bins_of_equal_width(
+    confidence: NDArray[np.float64], right: NDArray[np.float64]
+) -> tuple[ReliabilityBin, ...]:
+    edges = np.linspace(0, 1, BINS + 1)
+    place = np.digitize(confidence, edges[1:-1], right=True)
+    images = np.bincount(place, minlength=BINS)
+    sums = [np.bincount(place, values, minlength=BINS) for values in (confidence, right)]
+    means = [(total / np.maximum(images, 1)).tolist() for total in sums]
+    ends = edges.tolist()
+    return tuple(
+        ReliabilityBin(*values)
+        for values in zip(ends[:-1], ends[1:], images.tolist(), *means, strict=True)
+    )

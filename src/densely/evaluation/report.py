@@ -1,0 +1,259 @@
+"""The whole story of a run: judged, calibrated, explained, weighed, and written as a page.
+
+What is fitted, calibration and the threshold of a wanted error, is fitted on the validation split;
+what is shown is measured on the split that is judged.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from densely.data import absolute
+from densely.errors import ConfigError, DenselyError
+from densely.evaluation.calibration import (
+    Calibration,
+    calibration_score,
+    fit,
+    save_calibration,
+)
+from densely.evaluation.cost import costs
+from densely.evaluation.evaluate import Evaluation, evaluation_of
+from densely.evaluation.findings import Example, Findings, Method
+from densely.evaluation.heat_maps import explain
+from densely.evaluation.judged import Judged, Split, fitting_images, judge, seen
+from densely.evaluation.label_errors import likely_label_errors
+from densely.evaluation.overlay import tile
+from densely.evaluation.report_page import check_replaceable, write_report
+from densely.evaluation.scores import scores_of
+from densely.evaluation.selective import risk_coverage, threshold_for
+from densely.runtime import MemoryFormat, Precision
+from densely.training.checkpoint import find_checkpoint
+
+METHODS: tuple[Method, ...] = ("none", "temperature", "vector")
+WANTED_ERRORS = (0.01, 0.02, 0.05, 0.1)
+EXAMPLES = 24
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, and the page that shows it."""
+
+    evaluation: Evaluation
+    findings: Findings
+    page: Path
+
+
+def report(
+    run: str | os.PathLike[str],
+    data: str | None = None,
+    *,
+    split: Split = "test",
+    data_dir: str | None = None,
+    calibration: Method = "temperature",
+    wanted_error: float = 0.05,
+    output: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    memory_format: MemoryFormat = "auto",
+    note: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Judge a run, calibrate it, and write `report/` into it: report.html and metrics.json.
+
+    The calibration and the threshold are stored with the model; `predict` applies them.
+
+    Args:
+        run: a run directory.
+        data: as for `evaluate`.
+        split: as for `evaluate`.
+        data_dir: as for `evaluate`.
+        calibration: the method to store, "temperature", "vector" or "none"; the page compares them.
+        wanted_error: share of wrong answers that is acceptable among those that `predict` is sure
+            of.
+        output: folder for the page; None for RUN/report. An earlier page there is replaced.
+        device: "auto", "cpu", "cuda", ...
+        precision: "auto", "float32" or "bfloat16".
+        memory_format: "auto", "contiguous" or "channels_last".
+        note: told what is going on.
+
+    Raises:
+        DenselyError: the run or the data are missing, damaged, empty, of one class, or do not fit
+            each other; or the network gives NaN.
+    """
+    if calibration not in METHODS:
+        raise ConfigError(f"calibration='{calibration}': must be one of {', '.join(METHODS)}")
+    if not 0 < wanted_error < 1:
+        raise ConfigError(f"wanted_error={wanted_error}: must be above 0 and below 1")
+    folder = Path(output) if output is not None else Path(run) / "report"
+    check_replaceable(folder)
+    note("judging ...")
+    judged = judge(
+        run,
+        data,
+        split=split,
+        data_dir=data_dir,
+        device=device,
+        precision=precision,
+        memory_format=memory_format,
+    )
+    logits, labels = judged.logits, judged.labels
+    scores = scores_of(logits, labels, judged.classifier.classes)
+
+    note("calibrating ...")
+    is_own = data is None or absolute(data) == judged.run.config().data
+    fitted = _calibrate(judged, calibration, wanted_error, split=split, is_own=is_own)
+    chosen = fitted.chosen
+    calibrated = chosen.apply(logits)
+
+    note("drawing heat maps ...")
+    mistakes, unsure, label_errors = _examples(judged, calibrated.softmax(dim=1))
+
+    note("measuring speed and memory ...")
+    (cost,) = costs([(judged.classifier.model, judged.classifier.info)], judged.classifier.runtime)
+
+    findings = Findings(
+        run=str(run),
+        data=judged.data,
+        date=datetime.date.today().isoformat(),
+        warnings=fitted.warnings,
+        scores=scores,
+        method=chosen.method,
+        calibrated_on=fitted.where,
+        calibration=tuple(
+            calibration_score(each.method, each.apply(logits), labels) for each in fitted.tried
+        ),
+        selective=risk_coverage(calibrated, labels, fitted.choices),
+        mistakes=mistakes,
+        unsure=unsure,
+        label_errors=label_errors,
+        cost=cost,
+    )
+    curves = judged.run.curves_file
+    page = write_report(
+        folder, findings, curves=curves.read_bytes() if curves.is_file() else None, tile=tile
+    )
+    if fitted.is_new and (weights := find_checkpoint(judged.run.weights())):
+        save_calibration(weights, chosen)
+    return Report(evaluation_of(judged), findings, page)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Calibrations that were tried, the one to use, and thresholds by wanted error."""
+
+    chosen: Calibration
+    tried: tuple[Calibration, ...]
+    choices: tuple[tuple[float, float | None], ...]
+    where: str | None
+    warnings: tuple[str, ...]
+    is_new: bool
+
+
+def _calibrate(
+    judged: Judged, method: Method, wanted_error: float, *, split: Split, is_own: bool
+) -> _Fitted:
+    classes, warnings = judged.classifier.classes, []
+    bare = Calibration.none(len(classes))
+    if is_own and split == "train":
+        warnings.append("These are the images that the network learned from: it knows them.")
+    try:
+        where, images, has_learned = fitting_images(judged.run, judged.classifier)
+    except DenselyError as error:
+        if is_own:
+            raise
+        # Other images are judged, and the run's own are gone: what was fitted before still holds.
+        stored = judged.classifier.calibration
+        warnings.append(
+            f"Nothing was fitted, since the run's own data cannot be read ({error}); "
+            + ("the calibration stored with it is shown." if stored else "it is not calibrated.")
+        )
+        chosen = stored or bare
+        return _Fitted(
+            chosen,
+            tried=(bare,) if chosen.method == "none" else (bare, chosen),
+            choices=((chosen.wanted_error or wanted_error, chosen.threshold),),
+            where=None,
+            warnings=tuple(warnings),
+            is_new=False,
+        )
+
+    images, logits = seen(judged.classifier, images)
+    labels = images.labels.cpu()
+    where = f"{where}, {len(labels):,} images"
+    if has_learned:
+        warnings.append(
+            f"The run has no validation split: calibration and thresholds are fitted on "
+            f"{len(labels):,} of the images that it learned from, on which it is surer than on new "
+            "ones. Train with --validation 0.1 for better ones."
+        )
+    elif is_own and split == "validation":
+        warnings.append(
+            "Calibration and thresholds are fitted on the very images that are judged here: they "
+            "look better than they are."
+        )
+    tried = tuple(fit(logits, labels, each, fitted_on=where) for each in METHODS)
+    chosen = tried[METHODS.index(method)]
+    calibrated = chosen.apply(logits)
+    wanted = sorted({*WANTED_ERRORS, wanted_error})
+    choices = tuple((error, threshold_for(calibrated, labels, error)) for error in wanted)
+    chosen = replace(chosen, wanted_error=wanted_error, threshold=dict(choices)[wanted_error])
+    return _Fitted(chosen, tried, choices, where, tuple(warnings), True)
+
+
+def _examples(
+    judged: Judged, probabilities: Tensor
+) -> tuple[tuple[Example, ...], tuple[Example, ...], tuple[Example, ...]]:
+    """The most confident mistakes, the least confident hits, the likely label errors."""
+    confidence, given = probabilities.max(dim=1)
+    right = given == judged.labels
+
+    def ranked(where: Tensor, *, descending: bool) -> list[int]:
+        indices = where.nonzero().flatten()
+        order = confidence[indices].argsort(descending=descending, stable=True)
+        return [int(i) for i in indices[order[:EXAMPLES]]]
+
+    groups = (
+        ranked(~right, descending=True),
+        ranked(right, descending=False),
+        likely_label_errors(probabilities, judged.labels)[:EXAMPLES],
+    )
+    shown = sorted({index for group in groups for index in group})
+    maps = _heat_maps(judged, shown, given)
+    names = judged.classifier.classes
+
+    def example(index: int) -> Example:
+        label, answer = int(judged.labels[index]), int(given[index])
+        return Example(
+            index=index,
+            label=names[label],
+            given=names[answer],
+            confidence=float(confidence[index]),
+            label_probability=float(probabilities[index, label]),
+            pixels=judged.images.images[index].cpu().numpy(),
+            heat_map=maps.get(index),
+        )
+
+    mistakes, unsure, label_errors = (tuple(map(example, group)) for group in groups)
+    return mistakes, unsure, label_errors
+
+
+def _heat_maps(
+    judged: Judged, indices: Sequence[int], given: Tensor
+) -> dict[int, NDArray[np.float32]]:
+    """Class activation maps for the class given, by index; none where the network has none."""
+    classifier = judged.classifier
+    if not indices:
+        return {}
+    pixels = judged.images.images[torch.tensor(indices, device=judged.images.images.device)]
+    inputs = classifier.runtime.layout(classifier.preprocessing(pixels))
+    try:
+        found = explain(classifier.model, inputs, given[list(indices)])
+    except ConfigError:  # its head is no global average with a linear layer
+        return {}
+    return dict(zip(indices, found.maps.cpu().numpy(), strict=True))

@@ -1,0 +1,276 @@
+"""`densely explain`: the right map over the right image, in files of the right names."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import densely
+from densely.cli import explaining
+from densely.cli.parser import Parser
+from densely.data.preprocessing import Preprocessing
+from densely.errors import ConfigError, DataError, RunError
+from densely.evaluation.explain_run import explain_connections, explain_images, place
+from densely.evaluation.heat_maps import METHODS, explain
+from densely.evaluation.overlay import overlay
+
+Digits = list[tuple[Path, str]]
+
+
+@pytest.fixture
+def images(digit_files: Digits) -> list[Path]:
+    return [path for path, _ in digit_files[::5]]
+
+
+@pytest.fixture
+def run(digits_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, which may be written to."""
+    return shutil.copytree(digits_run, tmp_path / "run")
+
+
+def command(*arguments: object) -> None:
+    explaining.explain(Parser(prog="densely explain"), [str(argument) for argument in arguments])
+
+
+def test_each_image_gets_its_own_class_and_map(
+    digits_run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    found = explain_images(digits_run, images, output=tmp_path / "out")
+    classifier = densely.load(digits_run, precision="float32")
+    assert [picture.image for picture in found] == list(map(str, images))
+    for picture, image, said in zip(found, images, classifier.predict(images), strict=True):
+        assert picture.label == said.label
+        assert picture.probability == pytest.approx(said.probability, abs=1e-5)
+        assert (picture.method, picture.level) == ("cam", 3)
+        assert picture.path == tmp_path / "out" / f"{image.stem}-cam.png"
+        with Image.open(image) as opened:
+            pixels = torch.from_numpy(np.array(opened))[None]
+        heat_map = explain(classifier.model, classifier.preprocessing(pixels[None])).maps[0]
+        title = f"{picture.label}, {picture.probability:.3f}: CAM"
+        wanted = np.asarray(overlay(pixels, heat_map, title=title, signed=True)).astype(int)
+        with Image.open(picture.path) as drawn:
+            assert drawn.format == "PNG"
+            assert np.abs(np.asarray(drawn) - wanted).max() <= 3  # an image alone rounds otherwise
+    assert len({p.path for p in found}) == len(found) == len(list((tmp_path / "out").iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        ({"method": "gradcam"}, "-gradcam"),
+        ({"method": "gradcam", "level": 1}, "-gradcam-level1"),
+        ({"method": "gradcam++", "target": "7"}, "-gradcam++-7"),
+        ({"method": "gradcam", "level": 2, "target": "3"}, "-gradcam-level2-3"),
+    ],
+)
+def test_pictures_are_named_by_what_they_show(
+    digits_run: Path, images: list[Path], tmp_path: Path, options: dict[str, object], ending: str
+) -> None:
+    (found,) = explain_images(digits_run, images[:1], output=tmp_path, **options)
+    assert found.path.name == f"{images[0].stem}{ending}.png"
+    assert found.label == options.get("target", found.label)
+    assert found.level == options.get("level", 3)
+
+
+def test_a_class_that_is_no_likely_one_has_its_own_probability(
+    digits_run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    said = densely.load(digits_run, precision="float32").predict(images[0])[0]
+    for label in ("0", "5", "9"):
+        (found,) = explain_images(digits_run, images[:1], target=label, output=tmp_path)
+        assert found.probability == pytest.approx(said.probabilities[label], abs=1e-5)
+
+
+def test_integrated_gradients_are_drawn(
+    digits_run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("captum")
+    (found,) = explain_images(
+        digits_run, images[:1], method="integrated_gradients", output=tmp_path
+    )
+    assert found.level is None
+    assert found.path.is_file()
+
+
+def test_images_of_one_stem_get_numbers(
+    digits_run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    copies = []
+    for name in ("a/x.png", "b/x.png", "c/X.png", "c/y.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        copies.append(shutil.copy(images[0], tmp_path / name))
+    found = explain_images(digits_run, copies, output=tmp_path / "out")
+    names = ["x-cam.png", "x-cam-2.png", "X-cam-3.png", "y-cam.png"]
+    assert [picture.path.name for picture in found] == names
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+
+
+def test_class_names_need_be_no_file_names(run: Path, images: list[Path]) -> None:
+    for path in run.glob("checkpoints/*/model.json"):
+        values = json.loads(path.read_text())
+        values["classes"][3] = "T恤/ ../top"
+        path.write_text(json.dumps(values))
+    (found,) = explain_images(run, images[:1], target="T恤/ ../top")
+    assert found.path == run / "explain" / f"{images[0].stem}-cam-T恤-..-top.png"
+    assert found.path.is_file()
+
+
+def test_pictures_go_beside_the_run_by_default_and_are_replaced(
+    run: Path, images: list[Path]
+) -> None:
+    (first,) = explain_images(run, images[:1])
+    before = first.path.read_bytes()
+    first.path.write_bytes(b"")
+    (second,) = explain_images(run, images[:1])
+    assert second == first
+    assert second.path.read_bytes() == before
+    assert [path.name for path in (run / "explain").iterdir()] == [first.path.name]
+
+
+def test_pictures_of_any_mode_and_size_are_explained(digits_run: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 70, 3), np.uint8)
+    paths = [tmp_path / f"{mode}.png" for mode in ("RGB", "L", "P", "RGBA", "1")]
+    for path in paths:
+        Image.fromarray(pixels).convert(path.stem).save(path)
+    for picture in explain_images(digits_run, paths, output=tmp_path / "out"):
+        with Image.open(picture.path) as drawn:
+            assert drawn.width > 2 * 4 * 70
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"images": []}, ConfigError, "no image given: name at least one image file"),
+        ({"target": "77"}, ConfigError, "unknown class '77'; did you mean 7?"),
+        ({"method": "camera"}, ConfigError, "unknown method 'camera'; did you mean cam?"),
+        ({"level": 9, "method": "gradcam"}, ConfigError, "level=9: must be a block from 1 to 3"),
+        ({"run": "nowhere"}, RunError, "nowhere: no run directory"),
+        ({"broken": True}, DataError, r"broken\.png: not a readable"),
+        ({"missing": True}, DataError, r"there is no image file .*missing\.png"),
+    ],
+)
+def test_nothing_is_written_when_something_is_wrong(
+    digits_run: Path,
+    images: list[Path],
+    tmp_path: Path,
+    options: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    for name in ("broken", "missing"):
+        if options.pop(name, False):
+            options["images"] = [*images, tmp_path / f"{name}.png"]
+            if name == "broken":
+                (tmp_path / "broken.png").write_bytes(b"no image")
+    given = {"run": digits_run, "images": images, "output": tmp_path / "out"} | options
+    with pytest.raises(error, match=message):
+        explain_images(given.pop("run"), given.pop("images"), **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(
+    digits_run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"--output .*file: cannot be written: File exists"):
+        explain_images(digits_run, images, output=tmp_path / "file")
+
+
+def test_an_image_is_never_replaced(digits_run: Path, images: list[Path], tmp_path: Path) -> None:
+    for name in ("x.png", "x-cam.png"):
+        shutil.copy(images[0], tmp_path / name)
+    with pytest.raises(ConfigError, match=r"x-cam\.png is one of the images"):
+        explain_images(digits_run, sorted(tmp_path.glob("*.png")), output=tmp_path)
+    assert (tmp_path / "x-cam.png").read_bytes() == images[0].read_bytes()
+    assert len(list(tmp_path.glob("*.png*"))) == 2
+
+
+@pytest.mark.parametrize("crop", [0.875, 0.5, 1.0])
+@pytest.mark.parametrize(("height", "width"), [(120, 200), (233, 90), (64, 64), (33, 40)])
+def test_a_map_lies_where_the_network_looked(height: int, width: int, crop: float) -> None:
+    """A picture whose pixels tell their place goes through the preprocessing itself."""
+    preprocessing = Preprocessing(64, 1, (0.0,), (1.0,), crop)
+    placed = place(torch.zeros(2, 2), preprocessing, height, width)
+    assert placed.shape == (height, width)
+    seen = (~placed.isnan()).nonzero()
+    first, last = seen.min(dim=0).values, seen.max(dim=0).values
+    assert len(seen) == (last - first + 1).prod()
+    for axis, side in enumerate((height, width)):
+        ramp = torch.arange(side, dtype=torch.uint8)
+        image = ramp.view(-1, 1).expand(height, width) if axis == 0 else ramp.expand(height, width)
+        shown = preprocessing.fit(image[None, None].contiguous())[0, 0].movedim(axis, 0)[:, 32]
+        half = side / 64  # half a pixel of the network's, and rounding
+        assert first[axis] == pytest.approx(shown[0].item(), abs=half + 1)
+        assert last[axis] == pytest.approx(shown[-1].item(), abs=half + 1)
+
+
+def test_a_map_of_the_whole_image_covers_it_all() -> None:
+    heat_map = torch.tensor([[0.0, 4.0]])
+    placed = place(heat_map, Preprocessing.identity(8, 1), 1, 4)
+    assert placed.tolist() == [[0.0, 1.0, 3.0, 4.0]]
+
+
+def test_the_connections_of_a_run_are_drawn(run: Path, tmp_path: Path) -> None:
+    assert explain_connections(run) == run / "explain" / "connections.png"
+    assert explain_connections(run, tmp_path / "out") == tmp_path / "out" / "connections.png"
+    with Image.open(tmp_path / "out" / "connections.png") as picture:
+        assert picture.width > 3 * picture.height / 2
+
+
+def test_the_command_prints_a_line_an_image(
+    digits_run: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(digits_run, "--method", "gradcam", *images, "--output", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(images)
+    found = explain_images(digits_run, images, method="gradcam", output=tmp_path)
+    for line, picture in zip(lines, found, strict=True):
+        assert line.split() == [
+            picture.image, picture.label, f"{picture.probability:.4f}", str(picture.path),
+        ]  # fmt: skip
+
+
+def test_the_command_prints_json(
+    digits_run: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(
+        digits_run, images[0], "--json", "--target", "3", "--level", "3", "--connections",
+        "--output", tmp_path,
+    )  # fmt: skip
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["image"] == str(images[0])
+    assert (first["label"], first["method"], first["level"]) == ("3", "cam", 3)
+    assert Path(first["path"]).is_file()
+    assert second == {"connections": str(tmp_path / "connections.png")}
+
+
+def test_connections_alone_need_no_image(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(digits_run, "--connections", "--output", tmp_path)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "connections.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN"], "no IMAGE given: name image files, or --connections"),
+        (["RUN", "--output", "x"], "no IMAGE given"),
+        ([], "required: run, images"),
+        (["RUN", "a.png", "--method", "grad"], "--method: expected one of 'cam', 'gradcam'"),
+        (["RUN", "a.png", "--level", "x"], "--level: expected int or null, got 'x'"),
+        (["RUN", "a.png", "--levels", "1"], "unknown flag '--levels'; did you mean --level"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_told(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        command(*arguments)
+
+
+def test_the_command_knows_all_methods() -> None:
+    assert get_args(explaining.Method) == METHODS

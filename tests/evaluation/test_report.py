@@ -1,0 +1,267 @@
+"""The whole story of a run: what is fitted on what, what is stored, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import densely
+from densely.cli import main
+from densely.errors import ConfigError, DataError, RunError
+from densely.evaluation import judged
+from densely.evaluation.calibration import load_calibration
+from densely.training.run import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("hasty_costs")
+
+
+@pytest.fixture
+def run(digits_run: Path, tmp_path: Path) -> Path:
+    """A run of one's own to write into."""
+    return Path(shutil.copytree(digits_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def reported(
+    digits_run: Path, tmp_path_factory: pytest.TempPathFactory, hasty_costs: None
+) -> tuple[Path, densely.Report]:
+    """A copy of the run with its report; tests must leave it as it is."""
+    path = Path(shutil.copytree(digits_run, tmp_path_factory.mktemp("reported") / "run"))
+    return path, densely.report(path)
+
+
+def folder_of(top: Path, *names: str) -> Path:
+    """Test digits as files, FOLDER/CLASS/*.png."""
+    from densely.data import load_data
+
+    test = load_data("digits").test
+    for name in names:
+        (top / name).mkdir(parents=True)
+        for i in (test.labels == int(name)).nonzero().flatten()[:4].tolist():
+            Image.fromarray(test.images[i, 0].numpy()).save(top / name / f"{i}.png")
+    return top
+
+
+def test_what_is_written(reported: tuple[Path, densely.Report]) -> None:
+    path, report = reported
+    assert {file.name for file in (path / "report").iterdir()} == {"metrics.json", "report.html"}
+    assert report.page == (path / "report" / "report.html").resolve()
+    written = json.loads((path / "report" / "metrics.json").read_text())
+    assert written == json.loads(json.dumps(report.findings.to_dict()))
+    assert written["scores"]["accuracy"]["value"] == densely.evaluate(path).accuracy
+    assert "data:image/png;base64," in report.page.read_text(encoding="utf-8")
+
+
+def test_figures_agree_with_each_other(reported: tuple[Path, densely.Report]) -> None:
+    _, report = reported
+    found, evaluation = report.findings, report.evaluation
+    assert found.scores.accuracy.value == evaluation.accuracy
+    assert (found.scores.confusion == evaluation.confusion).all()
+    before = next(score for score in found.calibration if score.method == "none")
+    assert before.nll == pytest.approx(evaluation.loss)
+    assert [score.method for score in found.calibration] == ["none", "temperature", "vector"]
+    assert found.selective.risk[-1] == pytest.approx(1 - evaluation.accuracy)
+    assert found.cost.parameters == 71_842 or found.cost.parameters > 70_000
+    wrong = round(evaluation.images * (1 - evaluation.accuracy))
+    assert len(found.mistakes) == min(24, wrong)
+    assert all(example.label != example.given for example in found.mistakes)
+    confidences = [example.confidence for example in found.mistakes]
+    assert confidences == sorted(confidences, reverse=True)
+    assert all(example.label == example.given for example in found.unsure)
+    assert len(found.unsure) == 24
+    confidences = [example.confidence for example in found.unsure]
+    assert confidences == sorted(confidences)
+
+
+def test_examples_show_the_very_images_with_the_maps_of_the_class_given(
+    reported: tuple[Path, densely.Report],
+) -> None:
+    from densely.data import load_data
+
+    path, report = reported
+    test = load_data("digits").test
+    classifier = densely.load(path)
+    for example in (report.findings.unsure[0], report.findings.unsure[-1]):
+        pixels = test.images[example.index]
+        assert (example.pixels == pixels.numpy()).all()
+        assert test.classes[int(test.labels[example.index])] == example.label
+        target = classifier.classes.index(example.given)
+        x = classifier.preprocessing(pixels[None])
+        expected = densely.explain(classifier.model, x, target).maps[0]
+        torch.testing.assert_close(torch.tensor(example.heat_map), expected, rtol=1e-3, atol=1e-4)
+        probability = classifier.probabilities(pixels[None])[0, target].item()
+        assert probability == pytest.approx(example.confidence, rel=1e-3)
+
+
+def test_calibration_is_stored_and_applied(
+    reported: tuple[Path, densely.Report], digit_files: list[tuple[Path, str]]
+) -> None:
+    path, _ = reported
+    stored = load_calibration(path / "checkpoints" / "best", 10)
+    assert stored is not None
+    assert (stored.method, stored.wanted_error) == ("temperature", 0.05)
+    assert stored.fitted_on == "validation split, 144 images"
+    files = [file for file, _ in digit_files[:4]]
+    bare = densely.load(path, calibrated=False).predict(files)
+    calibrated = densely.load(path).predict(files)
+    for one, other in zip(bare, calibrated, strict=True):
+        assert one.label == other.label
+        logits = torch.tensor(list(one.probabilities.values())).log()
+        expected = (logits * stored.scale[0]).softmax(0)
+        assert list(other.probabilities.values()) == pytest.approx(expected.tolist(), rel=1e-3)
+        assert one.sure is None
+        wanted = None if stored.threshold is None else other.probability >= stored.threshold
+        assert other.sure is wanted
+
+
+def test_calibration_never_sees_what_is_judged(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = judged.seen
+
+    def spy(classifier: densely.Classifier, images: judged.ImageSet) -> object:
+        seen.append(len(images))
+        return original(classifier, images)
+
+    monkeypatch.setattr("densely.evaluation.report.seen", spy)
+    densely.report(run)
+    first = load_calibration(run / "checkpoints" / "best", 10)
+    densely.report(run, str(folder_of(tmp_path / "others", "3", "5")))
+    assert load_calibration(run / "checkpoints" / "best", 10) == first
+    assert seen == [144, 144]  # the validation split, whatever is judged
+
+
+def test_other_weights_make_a_stored_calibration_void(run: Path) -> None:
+    densely.report(run)
+    weights = run / "checkpoints" / "best" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["classifier.bias"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert densely.load(run).calibration is None
+
+
+def test_without_a_validation_split_training_images_stand_in_with_a_warning(
+    tmp_path: Path,
+) -> None:
+    config = densely.TrainConfig.from_values(
+        {"epochs": 1, "limit": 100, "validation": 0.0, "output": str(tmp_path)}
+    )
+    summary = densely.train(config)
+    report = densely.report(summary.run, calibration="none")
+    assert report.findings.calibrated_on == "part of the training split, 10 images"
+    (warning,) = report.findings.warnings
+    assert "no validation split" in warning
+    assert "10 of the images that it learned from" in warning
+    assert report.findings.method == "none"
+
+
+@pytest.mark.parametrize(("split", "said"), [("train", "learned from"), ("validation", "very im")])
+def test_a_split_that_flatters_is_warned_of(run: Path, split: str, said: str) -> None:
+    report = densely.report(run, split=split)  # type: ignore[arg-type]
+    assert any(said in warning for warning in report.findings.warnings)
+
+
+def test_the_page_may_go_elsewhere_and_spares_what_is_there(run: Path, tmp_path: Path) -> None:
+    report = densely.report(run, output=tmp_path / "page")
+    assert report.page.parent == (tmp_path / "page").resolve()
+    assert not (run / "report").exists()
+    (tmp_path / "page" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"thesis\.txt"):
+        densely.report(run, output=tmp_path / "page")
+
+
+def test_a_run_whose_data_are_gone(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "data", "0", "1")
+    config = densely.TrainConfig.from_values(
+        {"data": str(folder), "epochs": 1, "batch_size": 4, "output": str(tmp_path / "runs")}
+        | {"validation": 0.34}
+    )
+    run = densely.train(config).run
+    others = folder_of(tmp_path / "others", "0", "1")
+    densely.report(run, str(others))
+    before = densely.load(run).calibration
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="nor is there a folder"):
+        densely.report(run)
+    report = densely.report(run, str(others))
+    assert any("data cannot be read" in warning for warning in report.findings.warnings)
+    assert densely.load(run).calibration == before
+
+
+def test_nan_is_refused(run: Path) -> None:
+    weights = run / "checkpoints" / "best" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["classifier.weight"][3] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    for judge in (densely.report, densely.evaluate):
+        with pytest.raises(DataError, match="NaN or infinity for 360 of 360 images"):
+            judge(run)
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("ONE_CLASS", "one class only, '3'"),
+        ("EMPTY", "no class folders with images"),
+        ("nowhere", "nor is there a folder nowhere"),
+        ("OTHERS --wanted-error 0", "wanted_error=0.0: must be above 0"),
+        ("OTHERS --calibration platt", "expected one of 'temperature', 'vector', 'none'"),
+        ("OTHERS --output RUN/config.yaml", "config.yaml"),
+    ],
+)
+def test_a_mistake_ends_in_a_line_and_leaves_nothing(
+    run: Path,
+    tmp_path: Path,
+    arguments: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {
+        "ONE_CLASS": folder_of(tmp_path / "one", "3"),
+        "OTHERS": folder_of(tmp_path / "others", "3", "5"),
+        "EMPTY": tmp_path / "empty",
+        "RUN": run,
+    }
+    places["EMPTY"].mkdir()
+    for word, place in places.items():
+        arguments = arguments.replace(word, str(place))
+    before = sorted(run.rglob("*"))
+    assert main(["evaluate", str(run), "--data", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 2
+    assert sorted(run.rglob("*")) == before
+
+
+def test_the_command_tells_and_writes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--calibration", "vector"]) == 0
+    out = capsys.readouterr().out
+    assert "confusions: rows are the true class" in out
+    assert "with vector scaling (fitted on validation split, 144 images)" in out
+    assert out.endswith(f"report:  {(run / 'report' / 'report.html').resolve()}\n")
+    assert RunDirectory.open(run).weights().name == "best"
+    assert main(["evaluate", str(run), "--json", "--no-report"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 360
+
+
+def test_predict_says_where_it_is_unsure(
+    run: Path, digit_files: list[tuple[Path, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "checkpoints" / "best" / "calibration.json"
+    densely.report(run)
+    values = json.loads(path.read_text())
+    values["calibration"]["threshold"] = 1.0
+    path.write_text(json.dumps(values))
+    assert main(["predict", str(run), str(digit_files[0][0])]) == 0
+    assert "(unsure)" in capsys.readouterr().out
+    assert main(["predict", str(run), str(digit_files[0][0]), "--no-calibrated"]) == 0
+    assert "(unsure)" not in capsys.readouterr().out
+    path.write_text("{")
+    with pytest.raises(RunError, match=r"calibration\.json: damaged"):
+        densely.load(run)
