@@ -95,6 +95,64 @@ each evaluation the same weights are judged fairly. Training does not notice: th
 accuracies of the two runs are {"the same to the last digit" if same else "NOT the same"}."""
 
 
+def report() -> str:
+    result = read("report-cpu.json")
+    env = result["environment"]
+    table = ["| calibration | NLL | Brier | ECE | adaptive ECE |", "|---|---|---|---|---|"]
+    for score in result["calibration"]:
+        numbers = (score[key] for key in ("nll", "brier", "ece", "adaptive_ece"))
+        table.append(f"| {score['method']} | {' | '.join(f'{number:.4f}' for number in numbers)} |")
+    choices = ["| wanted error | from this confidence on | answered | wrong among these |"]
+    choices.append("|---|---|---|---|")
+    for choice in result["choices"]:
+        if choice["threshold"] is None:
+            choices.append(f"| {choice['wanted_error']:.0%} | not reachable | | |")
+            continue
+        choices.append(
+            f"| {choice['wanted_error']:.0%} | {choice['threshold']:.4f} "
+            f"| {choice['coverage']:.1%} | {choice['error']:.2%} |"
+        )
+    accuracy = result["accuracy"]
+    return f"""## The report, and whether probabilities can be believed
+
+Command: `python benchmarks/bench_report.py RUN`, which times `{result["command"]}` in a process of
+its own. The run: {result["model"]} at {result["image_size"]} pixels on Fashion-MNIST, {result["epochs"]} epochs of the
+chapter's recipe with 6,000 training images set aside (`densely train --recipe d2l --validation 0.1
+--epochs {result["epochs"]}`). Commit {env["commit"]}. Machine: {machine(env)}.
+
+{result["images"]:,} test images with the whole page, the 6,000 for calibration included:
+**{result["seconds"]:.0f} s**; the page has {result["page_bytes"] / 1e6:.1f} MB. Test accuracy {accuracy["value"]:.4f} (95% interval
+{accuracy["low"]:.4f} to {accuracy["high"]:.4f}). Fitted on: {result["calibrated_on"]}; measured on the test split:
+
+{chr(10).join(table)}
+
+Thresholds from the validation split, and what they give on the test split:
+
+{chr(10).join(choices)}"""
+
+
+def claims() -> str:
+    lines = [
+        "## The chapter's two claims",
+        "",
+        "Tables, pictures and what they show: [the chapter](chapter.md#the-two-claims-measured). "
+        "Difference: mean accuracy of the first less that of the second over the same seeds, with "
+        "the paired 95% interval.",
+        "",
+        "| comparison | first | second | difference, points | 95% interval |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("add-or-concatenate", "average-or-max"):
+        found = read(f"claims/{name}/comparison.json")
+        for pair in found["pairs"]:
+            value, low, high = (100 * pair["difference"][key] for key in ("value", "low", "high"))
+            lines.append(
+                f"| {name} | {pair['first']} | {pair['second']} | {value:+.2f} "
+                f"| {low:+.2f} to {high:+.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def quick_start() -> str:
     result = read("quickstart.json")
     table = ["| seed | test accuracy | seconds |", "|---|---|---|"]
@@ -347,6 +405,8 @@ def page() -> str:
         gpu_chapter(),
         gpu_correct(),
         chapter(),
+        claims(),
+        report(),
         speed(),
         memory_reuse(),
         quick_start(),
