@@ -116,13 +116,16 @@ def report() -> str:
     return f"""## The report, and whether probabilities can be believed
 
 Command: `python benchmarks/bench_report.py RUN`, which times `{result["command"]}` in a process of
-its own. The run: {result["model"]} at {result["image_size"]} pixels on Fashion-MNIST, {result["epochs"]} epochs of the
-chapter's recipe with 6,000 training images set aside (`densely train --recipe d2l --validation 0.1
---epochs {result["epochs"]}`). Commit {env["commit"]}. Machine: {machine(env)}.
+its own. The run: {result["model"]} at {result["image_size"]} pixels on Fashion-MNIST, \
+{result["epochs"]} epochs of the chapter's recipe with 6,000 training images set aside
+(`densely train --recipe d2l --validation 0.1 --epochs {result["epochs"]}`). \
+Commit {env["commit"]}. Machine: {machine(env)}.
 
 {result["images"]:,} test images with the whole page, the 6,000 for calibration included:
-**{result["seconds"]:.0f} s**; the page has {result["page_bytes"] / 1e6:.1f} MB. Test accuracy {accuracy["value"]:.4f} (95% interval
-{accuracy["low"]:.4f} to {accuracy["high"]:.4f}). Fitted on: {result["calibrated_on"]}; measured on the test split:
+**{result["seconds"]:.0f} s**; the page has {result["page_bytes"] / 1e6:.1f} MB. \
+Test accuracy {accuracy["value"]:.4f} (95% interval {accuracy["low"]:.4f} to \
+{accuracy["high"]:.4f}).
+Fitted on: {result["calibrated_on"]}; measured on the test split:
 
 {chr(10).join(table)}
 

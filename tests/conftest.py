@@ -11,6 +11,7 @@ import torch
 from densely.cache import cache_folder
 
 REAL_DATA = os.environ.get("DENSELY_DATA")
+ONE_THREAD = ("comparison", "evaluation", "fused", "models", "weights")
 # Compiled once for all tests, in the cache folder of the user, and not in that of each test.
 os.environ.setdefault("DENSELY_KERNELS", str(cache_folder() / "kernels"))
 
@@ -35,7 +36,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """These folders' nets are so small that threads cost more than they do."""
-    if request.path.parent.name not in ("fused", "models", "weights"):
+    if request.path.parent.name not in ONE_THREAD:
         yield
         return
     threads = torch.get_num_threads()

@@ -5,52 +5,72 @@ Not pyplot: it keeps global state and would look for a display.
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-#: Families with Chinese, Japanese or Korean signs on the usual systems.
-_CJK_FAMILIES = (
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
-    "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS",
-    "Microsoft YaHei", "SimHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Droid Sans Fallback",
+#: Families with signs beyond the Latin ones on the usual systems; those that are not installed
+#: are left out, as each would be complained about.
+_FAMILIES = (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
+    "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "Heiti TC",
+    "Microsoft YaHei", "SimHei", "Malgun Gothic", "Arial Unicode MS",
 )  # fmt: skip
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> "Figure":
     """An empty figure of `width` x `height` inches, 150 pixels each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
 def anybodys(texts: "Iterable[Text]") -> None:
-    """Let texts hold what people call their classes and folders: dollars, Chinese, anything."""
+    """Let texts hold what people call their classes and folders: dollars, Chinese, any bytes."""
+    for text in texts:
+        text.set_text(printable(text.get_text()))
+        text.set_parse_math(False)
+        text.set_fontfamily(families())
+
+
+def printable(text: str) -> str:
+    """The text, with what is no text spelt out: names of folders may hold any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@cache
+def families() -> list[str]:
+    """Fonts for text of any language, as far as they are installed."""
     from matplotlib.font_manager import fontManager
 
     installed = set(fontManager.get_font_names())
-    families = ["DejaVu Sans", *(name for name in _CJK_FAMILIES if name in installed)]
-    for text in texts:
-        text.set_parse_math(False)
-        text.set_fontfamily(families)
+    return [family for family in _FAMILIES if family in installed]
 
 
-def png(figure: "Figure", *, tight: bool = False) -> bytes:
-    """The figure as a PNG; `tight` cuts off what is empty around it.
-
-    Signs that no installed font has become boxes, without a warning.
-    """
-    data = io.BytesIO()
+@contextmanager
+def any_signs() -> Iterator[None]:
+    """A context in which text may have signs that no font here has: a box stands for each."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
-        figure.savefig(data, format="png", bbox_inches="tight" if tight else None)
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure as a PNG."""
+    data = io.BytesIO()
+    with any_signs():
+        figure.savefig(data, format="png")
     return data.getvalue()
 
 

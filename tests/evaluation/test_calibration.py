@@ -150,8 +150,9 @@ def test_vector_scaling_minimises_what_its_documentation_says() -> None:
     loss.backward()
     assert scale.grad is not None
     assert bias.grad is not None
-    # The pull alone has slopes of about 1e-3 here.
-    assert (found.bias[1] / images, scale.grad.abs().max()) < (-1e-3, 2e-5)
+    # The pull alone has slopes of about 0.5 / 120 here.
+    assert max(abs(b) for b in found.bias) > 0.5
+    assert scale.grad.abs().max() < 2e-5
     assert bias.grad.abs().max() < 2e-5
 
 
@@ -204,7 +205,9 @@ def test_no_method_keeps_the_logits_and_says_where_from() -> None:
     assert found == dataclasses.replace(Calibration.none(3), fitted_on="validation", images=6)
 
 
-@pytest.mark.parametrize("logits", [torch.empty(0, 3), torch.full((3, 3), math.nan)])
+@pytest.mark.parametrize(
+    "logits", [torch.empty(0, 3), torch.full((3, 3), math.nan), -(1 / torch.eye(3) - 1)]
+)
 def test_what_cannot_be_fitted_to_is_refused(logits: Tensor) -> None:
     labels = torch.arange(len(logits))
     with pytest.raises(DataError, match="validation split: there are no images, or"):
@@ -231,7 +234,7 @@ def test_figures_are_what_their_definitions_say(images: int, classes: int) -> No
     shares = logits.double().exp() / logits.double().exp().sum(dim=1, keepdim=True)
     truth = torch.eye(classes, dtype=torch.float64)[labels]
     assert found.method == "vector"
-    assert found.nll == pytest.approx(nll(logits, labels))
+    assert found.nll == pytest.approx(nll(logits, labels), rel=1e-12)
     assert found.brier == pytest.approx((shares - truth).square().sum(dim=1).mean().item())
 
     pairs = sorted(

@@ -255,8 +255,8 @@ def test_maps_depend_on_the_weights(digits_run: Path, method: str, level: int | 
     if method == "integrated_gradients":
         pytest.importorskip("captum")
     classifier = densely.load(digits_run, precision="float32")
-    model, images = classifier.model, load_data("digits").test.images[:30]
-    x = classifier.preprocessing(images)
+    model = classifier.model
+    x = classifier.preprocessing(load_data("digits").test.images[: 30 if level else 15])
     trained = explain(model, x, None, method, level)
 
     def correlation(*parts: str) -> float:

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from densely import drawing
 from densely.evaluation import pictures
 from densely.evaluation.findings import (
     CalibrationScore,
@@ -51,7 +52,7 @@ def calibration_of(*bins: tuple[float, float, int, float, float]) -> Calibration
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures, which become no PNGs here: layouts take most of the time."""
     figures: list[Figure] = []
-    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(drawing, "png", lambda figure: figures.append(figure) or b"")
     return figures
 
 
@@ -112,10 +113,10 @@ def test_no_matrix_no_picture() -> None:
 @pytest.mark.parametrize("with_fonts", [True, False])
 def test_awkward_names(with_fonts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    as_png = pictures._png
-    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or as_png(figure))
+    as_png = drawing.png
+    monkeypatch.setattr(drawing, "png", lambda figure: figures.append(figure) or as_png(figure))
     if not with_fonts:
-        monkeypatch.setattr(pictures, "CJK_FAMILIES", ())
+        monkeypatch.setattr(drawing, "families", lambda: ["DejaVu Sans"])
     scores = scores_of((9 * np.eye(len(AWKWARD), dtype=int) + 1).tolist(), AWKWARD)
     size_of((pictures.confusion_picture if with_fonts else pictures.class_picture)(scores))
     axes = figures[0].axes[0]

@@ -5,6 +5,8 @@
     "temperature"   one scale, 1/T, and no bias: which class is likeliest does not change
     "vector"        a scale and a bias for each class
 
+Logits and labels are such as `scores.check` lets pass.
+
 Source: Guo, Pleiss, Sun, Weinberger 2017, "On Calibration of Modern Neural Networks", section 4.2.
 """
 
@@ -168,7 +170,7 @@ def fit(logits: Tensor, labels: Tensor, method: Method, *, fitted_on: str) -> Ca
         DataError: there are no images, or logits are NaN or infinity.
     """
     inputs, truth = logits.detach().cpu().double(), labels.cpu()
-    if not math.isfinite(_nll(inputs, truth)):
+    if len(inputs) == 0 or not torch.isfinite(inputs).all():
         raise DataError(f"{fitted_on}: there are no images, or the network gives NaN or infinity")
     classes = inputs.shape[1]
     scale, bias = np.ones(classes), np.zeros(classes)
@@ -197,7 +199,7 @@ def calibration_score(method: Method, logits: Tensor, labels: Tensor) -> Calibra
     outputs, truth = logits.detach().cpu().double(), labels.cpu()
     confidence, right = surest_first(outputs, truth)
     bins = _bins_of_equal_width(confidence, right)
-    groups = np.array_split(np.arange(len(truth)), min(BINS, len(truth)))
+    groups = np.array_split(np.arange(len(truth)), BINS)
     return CalibrationScore(
         method=method,
         # Not scikit-learn's log_loss, which clips probabilities: of sure mistakes it hides most.

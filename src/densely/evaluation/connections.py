@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from densely import drawing
 from densely.evaluation.anatomy import Block, blocks
 
 if TYPE_CHECKING:
@@ -66,14 +67,7 @@ def draw_connections(matrices: Sequence[Matrix], path: Path, title: str) -> None
     (1x1 convolutions, the classifier) have weights of another size as well: compare within a
     column first.
     """
-    # Not pyplot: it keeps global state and would look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from densely.evaluation.overlay import any_signs, families, printable
-
-    figure = Figure(figsize=(3.3 * len(matrices) + 0.9, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new_figure(3.3 * len(matrices) + 0.9, 4)
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     for i, (axes, matrix) in enumerate(zip(panels, matrices, strict=True), start=1):
         last = ("C", "classifier") if i == len(matrices) else ("T", f"transition {i}")
@@ -83,12 +77,8 @@ def draw_connections(matrices: Sequence[Matrix], path: Path, title: str) -> None
     bar = figure.colorbar(shown, ax=list(panels), fraction=0.05, shrink=0.8, pad=0.01)
     bar.set_label("mean absolute weight / strongest of the block", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(printable(title), fontsize=10, parse_math=False, family=families())
-    # Beside, then in its place: a picture that is being looked at is never half written.
-    beside = path.with_name(path.name + ".new")
-    with any_signs():
-        figure.savefig(beside, format="png")
-    beside.replace(path)
+    drawing.anybodys([figure.suptitle(title, fontsize=10)])
+    drawing.save(figure, path)
 
 
 def _draw_panel(axes: "Axes", matrix: Matrix, sign: str, follows: str) -> "AxesImage":

@@ -1,16 +1,13 @@
 """Pictures of heat maps: the image, and beside it the map laid over the image.
 
 Positive maps go from nothing by way of purple to yellow (inferno), signed ones from blue (speaks
-against the class) by way of nothing to red (speaks for it). The larger a value, the more of its
+against the class) by way of nothing to orange (speaks for it). The larger a value, the more of its
 colour covers the image, which is grey and darkened below, so that only the map has colours. The
 bar beside shows the colours as they come out over a middle grey.
 """
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,12 +20,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from densely import drawing
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
@@ -36,13 +34,6 @@ Values = NDArray[np.float32]
 SMALLEST = 256  # an image whose longer side is below is enlarged, by a whole number
 TILE = 112  # longer side of an image in a contact sheet, about
 
-#: Families with signs beyond the Latin ones on the usual systems; those that are not installed
-#: are left out, as each would be complained about.
-_FAMILIES = (
-    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
-    "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB",
-    "Microsoft YaHei", "SimHei", "Malgun Gothic", "Arial Unicode MS",
-)  # fmt: skip
 #: Dark in the middle, as inferno is at its lower end: where the map is near zero.
 _SIGNED = LinearSegmentedColormap.from_list(
     "against and for",
@@ -168,9 +159,10 @@ def _frame(panels: Sequence[Pixels], title: str, limit: float, signed: bool) -> 
 
     figure = Figure(dpi=100 * unit)
     canvas = FigureCanvasAgg(figure)
-    with any_signs():
+    with drawing.any_signs():
         text = figure.text(
-            gap / full_width, 1, "", fontsize=_TITLE, family=families(), va="top", parse_math=False
+            gap / full_width, 1, "", fontsize=_TITLE, family=drawing.families(), va="top",
+            parse_math=False,
         )  # fmt: skip
         height_of_text = _fit(text, title, full_width - 2 * gap)
         top = 2 * gap + height_of_text
@@ -194,7 +186,7 @@ def _frame(panels: Sequence[Pixels], title: str, limit: float, signed: bool) -> 
 def _fit(text: Text, title: str, width: int) -> int:
     """Give a text this title, in lines that fit into `width`; returns its height in pixels."""
     lines = [""]
-    for word in printable(title).split():
+    for word in drawing.printable(title).split():
         for piece in _pieces(text, word, width):
             longer = f"{lines[-1]} {piece}".lstrip()
             if lines[-1] and _width(text, longer) > width:
@@ -232,23 +224,3 @@ def _draw_bar(figure: Figure, axes: Axes, limit: float, signed: bool) -> None:
 def _resize(figure: Figure, width: int, height: int) -> None:
     # A trifle more, since the canvas rounds down.
     figure.set_size_inches((width + 0.01) / figure.dpi, (height + 0.01) / figure.dpi)
-
-
-@contextmanager
-def any_signs() -> Iterator[None]:
-    """A context in which text may have signs that no font here has: a box stands for each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        yield
-
-
-def printable(text: str) -> str:
-    """The text, with what is no text spelt out: names of folders may hold any bytes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-@cache
-def families() -> list[str]:
-    """Fonts for text of any language, as far as they are installed."""
-    installed = {font.name for font in fontManager.ttflist}
-    return [family for family in _FAMILIES if family in installed]

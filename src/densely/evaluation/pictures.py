@@ -4,27 +4,21 @@ Two colours throughout, which the colour-blind tell apart as well: blue for what
 promised and kept, orange for what is wrong or missing.
 """
 
-import io
 import itertools
 import unicodedata
-import warnings
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
 
 # Not pyplot: it keeps global state and would look for a display.
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from densely import drawing
 from densely.evaluation.findings import CalibrationScore, ClassScore, RiskCoverage, Scores
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9730d", "#6b7280"
@@ -36,12 +30,6 @@ CELLS_DRAWN = 1000
 CLASSES_DRAWN = 40
 #: Longer names are cut off.
 NAME_LENGTH = 24
-#: Families with Chinese, Japanese or Korean signs on the usual systems.
-CJK_FAMILIES = (
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
-    "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS",
-    "Microsoft YaHei", "SimHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Droid Sans Fallback",
-)  # fmt: skip
 MARKERS = "osD^vP*X"
 
 
@@ -68,7 +56,7 @@ def confusion_picture(scores: Scores) -> bytes:
     is_named = classes <= CLASSES_WITH_NAMES
     # Beside the cells: names, or numbers only.
     width, height = (2.6, 1.4) if is_named else (2, 0.6)
-    figure = _figure(inches + width, inches + height, layout="compressed")
+    figure = drawing.new_figure(inches + width, inches + height, layout="compressed")
     axes = figure.subplots()
     axes.imshow(colors, interpolation="nearest" if classes <= CELLS_DRAWN else "antialiased")
     axes.set_xlabel("class given")
@@ -94,7 +82,7 @@ def confusion_picture(scores: Scores) -> bytes:
         bar.ax.set_title(name, fontsize=8)
         bar.ax.tick_params(labelsize=7)
         bar.ax.minorticks_off()
-    return _png(figure)
+    return drawing.png(figure)
 
 
 def reliability_picture(before: CalibrationScore, after: CalibrationScore | None) -> bytes:
@@ -105,7 +93,7 @@ def reliability_picture(before: CalibrationScore, after: CalibrationScore | None
     nothing calibrates the probabilities.
     """
     scores = [before] if after is None else [before, after]
-    figure = _figure(4.6 * len(scores) + 0.4, 5.2)
+    figure = drawing.new_figure(4.6 * len(scores) + 0.4, 5.2)
     grid = figure.subplots(2, len(scores), squeeze=False, height_ratios=[3.2, 1], sharex=True)
     for (upper, lower), score in zip(grid.T, scores, strict=True):
         bins = [b for b in score.bins if b.images]
@@ -143,7 +131,7 @@ def reliability_picture(before: CalibrationScore, after: CalibrationScore | None
     top = max(axes.get_ylim()[1] for axes in grid[1])
     for axes in grid[1]:
         axes.set_ylim(0, top)
-    return _png(figure)
+    return drawing.png(figure)
 
 
 def risk_coverage_picture(risk_coverage: RiskCoverage) -> bytes:
@@ -155,7 +143,7 @@ def risk_coverage_picture(risk_coverage: RiskCoverage) -> bytes:
         if c.threshold is not None and c.error is not None
     ]
 
-    figure = _figure(7.2, 4.2)
+    figure = drawing.new_figure(7.2, 4.2)
     axes = figure.subplots()
     axes.plot(coverage, risk, color=BLUE, linewidth=1.8)
     axes.fill_between(coverage, risk, color=BLUE, alpha=0.1, linewidth=0)
@@ -178,7 +166,7 @@ def risk_coverage_picture(risk_coverage: RiskCoverage) -> bytes:
         axes.legend(
             loc="upper left", fontsize=8, frameon=False, title="answer from this confidence on"
         )
-    return _png(figure)
+    return drawing.png(figure)
 
 
 def class_picture(scores: Scores) -> bytes:
@@ -188,7 +176,7 @@ def class_picture(scores: Scores) -> bytes:
     places = range(len(drawn))
     precision, recall = [s.precision for s in drawn], [s.recall for s in drawn]
 
-    figure = _figure(7.2, 1.3 + 0.24 * max(len(drawn), 2))
+    figure = drawing.new_figure(7.2, 1.3 + 0.24 * max(len(drawn), 2))
     axes = figure.subplots()
     axes.hlines(
         places, np.minimum(precision, recall), np.maximum(precision, recall), color="0.75",
@@ -199,7 +187,7 @@ def class_picture(scores: Scores) -> bytes:
     )
     axes.plot(recall, places, "o", color=BLUE, markersize=6, label="recall", clip_on=False)
     axes.set_yticks(places, [_short(s.name) for s in drawn], fontsize=8)
-    _style_names(axes.yaxis)
+    drawing.anybodys(axes.get_yticklabels())
     axes.set_ylim(len(drawn) - 0.4, -0.6)
     lowest = min([*precision, *recall], default=0.0)
     axes.set_xlim(max(np.floor(lowest * 10 - 0.5) / 10, 0), 1)
@@ -208,7 +196,7 @@ def class_picture(scores: Scores) -> bytes:
     axes.set_title(f"{number} classes, lowest F1 first", fontsize=10)
     _calm(axes)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return _png(figure)
+    return drawing.png(figure)
 
 
 def _write_counts(axes: Axes, counts: NDArray[np.int64], shades: NDArray[np.float64]) -> None:
@@ -233,17 +221,8 @@ def _name_axes(axes: Axes, classes: Sequence[ClassScore]) -> None:
     else:
         axes.tick_params(labelsize=6)
         axes.tick_params(axis="x", labelrotation=90)
-    _style_names(axes.xaxis)
-    _style_names(axes.yaxis)
-
-
-def _style_names(axis: Axis) -> None:
-    """Names of classes may hold dollars and Chinese."""
-    installed = set(fontManager.get_font_names())
-    families = ["DejaVu Sans", *(name for name in CJK_FAMILIES if name in installed)]
-    for label in axis.get_ticklabels():
-        label.set_parse_math(False)
-        label.set_fontfamily(families)
+    drawing.anybodys(axes.get_xticklabels())
+    drawing.anybodys(axes.get_yticklabels())
 
 
 def _short(name: str) -> str:
@@ -268,20 +247,3 @@ def _calm(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-
-
-def _figure(
-    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
-) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    with warnings.catch_warnings():
-        # No font has all signs that a name may have; an empty box stands for such a one.
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(data, format="png")
-    return data.getvalue()

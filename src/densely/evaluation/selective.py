@@ -1,6 +1,7 @@
 """Which answers to give: how wrong a network still is on the images that it is surest of.
 
 An image is answered if the calibrated probability of its likeliest class is at least a threshold.
+Logits and labels are such as `scores.check` lets pass.
 """
 
 import math

@@ -59,6 +59,7 @@ or in Python:
     densely.load({str(summary.run)!r}).predict(["IMAGE"])
 
 Limits: it knows nothing but the classes above, and gives one of them to any picture at all. Its
-probabilities are not calibrated until `densely evaluate` has done so. It was judged on one test split of the same source as its
-training images; other cameras, other places and other times may differ.
+probabilities are not calibrated until `densely evaluate` has done so. It was judged on one test
+split of the same source as its training images; other cameras, other places and other times may
+differ.
 """
