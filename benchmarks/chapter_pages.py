@@ -285,7 +285,7 @@ def table(words: Words, groups: dict[str, dict[str, Any]]) -> str:
             f"{price['parameters']:,}",
             f"{price['macs'] / 1e6:.1f} M",
             f"{price['kept_bytes'] / 1e6:.2f}",
-            f"{group['train_images_per_s']:.0f}",
+            f"{price['train_images_per_s']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -322,7 +322,7 @@ def beside(words: Words, groups: list[dict[str, Any]]) -> str:
         parameters=times(price["parameters"], others["parameters"]),
         macs=times(price["macs"], others["macs"]),
         kept=times(price["kept_bytes"], others["kept_bytes"]),
-        speed=times(first["train_images_per_s"], other["train_images_per_s"]),
+        speed=times(price["train_images_per_s"], others["train_images_per_s"]),
     )
 
 

@@ -144,8 +144,8 @@ def group(name: str, accuracies: list[float], scale: float = 1.0) -> dict[str, A
         "runs": ["run"] * len(accuracies),
         "accuracies": accuracies,
         "accuracy": {"value": 0.8765, "low": 0.8712, "high": 0.8818},
-        "train_images_per_s": 321.4 * scale,
         "cost": {
+            "train_images_per_s": 321.4 * scale,
             "parameters": int(750_000 * scale),
             "macs": 4e7 * scale,
             "kept_bytes": 2e6 * scale,

@@ -156,8 +156,9 @@ def percentiles(values: list[float]) -> list[float]:
 
 
 def macro_f1(truth: NDArray[np.bool_], given: NDArray[np.bool_]) -> float:
-    """Of bool [K, N], where each class occurs."""
-    return float(np.mean(2 * (truth & given).sum(axis=1) / (truth.sum(axis=1) + given.sum(axis=1))))
+    """Of bool [K, N]."""
+    both = truth.sum(axis=1) + given.sum(axis=1)
+    return float(np.mean(2 * (truth & given).sum(axis=1) / np.maximum(both, 1)))
 
 
 def redrawn(truth: list[int], given: list[int], times: int) -> tuple[list[float], list[float]]:
@@ -174,8 +175,14 @@ def redrawn(truth: list[int], given: list[int], times: int) -> tuple[list[float]
     return balanced, macro
 
 
-def test_intervals_are_those_of_images_drawn_again() -> None:
+@pytest.mark.parametrize("case", ["even", "given too often", "absent"])
+def test_intervals_are_those_of_images_drawn_again(case: str) -> None:
     logits, labels = sample(150, 4)
+    if case == "given too often":
+        logits[:, 3] += 2
+        labels[:90] = 0
+    elif case == "absent":
+        labels = labels % 2
     result = scores_of(logits, labels, NAMES[:4])
     balanced, macro = redrawn(labels.tolist(), logits.argmax(dim=1).tolist(), 400)
     assert result.balanced_accuracy is not None
@@ -289,7 +296,8 @@ def test_several_labels_an_image_class_by_class(classes: int) -> None:
 def test_several_labels_interval_is_that_of_images_drawn_again() -> None:
     generator = torch.Generator().manual_seed(2)
     targets = torch.rand(150, 3, generator=generator) < 0.3
-    logits = torch.randn(150, 3, generator=generator) + 2 * targets - 1
+    logits = torch.randn(150, 3, generator=generator) + 2 * targets
+    logits[:, 0] += 1.5  # given far too often
     found = multilabel_scores(logits, targets, NAMES[:3]).macro_f1
     truth, given = targets.numpy(), (logits > 0).numpy()
     random = np.random.default_rng(99)

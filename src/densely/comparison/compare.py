@@ -41,7 +41,6 @@ class Group:
         runs: directories.
         accuracies: of each run.
         accuracy: mean over the runs with Student's 95% interval; Wilson's for a single run.
-        train_images_per_s: median over all epochs of all runs, as they were measured then.
         cost: of one of the runs, measured in turns with the other groups'.
         curves: rows of `metrics.csv`, a list for each run.
     """
@@ -50,7 +49,6 @@ class Group:
     runs: tuple[str, ...]
     accuracies: tuple[float, ...]
     accuracy: Interval
-    train_images_per_s: float
     cost: Cost
     curves: tuple[tuple[EpochMetrics, ...], ...]
 
@@ -204,13 +202,11 @@ def _right(judged: Judged) -> NDArray[np.bool_]:
 def _group(name: str, members: Sequence[Judged], cost: Cost) -> Group:
     accuracies = [float(_right(member).mean()) for member in members]
     curves = tuple(tuple(member.run.rows()) for member in members)
-    speeds = [row.examples_per_s for rows in curves for row in rows]
     return Group(
         name=name,
         runs=tuple(str(member.run.path) for member in members),
         accuracies=tuple(accuracies),
         accuracy=_wilson(_right(members[0])) if len(members) == 1 else _student(accuracies),
-        train_images_per_s=float(np.median(speeds)) if speeds else 0.0,
         cost=cost,
         curves=curves,
     )

@@ -24,7 +24,7 @@ def table(comparison: Comparison) -> str:
             str(len(group.runs)),
             f"{group.cost.parameters:,}",
             f"{group.cost.macs / 1e6:,.1f} M",
-            f"{group.train_images_per_s:,.0f}",
+            f"{group.cost.train_images_per_s:,.0f}",
             *(f"{group.cost.images_per_s[batch]:,.0f}" for batch in batches),
             f"{group.cost.kept_bytes / 1e6:.2f}",
         ]
@@ -67,8 +67,9 @@ Judged on {comparison.data}: {comparison.images:,} images. Trained alike: {sched
 {table(comparison)}
 
 Accuracy is the mean over the runs, with Student's 95% interval over them (a single run: Wilson's,
-over the images). Training images/s are what each run measured while it went on; the others were
-measured here in turns. "Kept" is what a training step keeps for its backward pass.
+over the images). Speeds were measured in turns, medians; training in batches of
+{max(comparison.groups[0].cost.images_per_s)}. "Kept" is what a training step keeps for its backward
+pass.
 
 {pairs}
 

@@ -1,8 +1,10 @@
 """What a network costs on this machine: weights, multiplications, memory, speed."""
 
+import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from densely.environment import device_name
 from densely.evaluation.findings import Cost
 from densely.models.registry import count_macs
 from densely.runtime import Runtime
+from densely.training.captured import training_step
 from densely.training.checkpoint import ModelInfo
 
 #: A batch that arrives alone, and one that keeps the machine busy.
@@ -31,15 +34,11 @@ def costs(networks: Sequence[tuple[nn.Module, ModelInfo]], runtime: Runtime) -> 
     """
     speeds: list[dict[int, float]] = [{} for _ in networks]
     for batch in BATCH_SIZES:
-        inputs = [_images(info, batch, runtime) for _, info in networks]
-        seconds: list[list[float]] = [[] for _ in networks]
-        for number in range(ROUNDS + 1):
-            for i, (model, _) in enumerate(networks):
-                taken = _seconds_a_batch(model, inputs[i], runtime)
-                if number > 0:  # the first round warms up
-                    seconds[i].append(taken)
-        for speed, taken_each in zip(speeds, seconds, strict=True):
-            speed[batch] = batch / statistics.median(taken_each)
+        seconds = _in_turns([_inference(*network, batch, runtime) for network in networks], runtime)
+        for speed, taken in zip(speeds, seconds, strict=True):
+            speed[batch] = batch / taken
+    batch = max(BATCH_SIZES)
+    training = _in_turns([_training(*network, batch, runtime) for network in networks], runtime)
     return [
         Cost(
             model=info.model,
@@ -48,11 +47,51 @@ def costs(networks: Sequence[tuple[nn.Module, ModelInfo]], runtime: Runtime) -> 
             weights_bytes=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
             kept_bytes=_kept_bytes(model, info, runtime),
             images_per_s=speed,
+            train_images_per_s=batch / taken,
             device=device_name(runtime.device),
             precision=runtime.precision,
         )
-        for (model, info), speed in zip(networks, speeds, strict=True)
+        for (model, info), speed, taken in zip(networks, speeds, training, strict=True)
     ]
+
+
+def _in_turns(works: Sequence[Callable[[], object]], runtime: Runtime) -> list[float]:
+    """Seconds of each work: all have a turn before any has the next; medians over the turns."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for number in range(ROUNDS + 1):
+        for work, taken in zip(works, seconds, strict=True):
+            times, begin = 0, time.perf_counter()
+            while times == 0 or time.perf_counter() - begin < TURN_SECONDS:
+                work()
+                if runtime.device.type == "cuda":
+                    torch.cuda.synchronize(runtime.device)
+                times += 1
+            if number > 0:  # the first round warms up
+                taken.append((time.perf_counter() - begin) / times)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def _inference(
+    model: nn.Module, info: ModelInfo, batch: int, runtime: Runtime
+) -> Callable[[], object]:
+    images = _images(info, batch, runtime)
+
+    def work() -> object:
+        with torch.inference_mode(), runtime.autocast():
+            return model.eval()(images)
+
+    return work
+
+
+def _training(
+    model: nn.Module, info: ModelInfo, batch: int, runtime: Runtime
+) -> Callable[[], object]:
+    """A step as `densely train` takes it, of a copy that may learn what it likes."""
+    learner = copy.deepcopy(model).train()
+    images = _images(info, batch, runtime)
+    labels = torch.arange(batch, device=runtime.device) % len(info.classes)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=1e-6, momentum=0.9, nesterov=True)
+    return partial(training_step(learner, optimizer, runtime, images, labels), images, labels)
 
 
 def _images(info: ModelInfo, batch: int, runtime: Runtime) -> Tensor:
@@ -60,18 +99,6 @@ def _images(info: ModelInfo, batch: int, runtime: Runtime) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, channels, size, size, generator=generator)
     return runtime.layout(images.to(runtime.device))
-
-
-def _seconds_a_batch(model: nn.Module, images: Tensor, runtime: Runtime) -> float:
-    model.eval()
-    batches, begin = 0, time.perf_counter()
-    with torch.inference_mode(), runtime.autocast():
-        while batches == 0 or time.perf_counter() - begin < TURN_SECONDS:
-            model(images)
-            if runtime.device.type == "cuda":
-                torch.cuda.synchronize(runtime.device)
-            batches += 1
-    return (time.perf_counter() - begin) / batches
 
 
 def _macs(info: ModelInfo) -> int:

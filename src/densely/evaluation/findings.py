@@ -189,6 +189,7 @@ class Cost:
         weights_bytes: memory of parameters and buffers.
         kept_bytes: what a training step keeps for its backward pass, an image.
         images_per_s: inference speed by batch size, medians.
+        train_images_per_s: speed of training steps of the largest of these batches.
         device: name of the processor or GPU.
         precision: "float32" or "bfloat16".
     """
@@ -199,6 +200,7 @@ class Cost:
     weights_bytes: int
     kept_bytes: int
     images_per_s: dict[int, float]
+    train_images_per_s: float
     device: str
     precision: str
 

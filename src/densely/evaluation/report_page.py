@@ -166,7 +166,7 @@ def render(findings: Findings, *, curves: bytes | None, tile: Tile) -> str:
         column_width=_column_width(sheets),
         legend=_legend(findings, tile),
         glossary=GLOSSARY,
-        fastest=max(findings.cost.images_per_s.values(), default=1.0),
+        fastest=max([*findings.cost.images_per_s.values(), findings.cost.train_images_per_s]),
     )  # fmt: skip
 
 
