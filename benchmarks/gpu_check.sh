@@ -7,14 +7,17 @@
 #   benchmarks/gpu_check.sh OUTDIR profile          the kernels that steps spend their time in
 #   benchmarks/gpu_check.sh OUTDIR tune             tiles and warps, for the tables in the kernels
 #   benchmarks/gpu_check.sh OUTDIR chapter          densely train --recipe d2l, everything included
-#   benchmarks/gpu_check.sh OUTDIR cifar            not yet
+#   benchmarks/gpu_check.sh OUTDIR cifar            densely train --recipe cifar: 300 epochs
 #
 # Words behind the stage go to it, such as --budget SECONDS, --nets d2l,bc,121, --dtypes bfloat16,
 # --compile default (or '' for none), and --smoke: a dry run of tiny nets on a CPU.
 #
 # PYTHON      the Python with PyTorch and Triton (python3); nothing of densely need be installed
-# WHEELS      chapter: folder with wheels of jsonargparse and rich and what they need, if missing
-# DENSELY_DATA  chapter: the folder that holds fashion-mnist/
+# WHEELS      chapter, cifar: folder with wheels of jsonargparse and rich and what they need, if
+#             missing
+# DENSELY_DATA  chapter, cifar: the folder that holds fashion-mnist/, and cifar10/ or cifar10*.tar*
+#
+# cifar stops and saves where its time is over; the same command with the same OUTDIR goes on.
 #
 # Every finding is written to OUTDIR at once, so that a run that is cut off still counts.
 # Exit code: 0 fine, 1 something is wrong or was left out for want of time, 2 usage.
@@ -57,7 +60,7 @@ case $stage in
   correct | speed | profile | tune)
     run "$stage" 480 "$@"
     ;;
-  chapter)
+  chapter | cifar)
     if [ -n "${WHEELS:-}" ]; then
       site=$(mktemp -d)
       trap 'rm -rf "$site"' EXIT
@@ -65,13 +68,8 @@ case $stage in
         --target "$site" "$WHEELS"/*.whl
       export PYTHONPATH="$PYTHONPATH:$site"
     fi
-    : "${DENSELY_DATA:?chapter: set it to the folder that holds fashion-mnist/}"
-    run chapter 480 "$@"
-    ;;
-  cifar)
-    echo "cifar: not yet: densely's trainer lacks the paper's recipe" \
-      "(learning rate divided by 10 at 50% and 75%, flips and shifts of the images)" >&2
-    exit 2
+    : "${DENSELY_DATA:?set it to the folder that holds the data}"
+    run "$stage" 480 "$@"
     ;;
   *)
     usage

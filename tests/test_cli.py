@@ -13,7 +13,7 @@ from PIL import Image
 
 from densely.cli import main
 
-COMMANDS = ["train", "evaluate", "predict", "bench", "doctor"]
+COMMANDS = ["train", "evaluate", "predict", "explain", "compare", "bench", "doctor"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_check import chapter, correct, profiles, speed, tune
+from gpu_check import correct, profiles, speed, trainings, tune
 from gpu_check.setting import NETS, Setting
 
 STAGES = {
@@ -14,7 +14,8 @@ STAGES = {
     "speed": speed.run,
     "profile": profiles.run,
     "tune": tune.run,
-    "chapter": chapter.run,
+    "chapter": trainings.chapter,
+    "cifar": trainings.cifar,
 }
 
 

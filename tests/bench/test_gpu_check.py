@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -109,3 +111,26 @@ def test_a_stage_runs_dry_and_keeps_what_it_found(tmp_path: Path) -> None:
     assert all(row["same_bits"] and "problem" not in row for row in rows)
     assert len((tmp_path / "correct.txt").read_text().splitlines()) == 15
     assert "14 checks" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_papers_training_runs_dry_and_is_not_begun_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "cifar10-jpg.tar.xz", "w:xz") as packed:
+        for part, images in (("train", 40), ("test", 5)):
+            for name, shade in (("cat", 40), ("dog", 200)):
+                folder = tmp_path / "made" / part / name
+                folder.mkdir(parents=True)
+                for i in range(images):
+                    Image.new("RGB", (32, 32), (shade, i, 90)).save(folder / f"{i}.jpg")
+            packed.add(tmp_path / "made" / part, f"pictures/{part}")
+    monkeypatch.setenv("DENSELY_DATA", str(tmp_path))
+    command = [sys.executable, "-m", "gpu_check", "cifar", tmp_path / "out", "--smoke"]
+    for resumed in (False, True):
+        subprocess.run(command, cwd=BENCHMARKS, capture_output=True, check=True)
+        found = json.loads((tmp_path / "out" / "cifar.json").read_text())
+        assert found["resumed"] is resumed
+        (row,) = found["rows"]
+        assert (row["finished"], row["epochs"]) == (True, 2)
+    assert len(list((tmp_path / "out" / "cifar-runs").iterdir())) == 1
