@@ -14,6 +14,7 @@ REAL_DATA = os.environ.get("DENSELY_DATA")
 ONE_THREAD = ("comparison", "evaluation", "fused", "models", "weights")
 # Compiled once for all tests, in the cache folder of the user, and not in that of each test.
 os.environ.setdefault("DENSELY_KERNELS", str(cache_folder() / "kernels"))
+os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # and its list of fonts
 
 # Triton decides when it is imported whether its own functions run in its interpreter, and any
 # module may import it first. Where there is no GPU its kernels are tested there.

@@ -87,6 +87,9 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate nowhere", "nowhere: no run directory"),
         ("predict nowhere a.png", "nowhere: no run directory"),
         ("predict nowhere", "required: images"),
+        ("explain nowhere a.png", "nowhere: no run directory"),
+        ("explain nowhere", "no IMAGE given"),
+        ("compare nowhere elsewhere", "nowhere: no run directory"),
         ("bench --net d3l", "expected one of 'all', 'densenet121', 'd2l', 'bc_100_12', got 'd3l'"),
         ("bench --rounds 0 --batch 0", "batch=0: must be at least 1; rounds=0"),
         ("bench --device x", "device 'x' is not here"),
@@ -187,10 +190,14 @@ def test_train_evaluate_and_predict_from_end_to_end(
     assert f"curves:    {tmp_path}/quickstart-001/curves.png" in out
     path = tmp_path / "quickstart-001"
 
+    code, table, _ = run(capsys, "evaluate", path, "--no-report")
+    assert code == 0
+    assert table.startswith("accuracy 0.9")
+    assert len(table.splitlines()) == 14  # summary, blank, title, header, ten classes
     code, out, _ = run(capsys, "evaluate", path)
     assert code == 0
-    assert out.startswith("accuracy 0.9")
-    assert len(out.splitlines()) == 14  # summary, blank, title, header, ten classes
+    assert out.startswith(table)
+    assert (path / "report" / "report.html").is_file()
 
     image, label = digit_files[0]
     code, out, _ = run(capsys, "predict", path, image)
