@@ -48,7 +48,14 @@ def keep_comparison(folder: Path, target: Path) -> None:
 
 def anywhere(environment: dict[str, Any]) -> dict[str, Any]:
     """Where a program or data lay on the machine says nothing about what was measured."""
-    return environment | {"command": ["densely", *environment["command"][1:]]}
+    command, places = ["densely"], ("--data-dir", "--output", "--resume")
+    words = iter(environment["command"][1:])
+    for word in words:
+        if word in places:
+            next(words, None)
+        elif not word.startswith(tuple(f"{place}=" for place in places)):
+            command.append(word)
+    return environment | {"command": command}
 
 
 def write(path: Path, values: Any) -> None:

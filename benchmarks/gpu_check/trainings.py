@@ -66,6 +66,9 @@ def _unpack(archive: Path, folder: Path) -> None:
 def _train(setting: Setting, stage: str, images: int, words: list[str]) -> int:
     runs = setting.out / f"{stage}-runs"
     begun = sorted(runs.iterdir()) if runs.is_dir() else []
+    if begun and (begun[-1] / "README.md").is_file():
+        print(f"{begun[-1]} is finished; name another OUTDIR for another one")
+        return 0
     if begun:
         command = ["train", "--resume", str(begun[-1])]
     else:

@@ -124,6 +124,13 @@ def _bfloat16_is_fast(device: torch.device) -> tuple[bool, str]:
     return False, f"bfloat16 is not tried on {device.type}"
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was too small, on whichever device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error)
+    )
+
+
 def can_keep_freed_memory() -> bool:
     """Whether `keep_freed_memory` has a way to do so here: on Linux with glibc."""
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"

@@ -123,7 +123,7 @@ def test_the_page_and_the_picture(folder: Path, tmp_path: Path) -> None:
     runs = sorted((folder / "runs").iterdir())
     result = compare({"$|<平均>": runs[:1], "b": runs[2:3]})
     write_comparison(result, tmp_path)
-    assert "$|<平均>" in table(result)
+    assert "| $\\|<平均> |" in table(result)  # a bar within a cell is escaped
 
 
 def test_a_stopped_comparison_goes_on(
@@ -156,7 +156,11 @@ def test_a_stopped_comparison_goes_on(
         ("--variant x", "expected 'NAME: {FIELD: VALUE}'"),
         ("--resume nowhere", "nowhere: no comparison"),
         ("nowhere elsewhere", "no run directory"),
-        ("nowhere --recipe d2l", "runs are compared as they are"),
+        ("nowhere --recipe d2l", "--recipe: runs are compared as they are"),
+        ("nowhere elsewhere --epochs=5 --seeds 2", "--epochs, --seeds: runs are compared"),
+        ("--variant 'a: {}' --variant 'b: {lr: 0.2}' --quiet --json", "exclude each other"),
+        ("--variant 'a: {}' --variant 'b: {options: {growth_rate: wide}}'", "options={'growth"),
+        ("--variant 'a: {}' --variant 'b: {options: {num_classes: 3}}'", "what the data decide"),
         ("--recipe average-or-max --seeds 0", "seeds=0"),
         ("--recipe average-or-max", "Fashion-MNIST is not here"),
         ("--variant 'a: {}' --variant 'b: {model: resnt}'", "unknown model 'resnt'"),

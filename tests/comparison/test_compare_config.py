@@ -35,11 +35,14 @@ def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
     ("variants", "message"),
     [
         ({"one": {}}, "1 variant(s): at least 2"),
+        (["a", "b"], "variants: expected names"),
+        ({12: {}, 24: {}}, "variants: expected names"),
         ({"a b": {}, "a-b": {}}, "too alike: a b, a-b"),
         (
             {"a": {}, "b": {"modle": "d2l"}},
             "variant 'b': unknown field 'modle'; did you mean model",
         ),
+        ({"a": {}, "b": {"split_seed": 3}}, "variant 'b': split_seed is the same"),
         ({"a": {}, "b": {"seed": 3}}, "variant 'b': seed is the same for all variants"),
         ({"a": {}, "b": {"epochs": 0}}, "variant 'b': epochs=0: must be at least 1"),
         ({"a": {}, "b": 3}, "variant 'b': expected fields"),

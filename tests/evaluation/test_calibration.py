@@ -28,6 +28,7 @@ from densely.evaluation.calibration import (
     load_calibration,
     save_calibration,
     surest_first,
+    weights_digest,
 )
 from densely.training.checkpoint import ModelInfo, Progress, find_checkpoint, save_checkpoint
 
@@ -397,17 +398,17 @@ def folder(tmp_path: Path) -> Path:
 
 def test_it_stays_beside_the_weights(folder: Path) -> None:
     assert load_calibration(folder, 2) is None
-    save_calibration(folder, Calibration.none(2))
-    save_calibration(folder, VECTOR)
+    save_calibration(folder, Calibration.none(2), weights_digest(folder))
+    save_calibration(folder, VECTOR, weights_digest(folder))
     assert load_calibration(folder, 2) == VECTOR
     assert sorted(p.name for p in folder.iterdir()) == ["calibration.json", "model.safetensors"]
 
 
 def test_it_does_not_hold_for_other_weights(folder: Path) -> None:
-    save_calibration(folder, VECTOR)
+    save_calibration(folder, VECTOR, weights_digest(folder))
     (folder / "model.safetensors").write_bytes(b"Weights")
     assert load_calibration(folder, 2) is None
-    save_calibration(folder, VECTOR)
+    save_calibration(folder, VECTOR, weights_digest(folder))
     assert load_calibration(folder, 2) == VECTOR
 
 
@@ -418,7 +419,7 @@ def test_a_run_that_goes_on_leaves_none_behind(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "last", *saved)
     found = find_checkpoint(tmp_path / "last")
     assert found is not None
-    save_calibration(found, VECTOR)
+    save_calibration(found, VECTOR, weights_digest(found))
     assert load_calibration(found, 2) == VECTOR
     with torch.no_grad():
         model.bias += 1
@@ -432,7 +433,7 @@ def test_a_run_that_goes_on_leaves_none_behind(tmp_path: Path) -> None:
 def test_the_old_one_stays_if_the_new_one_cannot_be_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_calibration(folder, VECTOR)
+    save_calibration(folder, VECTOR, weights_digest(folder))
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
@@ -440,7 +441,7 @@ def test_the_old_one_stays_if_the_new_one_cannot_be_written(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(RunError, match=r"calibration\.json: cannot be written: disk full"):
-            save_calibration(folder, Calibration.none(2))
+            save_calibration(folder, Calibration.none(2), weights_digest(folder))
     assert load_calibration(folder, 2) == VECTOR
 
 
@@ -466,14 +467,18 @@ def test_a_damaged_file_is_named(folder: Path, text: str) -> None:
 
 
 def test_one_for_another_number_of_classes_is_refused(folder: Path) -> None:
-    save_calibration(folder, VECTOR)
+    save_calibration(folder, VECTOR, weights_digest(folder))
     with pytest.raises(RunError, match="for 2 classes, and the network has 3"):
         load_calibration(folder, 3)
 
 
 def test_weights_must_be_there(folder: Path) -> None:
-    save_calibration(folder, VECTOR)
+    digest = weights_digest(folder)
+    save_calibration(folder, VECTOR, digest)
     (folder / "model.safetensors").unlink()
-    for act in (lambda: save_calibration(folder, VECTOR), lambda: load_calibration(folder, 2)):
+    for act in (
+        lambda: save_calibration(folder, VECTOR, digest),
+        lambda: load_calibration(folder, 2),
+    ):
         with pytest.raises(RunError, match=r"model\.safetensors: missing"):
             act()

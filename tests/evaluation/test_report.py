@@ -61,11 +61,11 @@ def test_figures_agree_with_each_other(reported: tuple[Path, densely.Report]) ->
     found, evaluation = report.findings, report.evaluation
     assert found.scores.accuracy.value == evaluation.accuracy
     assert (found.scores.confusion == evaluation.confusion).all()
-    before = next(score for score in found.calibration if score.method == "none")
-    assert before.nll == pytest.approx(evaluation.loss)
+    after = next(score for score in found.calibration if score.method == "temperature")
+    assert after.nll == pytest.approx(evaluation.loss, rel=1e-5)
     assert [score.method for score in found.calibration] == ["none", "temperature", "vector"]
     assert found.selective.risk[-1] == pytest.approx(1 - evaluation.accuracy)
-    assert found.cost.parameters == 71_842 or found.cost.parameters > 70_000
+    assert found.cost.parameters > 70_000
     wrong = round(evaluation.images * (1 - evaluation.accuracy))
     assert len(found.mistakes) == min(24, wrong)
     assert all(example.label != example.given for example in found.mistakes)
@@ -114,8 +114,9 @@ def test_calibration_is_stored_and_applied(
         expected = (logits * stored.scale[0]).softmax(0)
         assert list(other.probabilities.values()) == pytest.approx(expected.tolist(), rel=1e-3)
         assert one.sure is None
-        wanted = None if stored.threshold is None else other.probability >= stored.threshold
-        assert other.sure is wanted
+        assert other.sure is (
+            stored.threshold is not None and other.probability >= stored.threshold
+        )
 
 
 def test_calibration_never_sees_what_is_judged(

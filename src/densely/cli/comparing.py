@@ -3,18 +3,28 @@
 import argparse
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from densely.cli.parser import Parser, add_fields
+from densely.cli.parser import Parser, add_fields, flag_of
 from densely.cli.training import add_voices, reporter_of
 from densely.comparison.config import COMPARISONS, CompareConfig, read_variant
 from densely.errors import ConfigError, unknown_name
-from densely.training.config import RECIPES, TrainConfig
+from densely.training.config import RECIPES, TrainConfig, read_yaml
 
 if TYPE_CHECKING:
     from densely.comparison.compare import Comparison
     from densely.training.reporting import Reporter
+
+
+#: Flags that say on what, and not what is compared.
+_FOR_RUNS = {
+    *("--data", "--data-dir", "--split", "--name", "--output", "--quiet", "--json"),
+    *("--device", "--precision", "--memory-format"),
+}
+#: What may differ when a comparison goes on: where and how fast, not what.
+_FREE = ("data", "data_dir", "device", "precision", "memory_format")
 
 
 def compare(parser: Parser, arguments: list[str]) -> None:
@@ -78,15 +88,12 @@ def compare(parser: Parser, arguments: list[str]) -> None:
     add_fields(parser, train)
     add_voices(parser)
     chosen = parser.parse_args(rest)
+    reporter_of(chosen.quiet, chosen.json)  # refuses what excludes each other
     if chosen.runs:
-        if chosen.variant or any(value is not None for value in vars(early).values()):
-            raise ConfigError("runs are compared as they are: leave --recipe and --variant out")
-        _judge(
-            [Path(run) for run in chosen.runs],
-            chosen,
-            Path(chosen.output),
-            None if chosen.data == train.data else chosen.data,
-        )
+        given = {flag.partition("=")[0] for flag in arguments if flag.startswith("--")}
+        if unfit := sorted(given - _FOR_RUNS):
+            raise ConfigError(f"{', '.join(unfit)}: runs are compared as they are; leave it out")
+        _judge([Path(run) for run in chosen.runs], chosen, "--data" in given)
         return
 
     changed = {
@@ -96,9 +103,13 @@ def compare(parser: Parser, arguments: list[str]) -> None:
     }
     if early.resume is not None:
         assert isinstance(base, CompareConfig)
-        if changed or chosen.variant or chosen.seeds != base.seeds:
-            raise ConfigError("--resume goes on with a comparison as it began: leave the rest out")
+        if changed.keys() - _FREE or chosen.variant or chosen.seeds != base.seeds:
+            raise ConfigError(
+                "--resume goes on with a comparison as it began; only "
+                f"{', '.join(flag_of(name) for name in _FREE)} may change"
+            )
         folder, config = Path(early.resume), base
+        config = dataclasses.replace(base, train=dataclasses.replace(base.train, **changed))
     else:
         config = _config(base, train, changed, chosen)
         from densely.comparison.training import create_folder
@@ -112,6 +123,8 @@ def _base(early: argparse.Namespace) -> CompareConfig | TrainConfig:
         path = Path(early.resume) / "config.yaml"
         if not path.is_file():
             raise ConfigError(f"{early.resume}: no comparison (it has no config.yaml)")
+        if "variants" not in read_yaml(path):
+            raise ConfigError(f"{early.resume}: no comparison; a run goes on with densely train")
         return CompareConfig.read(path)
     if early.config is not None:
         return CompareConfig.read(Path(early.config))
@@ -144,7 +157,9 @@ def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
     from densely.comparison.compare import compare
     from densely.comparison.page import write_comparison
     from densely.comparison.training import train_all
-    from densely.errors import Stopped
+    from densely.errors import Stopped, TrainingError
+
+    go_on = f"go on with: densely compare --resume {shlex.quote(str(folder))}"
 
     def reporter_for(title: str) -> "Reporter":
         reporter = reporter_of(chosen.quiet, chosen.json)
@@ -154,9 +169,9 @@ def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
     try:
         runs = train_all(folder, config, reporter_for)
     except Stopped as stop:
-        raise Stopped(
-            f"stopped and saved; go on with: densely compare --resume {folder}", stop.exit_code
-        ) from stop
+        raise Stopped(f"stopped and saved; {go_on}", stop.exit_code) from stop
+    except TrainingError as error:
+        raise TrainingError(f"{error}; {go_on}") from error
     result = compare(
         runs,
         split=chosen.split,
@@ -168,14 +183,14 @@ def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
     _tell(result, write_comparison(result, folder), chosen)
 
 
-def _judge(runs: list[Path], chosen: Any, output: Path, data: str | None) -> None:
+def _judge(runs: list[Path], chosen: Any, has_data: bool) -> None:
     from densely.comparison.compare import compare
     from densely.comparison.page import write_comparison
     from densely.comparison.training import new_folder
 
     result = compare(
         runs,
-        data,
+        chosen.data if has_data else None,
         split=chosen.split,
         data_dir=chosen.data_dir,
         title=chosen.name or "runs",
@@ -183,7 +198,8 @@ def _judge(runs: list[Path], chosen: Any, output: Path, data: str | None) -> Non
         precision=chosen.precision,
         memory_format=chosen.memory_format,
     )
-    _tell(result, write_comparison(result, new_folder(output, chosen.name or "runs")), chosen)
+    folder = new_folder(Path(chosen.output), chosen.name or "runs")
+    _tell(result, write_comparison(result, folder), chosen)
 
 
 def _tell(result: "Comparison", page: Path, chosen: Any) -> None:

@@ -13,7 +13,7 @@ from densely.training.config import HARDWARE, TrainConfig
 
 if TYPE_CHECKING:
     from densely.evaluation.evaluate import Evaluation
-    from densely.evaluation.findings import Findings
+    from densely.evaluation.findings import Choice, Findings
 
 
 def evaluate(parser: Parser, arguments: list[str]) -> None:
@@ -96,11 +96,11 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
         print(json.dumps(done.evaluation.to_dict() | {"report": str(done.page)}))
         return
     _print_evaluation(done.evaluation)
-    _print_calibration(done.findings)
+    _print_calibration(done.findings, chosen.wanted_error)
     print(f"report:  {done.page}")
 
 
-def _print_calibration(found: "Findings") -> None:
+def _print_calibration(found: "Findings", wanted_error: float) -> None:
     print()
     for warning in found.warnings:
         print(f"note: {warning}")
@@ -113,6 +113,20 @@ def _print_calibration(found: "Findings") -> None:
         )
     else:
         print(f"calibration error {before.ece:.4f}, not calibrated")
+    for choice in found.selective.choices:
+        if choice.wanted_error == wanted_error:
+            print(_in_words(choice))
+
+
+def _in_words(choice: "Choice") -> str:
+    wanted = f"for an error of at most {choice.wanted_error:.3g}"
+    if choice.threshold is None:
+        return f"{wanted} it is sure of no image: the images for calibration cannot promise it"
+    error = "none wrong" if not choice.error else f"{choice.error:.2%} of them wrong"
+    return (
+        f"{wanted} it is sure from {choice.threshold:.4f} on: {choice.coverage:.1%} of these "
+        f"images, {error}"
+    )
 
 
 def _print_evaluation(result: "Evaluation") -> None:

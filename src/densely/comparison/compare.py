@@ -22,13 +22,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
 from densely.environment import environment
-from densely.errors import ConfigError
+from densely.errors import ConfigError, RunError
+from densely.evaluation.classifier import Classifier
 from densely.evaluation.cost import costs
 from densely.evaluation.findings import Cost, Interval
-from densely.evaluation.judged import Judged, Split, judge
+from densely.evaluation.judged import Split, judge
+from densely.evaluation.scores import wilson_share
 from densely.runtime import MemoryFormat, Precision
+from densely.training.config import TrainConfig
 from densely.training.run import EpochMetrics, RunDirectory
 
 
@@ -61,7 +65,7 @@ class Pair:
         first: name of a group.
         second: name of the other.
         difference: mean accuracy of the first less that of the second, with the paired Student's
-            95% interval over the runs; None for groups of a single run or of different sizes.
+            95% interval over the runs; None for single runs, and for groups of other seeds.
         only_first: images that only the first got right, of each pair of runs.
         only_second: images that only the second got right.
         p_values: McNemar's, of each pair of runs.
@@ -130,9 +134,12 @@ def compare(
             f"{sum(map(len, groups.values()))} run(s) of one configuration: name runs of at least "
             "2, which differ in more than their seed"
         )
+    for run in (Path(run) for members in groups.values() for run in members):
+        if not RunDirectory.open(run).rows():
+            raise RunError(f"{run}: has no finished epoch to compare")
     judged = {
         name: [
-            judge(
+            _judged(
                 run,
                 data,
                 split=split,
@@ -148,9 +155,7 @@ def compare(
     everything = [run for members in judged.values() for run in members]
     first = everything[0]
     for other in everything[1:]:
-        if other.classifier.classes != first.classifier.classes or not torch.equal(
-            other.labels, first.labels
-        ):
+        if not _same_images(first, other):
             raise ConfigError(
                 f"{first.run.path} and {other.run.path} are judged on different images or classes: "
                 "name the same ones for both with --data"
@@ -180,48 +185,90 @@ def grouped(runs: Sequence[Path]) -> dict[str, list[Path]]:
     """Runs by configuration: those that differ in seed, name and place alone stand together."""
     free = {"seed", "name", "output", "device", "data_dir"}
     members: dict[str, list[Path]] = {}
+    seeds: dict[Path, int] = {}
     for run in runs:
         config = dataclasses.asdict(RunDirectory.open(run).config())
         key = json.dumps({k: v for k, v in config.items() if k not in free}, sort_keys=True)
         if run in members.setdefault(key, []):
             raise ConfigError(f"{run}: named twice")
         members[key].append(run)
+        seeds[run] = config["seed"]
     named: dict[str, list[Path]] = {}
     for group in members.values():
+        group.sort(key=seeds.__getitem__)  # pairs are of equal seeds
         name = group[0].name
         named[name if name not in named else str(group[0])] = group
     return named
 
 
-def _right(judged: Judged) -> NDArray[np.bool_]:
-    """Which images it is right on."""
-    found: NDArray[np.bool_] = (judged.logits.argmax(dim=1) == judged.labels).numpy()
-    return found
+@dataclass(frozen=True)
+class _Judged:
+    """A run and the images that it is right on; the images themselves are let go.
+
+    Args:
+        digest: of the images, and of their shape: pictures of a folder are scaled for each run.
+    """
+
+    run: RunDirectory
+    config: TrainConfig
+    classifier: Classifier
+    data: str
+    labels: Tensor
+    shape: tuple[int, ...]
+    digest: str
+    right: NDArray[np.bool_]
 
 
-def _group(name: str, members: Sequence[Judged], cost: Cost) -> Group:
-    accuracies = [float(_right(member).mean()) for member in members]
+def _judged(run: str | os.PathLike[str], data: str | None, **options: Any) -> _Judged:
+    found = judge(run, data, **options)
+    right: NDArray[np.bool_] = (found.logits.argmax(dim=1) == found.labels).numpy()
+    shape, digest = tuple(found.images.images.shape), found.images.digest()
+    config = found.run.config()
+    return _Judged(
+        found.run, config, found.classifier, found.data, found.labels, shape, digest, right
+    )
+
+
+def _same_images(one: _Judged, other: _Judged) -> bool:
+    if one.classifier.classes != other.classifier.classes:
+        return False
+    if one.shape == other.shape:
+        return one.digest == other.digest
+    # Of a folder, scaled to another size: the same source, parted in the same way.
+    alike = (one.data, one.config.split_seed) == (other.data, other.config.split_seed)
+    return alike and torch.equal(one.labels, other.labels)
+
+
+def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:
+    accuracies = [float(member.right.mean()) for member in members]
     curves = tuple(tuple(member.run.rows()) for member in members)
     return Group(
         name=name,
         runs=tuple(str(member.run.path) for member in members),
         accuracies=tuple(accuracies),
-        accuracy=_wilson(_right(members[0])) if len(members) == 1 else _student(accuracies),
+        accuracy=_accuracy(members),
         cost=cost,
         curves=curves,
     )
 
 
-def _pair(a: str, ones: Sequence[Judged], b: str, others: Sequence[Judged]) -> Pair:
-    matched = [(_right(one), _right(other)) for one, other in zip(ones, others, strict=False)]
-    only_a = [int((one & ~other).sum()) for one, other in matched]
-    only_b = [int((~one & other).sum()) for one, other in matched]
-    differences = [float(one.mean() - other.mean()) for one, other in matched]
-    comparable = len(ones) == len(others) > 1
+def _accuracy(members: Sequence[_Judged]) -> Interval:
+    if len(members) == 1:
+        return wilson_share(int(members[0].right.sum()), len(members[0].right))
+    mean = _student([float(member.right.mean()) for member in members])
+    return Interval(mean.value, max(0.0, mean.low), min(1.0, mean.high))
+
+
+def _pair(a: str, ones: Sequence[_Judged], b: str, others: Sequence[_Judged]) -> Pair:
+    matched = list(zip(ones, others, strict=False))
+    only_a = [int((one.right & ~other.right).sum()) for one, other in matched]
+    only_b = [int((~one.right & other.right).sum()) for one, other in matched]
+    differences = [float(one.right.mean() - other.right.mean()) for one, other in matched]
+    seeds = [[run.config.seed for run in group] for group in (ones, others)]
     return Pair(
         first=a,
         second=b,
-        difference=_student(differences) if comparable else None,
+        difference=_student(differences) if seeds[0] == seeds[1] and len(ones) > 1 else None,
         only_first=tuple(only_a),
         only_second=tuple(only_b),
         p_values=tuple(mcnemar(x, y) for x, y in zip(only_a, only_b, strict=True)),
@@ -232,12 +279,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact p-value: how likely so uneven a split is if neither is better."""
     differing = only_first + only_second
     return float(stats.binomtest(only_first, differing).pvalue) if differing else 1.0
-
-
-def _wilson(right: NDArray[np.bool_]) -> Interval:
-    test = stats.binomtest(int(right.sum()), len(right))
-    bounds = test.proportion_ci(0.95, method="wilson")
-    return Interval(float(right.mean()), float(bounds.low), float(bounds.high))
 
 
 def _student(values: Sequence[float]) -> Interval:
@@ -254,5 +295,5 @@ def _shared_schedule(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     return {
         key: configs[0][key]
         for key in wanted
-        if all(config[key] == configs[0][key] for config in configs)
+        if configs[0][key] is not None and all(config[key] == configs[0][key] for config in configs)
     }

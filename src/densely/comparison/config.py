@@ -15,7 +15,7 @@ from densely.errors import ConfigError, unknown_name
 from densely.training.config import TrainConfig, read_yaml
 
 #: Decided by the comparison itself, so that no variant may set them.
-_RESERVED = ("seed", "output", "name", "recipe")
+_RESERVED = ("seed", "split_seed", "output", "name", "recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,11 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if type(self.seeds) is not int or self.seeds < 1:
             raise ConfigError(f"seeds={self.seeds}: must be at least 1")
-        if not isinstance(self.variants, dict) or len(self.variants) < 2:
+        if not isinstance(self.variants, dict) or not all(
+            isinstance(name, str) for name in self.variants
+        ):
+            raise ConfigError("variants: expected names, each with the fields that it changes")
+        if len(self.variants) < 2:
             raise ConfigError(
                 f"{len(self.variants)} variant(s): at least 2 are needed, such as "
                 "--variant 'average: {options: {transition_pool: avg}}' "
@@ -94,10 +98,13 @@ class CompareConfig:
             raise ConfigError(f"{path}: {'; '.join(unknown)}")
         if not isinstance(train := values.get("train", {}), dict):
             raise ConfigError(f"{path}: train: expected fields such as {{recipe: d2l}}")
+        variants = values.get("variants") or {}
+        if isinstance(variants, dict):  # YAML takes 12 for a number
+            variants = {str(name): changes for name, changes in variants.items()}
         return cls(
             name=str(values.get("name", path.stem)),
             train=TrainConfig.from_values(train),
-            variants=values.get("variants", {}),
+            variants=variants,
             seeds=values.get("seeds", 3),
         )
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from densely.comparison.compare import Comparison, Pair
 from densely.comparison.pictures import draw_comparison
+from densely.weights.whole_file import whole_file
 
 
 def table(comparison: Comparison) -> str:
@@ -19,7 +19,7 @@ def table(comparison: Comparison) -> str:
     ]
     rows = [
         [
-            group.name,
+            group.name.replace("|", "\\|"),
             f"{group.accuracy.value:.4f} ({group.accuracy.low:.4f} to {group.accuracy.high:.4f})",
             str(len(group.runs)),
             f"{group.cost.parameters:,}",
@@ -49,7 +49,7 @@ def sentence(pair: Pair) -> str:
 
 
 def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}" if value > 0 else "0"
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
@@ -60,7 +60,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
     pairs = "\n".join(f"- {sentence(pair)}" for pair in comparison.pairs)
     text = f"""# {comparison.title}
 
-Judged on {comparison.data}: {comparison.images:,} images. Trained alike: {schedule}.
+Judged on {comparison.data}: {comparison.images:,} images. Trained alike: {schedule or "nothing"}.
 
 ![curves and accuracies](comparison.png)
 
@@ -68,7 +68,7 @@ Judged on {comparison.data}: {comparison.images:,} images. Trained alike: {sched
 
 Accuracy is the mean over the runs, with Student's 95% interval over them (a single run: Wilson's,
 over the images). Speeds were measured in turns, medians; training in batches of
-{max(comparison.groups[0].cost.images_per_s)}. "Kept" is what a training step keeps for its backward
+{comparison.groups[0].cost.train_batch}. "Kept" is what a training step keeps for its backward
 pass.
 
 {pairs}
@@ -81,6 +81,5 @@ neither were better; it knows the spread over images and not over seeds.
 
 
 def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")

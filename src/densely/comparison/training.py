@@ -6,19 +6,18 @@ COMPARISON/config.yaml                      what is compared
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from densely.comparison.config import CompareConfig, slug
-from densely.data import absolute
 from densely.errors import RunError
 from densely.training.checkpoint import find_checkpoint
-from densely.training.loop import train
+from densely.training.loop import from_anywhere, train
 from densely.training.reporting import Reporter
 from densely.training.run import RunDirectory
 from densely.training.splits import splits_of
 from densely.training.start import begin, check_start
+from densely.weights.whole_file import whole_file
 
 
 def create_folder(config: CompareConfig, output: Path) -> Path:
@@ -32,16 +31,23 @@ def create_folder(config: CompareConfig, output: Path) -> Path:
         check_start(first)
         begin(first, splits_of(first).train)
     # By full paths, so that the comparison goes on from wherever it is called.
-    shared = dataclasses.replace(
-        config.train,
-        data=absolute(config.train.data),
-        data_dir=absolute(config.train.data_dir) if config.train.data_dir else None,
+    places = ("data", "data_dir", "weights")
+    config = dataclasses.replace(
+        config,
+        train=from_anywhere(config.train),
+        variants={
+            name: changes
+            | {
+                place: getattr(from_anywhere(config.config(name, 0)), place)
+                for place in places
+                if place in changes
+            }
+            for name, changes in config.variants.items()
+        },
     )
-    config = dataclasses.replace(config, train=shared)
     folder = new_folder(output, config.name)
-    beside = folder / "config.yaml.new"
-    beside.write_text(config.to_yaml(), encoding="utf-8")
-    os.replace(beside, folder / "config.yaml")
+    with whole_file(folder / "config.yaml") as beside:
+        beside.write_text(config.to_yaml(), encoding="utf-8")
     return folder
 
 

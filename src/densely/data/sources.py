@@ -43,7 +43,10 @@ def load_data(
             raise DataError(f"{data} has images of {found} channel(s), not of {channels}")
         return splits
     if not Path(data).is_dir():
-        raise DataError(f"{unknown_name('data set', data, _NAMED)}; nor is there a folder {data}")
+        raise DataError(
+            f"{unknown_name('data set', data, _NAMED)}; nor is there a folder {data}: "
+            "name one with --data"
+        )
     return load_folder(Path(data), image_size, split_seed, channels)
 
 

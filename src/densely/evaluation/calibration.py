@@ -240,20 +240,24 @@ def surest_first(logits: Tensor, labels: Tensor) -> tuple[NDArray[np.float64], N
     return -np.repeat(levels, images), np.repeat(shares, images)
 
 
-def save_calibration(folder: Path, calibration: Calibration) -> None:
+def save_calibration(folder: Path, calibration: Calibration, digest: str) -> None:
     """Write `calibration.json` beside the weights of a checkpoint, with the weights' digest.
 
     Args:
         folder: as `find_checkpoint` gives it.
         calibration: of those weights.
+        digest: of the weights that it was fitted for, as `weights_digest` gave it.
 
     Raises:
-        RunError: there are no weights, or the file cannot be written.
+        RunError: other weights are there now, or none, or the file cannot be written.
     """
     path = folder / "calibration.json"
-    text = json.dumps(
-        {"weights_digest": _weights_digest(folder), "calibration": calibration.to_dict()}, indent=2
-    )
+    if weights_digest(folder) != digest:
+        raise RunError(
+            f"{folder}: other weights are there than those that were judged, as the run has gone "
+            "on; evaluate it again"
+        )
+    text = json.dumps({"weights_digest": digest, "calibration": calibration.to_dict()}, indent=2)
     try:
         with whole_file(path) as beside:
             beside.write_text(text + "\n", encoding="utf-8")
@@ -280,7 +284,7 @@ def load_calibration(folder: Path, num_classes: int) -> Calibration | None:
         calibration = Calibration.from_dict(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: damaged or of another version: {error}") from error
-    if digest != _weights_digest(folder):  # a run that went on has other weights
+    if digest != weights_digest(folder):  # a run that went on has other weights
         return None
     if len(calibration.scale) != num_classes:
         raise RunError(
@@ -294,7 +298,12 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
+    """Short name of the weights in a checkpoint's folder: others have another.
+
+    Raises:
+        RunError: there are none.
+    """
     path = folder / "model.safetensors"
     try:
         with path.open("rb") as file:

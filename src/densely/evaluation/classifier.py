@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densely.data.images import decode, open_image
 from densely.errors import DataError
-from densely.evaluation.calibration import Calibration, load_calibration
+from densely.evaluation.calibration import Calibration, load_calibration, weights_digest
 from densely.runtime import MemoryFormat, Precision, Runtime, choose_runtime
 from densely.training.checkpoint import ModelInfo, find_checkpoint, load_model
 from densely.training.run import RunDirectory
@@ -28,8 +28,8 @@ class Prediction:
         label: name of the likeliest class.
         probability: the network's probability of it, in [0, 1]; calibrated where the run is.
         probabilities: of every class, likeliest first.
-        sure: whether `probability` reaches the threshold that was chosen for a wanted error; None
-            where none was.
+        sure: whether `probability` reaches the threshold for the wanted error, False for all where
+            no threshold keeps it; None where no error was named.
     """
 
     label: str
@@ -42,6 +42,7 @@ class Classifier:
     """A network, its classes and its preprocessing, placed on a device; made by `densely.load`.
 
     `calibration` turns its logits into probabilities that can be believed; None for the bare ones.
+    `weights_digest` names the weights that were read.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Classifier:
         info: ModelInfo,
         runtime: Runtime,
         calibration: Calibration | None = None,
+        weights_digest: str = "",
     ) -> None:
-        self.calibration = calibration
+        self.calibration, self.weights_digest = calibration, weights_digest
         self.model, self.info = runtime.place(model), info
         self.classes, self.preprocessing = info.classes, info.preprocessing
         self.runtime = runtime
@@ -107,8 +109,10 @@ class Classifier:
         order = probabilities.argsort(descending=True, stable=True).tolist()
         ranked = {self.classes[i]: probabilities[i].item() for i in order}
         label = self.classes[order[0]]
-        threshold = self.calibration.threshold if self.calibration else None
-        sure = None if threshold is None else ranked[label] >= threshold
+        sure = None
+        if self.calibration and self.calibration.wanted_error is not None:
+            threshold = self.calibration.threshold
+            sure = threshold is not None and ranked[label] >= threshold
         return Prediction(label, ranked[label], ranked, sure)
 
 
@@ -134,7 +138,10 @@ def load(
         RunError: no run, no checkpoint in it yet, or a damaged one.
     """
     weights = RunDirectory.open(Path(run)).weights()
+    folder = find_checkpoint(weights)
+    # Before they are read: if they change meanwhile, the digest is that of none that are there.
+    digest = weights_digest(folder) if folder else ""
     model, info = load_model(weights)
-    folder = find_checkpoint(weights) if calibrated else None
-    calibration = load_calibration(folder, len(info.classes)) if folder else None
-    return Classifier(model, info, choose_runtime(device, precision, memory_format), calibration)
+    calibration = load_calibration(folder, len(info.classes)) if folder and calibrated else None
+    runtime = choose_runtime(device, precision, memory_format)
+    return Classifier(model, info, runtime, calibration, digest)

@@ -14,13 +14,15 @@ from densely.bench.kept import saved_bytes
 from densely.environment import device_name
 from densely.evaluation.findings import Cost
 from densely.models.registry import count_macs
-from densely.runtime import Runtime
+from densely.runtime import Runtime, ran_out_of_memory
 from densely.training.captured import training_step
 from densely.training.checkpoint import ModelInfo
 
 #: A batch that arrives alone, and one that keeps the machine busy.
 BATCH_SIZES = (1, 64)
-KEPT_BATCH = 8  # small, since what is kept grows with it, and only its share an image counts
+#: Of a training step, the largest that fits into memory with all networks.
+TRAIN_BATCHES = (64, 16, 4)
+KEPT_BATCHES = (8, 2)
 ROUNDS = 3
 TURN_SECONDS = 0.3
 
@@ -37,8 +39,7 @@ def costs(networks: Sequence[tuple[nn.Module, ModelInfo]], runtime: Runtime) -> 
         seconds = _in_turns([_inference(*network, batch, runtime) for network in networks], runtime)
         for speed, taken in zip(speeds, seconds, strict=True):
             speed[batch] = batch / taken
-    batch = max(BATCH_SIZES)
-    training = _in_turns([_training(*network, batch, runtime) for network in networks], runtime)
+    train_batch, training = _training_seconds(networks, runtime)
     return [
         Cost(
             model=info.model,
@@ -47,7 +48,8 @@ def costs(networks: Sequence[tuple[nn.Module, ModelInfo]], runtime: Runtime) -> 
             weights_bytes=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
             kept_bytes=_kept_bytes(model, info, runtime),
             images_per_s=speed,
-            train_images_per_s=batch / taken,
+            train_batch=train_batch,
+            train_images_per_s=train_batch / taken,
             device=device_name(runtime.device),
             precision=runtime.precision,
         )
@@ -71,14 +73,30 @@ def _in_turns(works: Sequence[Callable[[], object]], runtime: Runtime) -> list[f
     return [statistics.median(taken) for taken in seconds]
 
 
+def _training_seconds(
+    networks: Sequence[tuple[nn.Module, ModelInfo]], runtime: Runtime
+) -> tuple[int, list[float]]:
+    """Images of a training step, and its seconds for each network."""
+    for batch in TRAIN_BATCHES:
+        try:
+            steps = [_training(*network, batch, runtime) for network in networks]
+            return batch, _in_turns(steps, runtime)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+    return 0, [1.0] * len(networks)
+
+
 def _inference(
     model: nn.Module, info: ModelInfo, batch: int, runtime: Runtime
 ) -> Callable[[], object]:
     images = _images(info, batch, runtime)
 
+    model.eval()
+
     def work() -> object:
         with torch.inference_mode(), runtime.autocast():
-            return model.eval()(images)
+            return model(images)
 
     return work
 
@@ -109,18 +127,20 @@ def _macs(info: ModelInfo) -> int:
 
 
 def _kept_bytes(model: nn.Module, info: ModelInfo, runtime: Runtime) -> int:
-    """What a training step keeps for its backward pass, an image; the network stays as it is."""
-    images = _images(info, KEPT_BATCH, runtime)
-    labels = torch.zeros(KEPT_BATCH, dtype=torch.int64, device=runtime.device)
-    buffers = {key: value.clone() for key, value in model.state_dict().items()}
+    """What a training step keeps for its backward pass, an image; of a copy of the network."""
+    learner = copy.deepcopy(model).train()
+    for batch in KEPT_BATCHES:
+        images = _images(info, batch, runtime)
+        labels = torch.zeros(batch, dtype=torch.int64, device=runtime.device)
 
-    def loss() -> Tensor:
-        with runtime.autocast():
-            return F.cross_entropy(model(images), labels)
+        def loss(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+            with runtime.autocast():
+                return F.cross_entropy(learner(images), labels)
 
-    try:
-        kept = saved_bytes(loss, [*model.train().parameters(), *model.buffers(), images, labels])
-    finally:
-        model.load_state_dict(buffers)
-        model.eval()
-    return round(kept / KEPT_BATCH)
+        try:
+            there = [*learner.parameters(), *learner.buffers(), images, labels]
+            return round(saved_bytes(loss, there) / batch)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error) or batch == KEPT_BATCHES[-1]:
+                raise
+    raise AssertionError("the last batch returns or raises")

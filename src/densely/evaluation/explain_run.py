@@ -20,6 +20,7 @@ from densely.evaluation.connections import connections, draw_connections
 from densely.evaluation.heat_maps import SIGNED, HeatMapMethod, explain
 from densely.runtime import MemoryFormat, Precision
 from densely.training.scoring import BATCH_SIZE
+from densely.weights.whole_file import whole_file
 
 PathLike = str | os.PathLike[str]
 
@@ -130,10 +131,8 @@ def explain_images(
             title=f"{classes[chosen]}, {probability:.3f}: {title}",
             signed=method in SIGNED,
         )
-        # Beside, then in its place: a picture that is being looked at is never half written.
-        beside = file.with_name(f"{file.name}.new")
-        drawn.save(beside, format="PNG")
-        beside.replace(file)
+        with whole_file(file) as beside:
+            drawn.save(beside, format="PNG")
         pictures.append(Picture(path, classes[chosen], probability, method, made_at, file))
     return pictures
 

@@ -189,7 +189,8 @@ class Cost:
         weights_bytes: memory of parameters and buffers.
         kept_bytes: what a training step keeps for its backward pass, an image.
         images_per_s: inference speed by batch size, medians.
-        train_images_per_s: speed of training steps of the largest of these batches.
+        train_batch: images of a training step that was timed; 0 where none fits into memory.
+        train_images_per_s: speed of such steps.
         device: name of the processor or GPU.
         precision: "float32" or "bfloat16".
     """
@@ -200,6 +201,7 @@ class Cost:
     weights_bytes: int
     kept_bytes: int
     images_per_s: dict[int, float]
+    train_batch: int
     train_images_per_s: float
     device: str
     precision: str
@@ -214,7 +216,7 @@ class Findings:
         data: what it was judged on.
         date: day of the evaluation, ISO 8601.
         warnings: what the reader must know, a sentence each.
-        scores: of the network's likeliest classes, calibrated by `method`.
+        scores: of the classes that are likeliest after the calibration by `method`.
         method: the calibration that is stored with the model and that the examples show.
         calibrated_on: the split that calibration and thresholds were fitted on, with its number of
             images; None where nothing was fitted.

@@ -12,9 +12,10 @@ from densely.data import ImageSet, Splits, absolute, load_data, with_validation
 from densely.data.folder import load_labelled
 from densely.errors import ConfigError, DataError
 from densely.evaluation.classifier import Classifier, load
-from densely.evaluation.scores import check
+from densely.evaluation.scores import check_logits
 from densely.runtime import MemoryFormat, Precision, keep_freed_memory
 from densely.training.checkpoint import load_state
+from densely.training.config import TrainConfig
 from densely.training.run import RunDirectory
 from densely.training.scoring import logits_of
 from densely.training.splits import splits_of
@@ -77,7 +78,7 @@ def seen(classifier: Classifier, images: ImageSet) -> tuple[ImageSet, Tensor]:
     logits = logits_of(
         classifier.model, images.images, classifier.preprocessing, classifier.runtime
     ).cpu()
-    check(logits, images.labels.cpu(), images.classes)
+    check_logits(logits, images.classes)
     return images, logits
 
 
@@ -98,9 +99,7 @@ def judged_images(
         DataError: the data are missing, have changed since, or have other classes.
         ConfigError: there is no such split.
     """
-    config, prep = run.config(), classifier.preprocessing
-    if data_dir is not None:
-        config = dataclasses.replace(config, data_dir=data_dir)
+    config, prep = _config(run, data_dir), classifier.preprocessing
     source = config.data if data is None else absolute(data)
     if source == config.data:
         splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
@@ -125,8 +124,15 @@ def judged_images(
     return f"{source}, {split}", images
 
 
-def fitting_images(run: RunDirectory, classifier: Classifier) -> tuple[str, ImageSet, bool]:
+def fitting_images(
+    run: RunDirectory, classifier: Classifier, data_dir: str | None
+) -> tuple[str, ImageSet, bool]:
     """Images that calibration and thresholds are fitted on: never those of the test split.
+
+    Args:
+        run: the run directory.
+        classifier: its network.
+        data_dir: as for `judged_images`.
 
     Returns:
         Their name; the images; and whether the network has learned from them, as it has where the
@@ -135,14 +141,22 @@ def fitting_images(run: RunDirectory, classifier: Classifier) -> tuple[str, Imag
     Raises:
         DenselyError: the run's data are missing, or have changed since.
     """
-    config, prep = run.config(), classifier.preprocessing
+    config, prep = _config(run, data_dir), classifier.preprocessing
     splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
     _require_unchanged(run, splits)
     if splits.validation is not None:
         return "validation split", splits.validation, False
-    splits = with_validation(splits, STAND_IN_SHARE, config.split_seed)
+    try:
+        splits = with_validation(splits, STAND_IN_SHARE, config.split_seed)
+    except DataError:  # too few to part them
+        return "training split", splits.train, True
     assert splits.validation is not None
     return "part of the training split", splits.validation, True
+
+
+def _config(run: RunDirectory, data_dir: str | None) -> TrainConfig:
+    config = run.config()
+    return config if data_dir is None else dataclasses.replace(config, data_dir=data_dir)
 
 
 def _require_unchanged(run: RunDirectory, splits: Splits) -> None:

@@ -31,7 +31,7 @@ from densely.evaluation.judged import Judged, Split, fitting_images, judge, seen
 from densely.evaluation.label_errors import likely_label_errors
 from densely.evaluation.overlay import tile
 from densely.evaluation.report_page import check_replaceable, write_report
-from densely.evaluation.scores import scores_of
+from densely.evaluation.scores import check, scores_of
 from densely.evaluation.selective import risk_coverage, threshold_for
 from densely.runtime import MemoryFormat, Precision
 from densely.training.checkpoint import find_checkpoint
@@ -103,16 +103,18 @@ def report(
         memory_format=memory_format,
     )
     logits, labels = judged.logits, judged.labels
-    scores = scores_of(logits, labels, judged.classifier.classes)
+    check(logits, labels, judged.classifier.classes)
 
     note("calibrating ...")
     is_own = data is None or absolute(data) == judged.run.config().data
-    fitted = _calibrate(judged, calibration, wanted_error, split=split, is_own=is_own)
+    fitted = _calibrate(
+        judged, calibration, wanted_error, split=split, is_own=is_own, data_dir=data_dir
+    )
     chosen = fitted.chosen
     calibrated = chosen.apply(logits)
 
     note("drawing heat maps ...")
-    mistakes, unsure, label_errors = _examples(judged, calibrated.softmax(dim=1))
+    mistakes, unsure, label_errors, wrong = _examples(judged, calibrated.softmax(dim=1))
 
     note("measuring speed and memory ...")
     (cost,) = costs([(judged.classifier.model, judged.classifier.info)], judged.classifier.runtime)
@@ -121,8 +123,8 @@ def report(
         run=str(run),
         data=judged.data,
         date=datetime.date.today().isoformat(),
-        warnings=fitted.warnings,
-        scores=scores,
+        warnings=(*fitted.warnings, *wrong),
+        scores=scores_of(calibrated, labels, judged.classifier.classes),
         method=chosen.method,
         calibrated_on=fitted.where,
         calibration=tuple(
@@ -139,8 +141,8 @@ def report(
         folder, findings, curves=curves.read_bytes() if curves.is_file() else None, tile=tile
     )
     if fitted.is_new and (weights := find_checkpoint(judged.run.weights())):
-        save_calibration(weights, chosen)
-    return Report(evaluation_of(judged), findings, page)
+        save_calibration(weights, chosen, judged.classifier.weights_digest)
+    return Report(evaluation_of(replace(judged, logits=calibrated)), findings, page)
 
 
 @dataclass(frozen=True)
@@ -156,14 +158,20 @@ class _Fitted:
 
 
 def _calibrate(
-    judged: Judged, method: Method, wanted_error: float, *, split: Split, is_own: bool
+    judged: Judged,
+    method: Method,
+    wanted_error: float,
+    *,
+    split: Split,
+    is_own: bool,
+    data_dir: str | None,
 ) -> _Fitted:
     classes, warnings = judged.classifier.classes, []
     bare = Calibration.none(len(classes))
     if is_own and split == "train":
         warnings.append("These are the images that the network learned from: it knows them.")
     try:
-        where, images, has_learned = fitting_images(judged.run, judged.classifier)
+        where, images, has_learned = fitting_images(judged.run, judged.classifier, data_dir)
     except DenselyError as error:
         if is_own:
             raise
@@ -177,8 +185,10 @@ def _calibrate(
         return _Fitted(
             chosen,
             tried=(bare,) if chosen.method == "none" else (bare, chosen),
-            choices=((chosen.wanted_error or wanted_error, chosen.threshold),),
-            where=None,
+            choices=()
+            if chosen.wanted_error is None
+            else ((chosen.wanted_error, chosen.threshold),),
+            where=stored.fitted_on if stored else None,
             warnings=tuple(warnings),
             is_new=False,
         )
@@ -208,8 +218,8 @@ def _calibrate(
 
 def _examples(
     judged: Judged, probabilities: Tensor
-) -> tuple[tuple[Example, ...], tuple[Example, ...], tuple[Example, ...]]:
-    """The most confident mistakes, the least confident hits, the likely label errors."""
+) -> tuple[tuple[Example, ...], tuple[Example, ...], tuple[Example, ...], tuple[str, ...]]:
+    """The most confident mistakes, the least confident hits, the likely label errors; warnings."""
     confidence, given = probabilities.max(dim=1)
     right = given == judged.labels
 
@@ -224,7 +234,7 @@ def _examples(
         likely_label_errors(probabilities, judged.labels)[:EXAMPLES],
     )
     shown = sorted({index for group in groups for index in group})
-    maps = _heat_maps(judged, shown, given)
+    maps, warnings = _heat_maps(judged, shown, given)
     names = judged.classifier.classes
 
     def example(index: int) -> Example:
@@ -240,20 +250,20 @@ def _examples(
         )
 
     mistakes, unsure, label_errors = (tuple(map(example, group)) for group in groups)
-    return mistakes, unsure, label_errors
+    return mistakes, unsure, label_errors, warnings
 
 
 def _heat_maps(
     judged: Judged, indices: Sequence[int], given: Tensor
-) -> dict[int, NDArray[np.float32]]:
-    """Class activation maps for the class given, by index; none where the network has none."""
+) -> tuple[dict[int, NDArray[np.float32]], tuple[str, ...]]:
+    """Class activation maps for the class given, by index; and warnings where there are none."""
     classifier = judged.classifier
     if not indices:
-        return {}
+        return {}, ()
     pixels = judged.images.images[torch.tensor(indices, device=judged.images.images.device)]
     inputs = classifier.runtime.layout(classifier.preprocessing(pixels))
     try:
         found = explain(classifier.model, inputs, given[list(indices)])
-    except ConfigError:  # its head is no global average with a linear layer
-        return {}
-    return dict(zip(indices, found.maps.cpu().numpy(), strict=True))
+    except ConfigError as error:
+        return {}, (f"There are no heat maps: {error}.",)
+    return dict(zip(indices, found.maps.cpu().numpy(), strict=True)), ()

@@ -215,7 +215,9 @@ def check_replaceable(folder: Path) -> None:
         ConfigError: `folder` is there, and is no report and no empty folder.
     """
     try:
-        others = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
+        # Names with a dot in front are the file browser's.
+        names = (path.name for path in folder.iterdir())
+        others = sorted(name for name in names if name not in FILES and name[0] != ".")
     except FileNotFoundError:
         return
     except OSError as error:
@@ -293,8 +295,8 @@ def summary(findings: Findings) -> list[str]:
     if bins:
         told = max(ninety or bins, key=lambda b: b.images)
         sentences.append(
-            f"Where it is about {told.confidence:.0%} sure, it is right {told.accuracy:.0%} of the "
-            f"time ({told.images:,} images)."
+            f"Where it is about {percent(told.confidence)} sure, it is right "
+            f"{percent(told.accuracy)} of the time ({told.images:,} images)."
         )
     for choice in sorted(findings.selective.choices, key=lambda c: c.wanted_error):
         if choice.threshold is not None and choice.error is not None:

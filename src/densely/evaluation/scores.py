@@ -16,17 +16,15 @@ RESAMPLES = 1000
 Counts = NDArray[np.int64]
 
 
-def check(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
-    """Let pass what can be judged.
+def check_logits(logits: Tensor, classes: tuple[str, ...]) -> None:
+    """Let pass what a network may say of images.
 
     Args:
         logits: float [N, K].
-        labels: int64 [N], indices into `classes`; or 0 and 1 [N, K], of several labels an image.
         classes: names of the K classes.
 
     Raises:
-        DataError: there are no images, shapes do not fit, a label is none of the classes, all are
-            the same one, or a logit is NaN or infinity.
+        DataError: there are no images, the shape does not fit, or a logit is NaN or infinity.
     """
     if logits.ndim != 2 or logits.shape[1] != len(classes):
         raise DataError(
@@ -36,16 +34,31 @@ def check(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
     images = len(logits)
     if images == 0:
         raise DataError("there are no images to judge: name a split or a folder that has some")
-    if labels.shape not in (logits.shape[:1], logits.shape):
-        raise DataError(
-            f"labels have the shape {list(labels.shape)}: expected [{images}], or "
-            f"{list(logits.shape)} for several labels an image"
-        )
     bad = ~torch.isfinite(logits).all(dim=1)
     if bad.any():
         raise DataError(
             f"the network gives NaN or infinity for {int(bad.sum())} of {images} images, the first "
             f"is image {_first(bad)}: judge it in precision float32, or take an earlier checkpoint"
+        )
+
+
+def check(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
+    """Let pass what can be judged class by class.
+
+    Args:
+        logits: float [N, K].
+        labels: int64 [N], indices into `classes`; or 0 and 1 [N, K], of several labels an image.
+        classes: names of the K classes.
+
+    Raises:
+        DataError: as `check_logits`; or shapes do not fit, a label is none of the classes, or all
+            are the same one.
+    """
+    check_logits(logits, classes)
+    if labels.shape not in (logits.shape[:1], logits.shape):
+        raise DataError(
+            f"labels have the shape {list(labels.shape)}: expected [{len(logits)}], or "
+            f"{list(logits.shape)} for several labels an image"
         )
     if labels.ndim == 2:
         odd = ((labels != 0) & (labels != 1)).any(dim=1)
@@ -105,10 +118,10 @@ def scores_of(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Score
     top5 = None
     if len(classes) > 5:
         hits = top_k_accuracy_score(truth, outputs.numpy(), k=5, normalize=False, labels=every)
-        top5 = _share(hits, len(truth))
+        top5 = wilson_share(hits, len(truth))
     return Scores(
         images=len(truth),
-        accuracy=_share(accuracy_score(truth, given, normalize=False), len(truth)),
+        accuracy=wilson_share(accuracy_score(truth, given, normalize=False), len(truth)),
         top5_accuracy=top5,
         balanced_accuracy=_interval(
             [score.recall for score in found if score.support],
@@ -152,7 +165,7 @@ def multilabel_scores(logits: Tensor, targets: Tensor, classes: tuple[str, ...])
     found = _class_scores(classes, np.array(rates)[:, :, 0].T, outputs, truth)
     return Scores(
         images=len(truth),
-        accuracy=_share((truth == given).all(axis=1).sum(), len(truth)),
+        accuracy=wilson_share((truth == given).all(axis=1).sum(), len(truth)),
         top5_accuracy=None,
         balanced_accuracy=None,
         macro_f1=_macro_f1_interval(found, _redrawn_images(truth, given)),
@@ -201,7 +214,7 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def _share(hits: int, images: int) -> Interval:
+def wilson_share(hits: int, images: int) -> Interval:
     """A share with Wilson's interval (1927), which holds for few images and near 0 and 1."""
     from scipy.stats import binomtest
 

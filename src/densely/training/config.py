@@ -140,6 +140,11 @@ class TrainConfig:
                 "from 4 to 4096",
                 self.image_size is None or 4 <= self.image_size <= 4096,
             ),
+            (
+                "options",
+                "without what the data decide: num_classes, in_channels, image_size",
+                not self.options.keys() & {"num_classes", "in_channels", "image_size"},
+            ),
             ("seed", "from 0 to 2^32 - 1", 0 <= self.seed < 2**32),
             ("split_seed", "from 0 to 2^32 - 1", 0 <= self.split_seed < 2**32),
             (

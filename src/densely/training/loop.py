@@ -15,7 +15,7 @@ from densely.data import ImageSet, absolute
 from densely.data.augmentation import crop_and_flip
 from densely.environment import device_name
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
-from densely.runtime import choose_runtime, keep_freed_memory
+from densely.runtime import choose_runtime, keep_freed_memory, ran_out_of_memory
 from densely.training.captured import TrainingStep, training_step
 from densely.training.card import model_card
 from densely.training.checkpoint import (
@@ -59,27 +59,25 @@ def train(
         DenselyError: wrong data or settings; training diverged; memory was too small; or
             (`Stopped`) a signal ended it after saving.
     """
-    config = dataclasses.replace(
-        config,
-        data=absolute(config.data),
-        data_dir=absolute(config.data_dir) if config.data_dir else None,
-        weights=_file_from_anywhere(config.weights),
-    )
     try:
-        return _Trainer(config, resume, reporter or Reporter()).fit()
+        return _Trainer(from_anywhere(config), resume, reporter or Reporter()).fit()
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-            "can't allocate memory" in str(error)
-        ):
+        if ran_out_of_memory(error):
             raise TrainingError(
                 "not enough memory: choose a smaller --batch-size, --image-size or --model"
             ) from error
         raise
 
 
-def _file_from_anywhere(weights: str | None) -> str | None:
-    """A file of weights by its full path; the name of published ones as it is."""
-    return str(Path(weights).resolve()) if weights and Path(weights).is_file() else weights
+def from_anywhere(config: TrainConfig) -> TrainConfig:
+    """The same run, with its folders and its file of weights by their full paths."""
+    weights = config.weights
+    return dataclasses.replace(
+        config,
+        data=absolute(config.data),
+        data_dir=absolute(config.data_dir) if config.data_dir else None,
+        weights=str(Path(weights).resolve()) if weights and Path(weights).is_file() else weights,
+    )
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

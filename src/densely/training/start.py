@@ -6,7 +6,7 @@ from typing import cast
 from torch import nn
 
 from densely.data import ImageSet, Preprocessing
-from densely.errors import ConfigError
+from densely.errors import ConfigError, DenselyError
 from densely.models.registry import ModelOptions, preset
 from densely.training.checkpoint import ModelInfo
 from densely.training.config import TrainConfig
@@ -33,8 +33,22 @@ def begin(
     """Make the network that `config` asks for; say what it is, and what weights it began with.
 
     Raises:
-        DenselyError: images too small for it; weights that are missing, damaged or do not fit.
+        DenselyError: images too small for it; options that it does not take; weights that are
+            missing, damaged or do not fit.
     """
+    try:
+        return _begin(config, train_set)
+    except DenselyError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        if not config.options:
+            raise
+        raise ConfigError(f"options={config.options}: {config.model}: {error}") from error
+
+
+def _begin(
+    config: TrainConfig, train_set: ImageSet
+) -> tuple[ModelInfo, nn.Module, LoadReport | None]:
     size = config.image_size or train_set.images.shape[-1]
     channels = train_set.images.shape[1]
     start = None
