@@ -57,6 +57,14 @@ def calibrated(calibration: Calibration, logits: Tensor) -> Tensor:
     )
 
 
+def nll_of_targets(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean NLL of classes that are true with probability (N + 1)/(N + 2), written out."""
+    images, classes = logits.shape
+    targets = torch.full((images, classes), 1 / ((images + 2) * (classes - 1))).double()
+    targets[range(images), labels] = (images + 1) / (images + 2)
+    return -(targets * torch.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+
 # Applying
 
 
@@ -104,19 +112,27 @@ def test_temperature_is_the_best_of_all(factor: float) -> None:
     true_logits = outputs(200, 4).double()
     logits, labels = factor * true_logits, drawn(true_logits)
     searched = minimize_scalar(
-        lambda t: nll(logits / math.exp(t), labels), bracket=(-0.1, 0.1), tol=1e-10
+        lambda t: nll_of_targets(logits / math.exp(t), labels).item(),
+        bracket=(-0.1, 0.1),
+        tol=1e-10,
     )
     found = fit(logits, labels, "temperature", fitted_on="")
     assert found.scale[0] == pytest.approx(math.exp(-searched.x), rel=1e-5)
 
 
-def test_temperature_is_bounded_where_the_likelihood_is_not() -> None:
-    """All images right: the surer the better. All wrong: the less sure the better."""
+def test_images_without_a_mistake_do_not_make_it_sure_of_all_others() -> None:
+    """N of N right: the next one is right with probability (N + 1) / (N + 2), by Laplace's rule."""
+    labels = torch.arange(40) % 4
+    right = F.one_hot(labels, 4).double()
+    found = fit(right, labels, "temperature", fitted_on="")
+    assert found.probabilities(right).max().item() == pytest.approx(41 / 42, rel=1e-6)
+
+
+def test_temperature_is_bounded() -> None:
     labels = torch.arange(40) % 4
     right = F.one_hot(labels, 4).double()
     wrong = right.roll(1, dims=1)
-    found = fit(right, labels, "temperature", fitted_on="")
-    assert found.scale[0] == 20
+    assert fit(right / 100, labels, "temperature", fitted_on="").scale[0] == 20
     assert fit(wrong, labels, "temperature", fitted_on="").scale[0] == 0.05
     for method in ("temperature", "vector"):
         for logits in (right, 1e3 * right, wrong, 1e3 * wrong):
@@ -146,7 +162,7 @@ def test_vector_scaling_minimises_what_its_documentation_says() -> None:
     found = fit(logits, labels, "vector", fitted_on="")
     scale = torch.tensor(found.scale, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(found.bias, dtype=torch.float64, requires_grad=True)
-    loss = -torch.log_softmax(logits.double() * scale + bias, dim=1)[range(images), labels].mean()
+    loss = nll_of_targets(logits.double() * scale + bias, labels)
     loss = loss + ((scale * temperature - 1).square().sum() + bias.square().sum()) / (2 * images)
     loss.backward()
     assert scale.grad is not None

@@ -114,9 +114,8 @@ def test_calibration_is_stored_and_applied(
         expected = (logits * stored.scale[0]).softmax(0)
         assert list(other.probabilities.values()) == pytest.approx(expected.tolist(), rel=1e-3)
         assert one.sure is None
-        assert other.sure is (
-            stored.threshold is not None and other.probability >= stored.threshold
-        )
+        wanted = None if stored.threshold is None else other.probability >= stored.threshold
+        assert other.sure is wanted
 
 
 def test_calibration_never_sees_what_is_judged(

@@ -297,7 +297,7 @@ def test_the_legend_is_the_overlay_of_a_rising_heat_map() -> None:
 def test_the_summary_says_what_the_figures_say() -> None:
     assert summary(findings_of(10)) == [
         "It is right on 91 of 100 images.",
-        "Where it is about 90% sure, it is right 89% of the time (30 images).",
+        "Where it is about 90.4% sure, it is right 88.7% of the time (30 images).",
         "If it answers only where it is at least 91.4% sure, 71 of 100 images get an answer, 2.1% "
         "of them a wrong one.",
         f"Its most frequent mistake: “{AWKWARD[0]}” called “{AWKWARD[1]}” (7 times).",

@@ -121,7 +121,7 @@ def _print_calibration(found: "Findings", wanted_error: float) -> None:
 def _in_words(choice: "Choice") -> str:
     wanted = f"for an error of at most {choice.wanted_error:.3g}"
     if choice.threshold is None:
-        return f"{wanted} it is sure of no image: the images for calibration cannot promise it"
+        return f"{wanted} there is no threshold: the images for calibration do not show that much"
     error = "none wrong" if not choice.error else f"{choice.error:.2%} of them wrong"
     return (
         f"{wanted} it is sure from {choice.threshold:.4f} on: {choice.coverage:.1%} of these "

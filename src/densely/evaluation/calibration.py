@@ -30,7 +30,7 @@ from densely.weights.whole_file import whole_file
 
 BINS = 15
 
-#: Bounds of 1/T. On images that are all answered rightly the likelihood rises for ever as T falls.
+#: Bounds of 1/T.
 INVERSE_TEMPERATURES = (0.05, 20.0)
 
 #: Standard deviation of the normal prior of vector scaling: of each scale, as a share of the fitted
@@ -145,8 +145,10 @@ class Calibration:
 def fit(logits: Tensor, labels: Tensor, method: Method, *, fitted_on: str) -> Calibration:
     """Fit a calibration to images that the network did not learn from.
 
-    Both methods minimise the mean negative log-likelihood of the true classes, in float64; neither
-    gives a worse one than the logits as they are.
+    Both methods minimise the mean negative log-likelihood (NLL) in float64, of classes that are
+    true with probability (N + 1)/(N + 2) and not with certainty: N images that are all answered
+    rightly do not show that none ever will be wrong, and a likelihood that believed so would make
+    the network ever surer. Neither gives a worse one than the logits as they are.
 
     Temperature: the likelihood is concave in 1/T, so that the zero of its slope is the best 1/T,
     held within `INVERSE_TEMPERATURES`.
@@ -168,6 +170,9 @@ def fit(logits: Tensor, labels: Tensor, method: Method, *, fitted_on: str) -> Ca
 
     Raises:
         DataError: there are no images, or logits are NaN or infinity.
+
+    Source of the targets: Platt 1999, "Probabilistic Outputs for Support Vector Machines", section
+    2.2, which is Laplace's rule of succession; the rest is shared by the other classes.
     """
     inputs, truth = logits.detach().cpu().double(), labels.cpu()
     if len(inputs) == 0 or not torch.isfinite(inputs).all():
@@ -312,19 +317,27 @@ def weights_digest(folder: Path) -> str:
         raise RunError(f"{path}: missing or not to be read: {error}") from error
 
 
-def _nll(logits: Tensor, labels: Tensor) -> float:
-    return F.cross_entropy(logits, labels).item()
+def _nll(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> float:
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing).item()
+
+
+def _smoothing(logits: Tensor) -> float:
+    """Share of a target that is spread over all classes, so that 1/(N + 2) goes to the others."""
+    images, classes = logits.shape
+    return classes / ((classes - 1) * (images + 2)) if classes > 1 else 0.0
 
 
 def _best_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
     from scipy.optimize import brentq
 
-    true_logits = logits.gather(1, labels[:, None]).mean()
+    share = _smoothing(logits)
+    true = logits.gather(1, labels[:, None]).mean()
+    target_logits = (1 - share) * true + share * logits.mean()
 
     def slope(inverse: float) -> float:
-        """Derivative of the NLL by 1/T, which only rises: mean of E[logit] - logit of the truth."""
+        """Derivative of the NLL by 1/T, which only rises: mean of E[logit] - targets' logit."""
         expected = (logits * (logits * inverse).softmax(dim=1)).sum(dim=1).mean()
-        return float(expected - true_logits)
+        return float(expected - target_logits)
 
     low, high = INVERSE_TEMPERATURES
     if slope(low) >= 0:
@@ -334,7 +347,7 @@ def _best_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
     else:
         best = float(brentq(slope, low, high))
     # Equal where no temperature matters, as all logits of an image are equal.
-    return best if _nll(logits * best, labels) < _nll(logits, labels) else 1.0
+    return best if _nll(logits * best, labels, share) < _nll(logits, labels, share) else 1.0
 
 
 def _best_vector(
@@ -345,7 +358,7 @@ def _best_vector(
 
     images, classes = logits.shape
     scaled = logits * inverse_temperature
-    rows = torch.arange(images)
+    rows, share = torch.arange(images), _smoothing(logits)
     pull = 1 / (2 * images * PRIOR_DEVIATION**2)
     # The likelihood is steep in scales of large logits: in these units half the steps do.
     unit = np.concatenate([1 / np.sqrt(1 + scaled.square().mean(dim=0).numpy()), np.ones(classes)])
@@ -355,9 +368,10 @@ def _best_vector(
         change = place * unit
         factor, bias = torch.from_numpy(change).reshape(2, classes)
         logarithms = (scaled * (1 + factor) + bias).log_softmax(dim=1)
-        value = -float(logarithms[rows, labels].mean()) + pull * float(change @ change)
-        error = logarithms.exp_()
-        error[rows, labels] -= 1
+        likelihood = (1 - share) * logarithms[rows, labels].mean() + share * logarithms.mean()
+        value = -float(likelihood) + pull * float(change @ change)
+        error = logarithms.exp_().sub_(share / classes)
+        error[rows, labels] -= 1 - share
         slope = torch.cat([(error * scaled).sum(dim=0), error.sum(dim=0)]).numpy()
         return value, (slope / images + 2 * pull * change) * unit
 

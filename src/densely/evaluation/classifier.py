@@ -28,8 +28,8 @@ class Prediction:
         label: name of the likeliest class.
         probability: the network's probability of it, in [0, 1]; calibrated where the run is.
         probabilities: of every class, likeliest first.
-        sure: whether `probability` reaches the threshold for the wanted error, False for all where
-            no threshold keeps it; None where no error was named.
+        sure: whether `probability` reaches the threshold for the wanted error; None where no error
+            was named, or no threshold could be found for it.
     """
 
     label: str
@@ -109,10 +109,8 @@ class Classifier:
         order = probabilities.argsort(descending=True, stable=True).tolist()
         ranked = {self.classes[i]: probabilities[i].item() for i in order}
         label = self.classes[order[0]]
-        sure = None
-        if self.calibration and self.calibration.wanted_error is not None:
-            threshold = self.calibration.threshold
-            sure = threshold is not None and ranked[label] >= threshold
+        threshold = self.calibration.threshold if self.calibration else None
+        sure = None if threshold is None else ranked[label] >= threshold
         return Prediction(label, ranked[label], ranked, sure)
 
 
