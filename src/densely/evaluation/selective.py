@@ -60,8 +60,9 @@ def threshold_for(
     """Lowest threshold found that keeps the error among answers below `wanted_error`.
 
     With probability `confidence` over the images given, the true error on answered images of the
-    same kind is below `wanted_error`. Each of the ceil(log2 N) thresholds of a binary search is
-    held against `risk_bound`, at an equal part of 1 - `confidence`.
+    same kind is below `wanted_error`. The threshold that answers all images, and each of the
+    ceil(log2 N) thresholds of a binary search, are held against `risk_bound`, at an equal part of
+    1 - `confidence`.
 
     Args:
         logits_calibrated: float [N, K], of images that the network did not learn from; strictly,
@@ -78,7 +79,8 @@ def threshold_for(
 
     Source: Geifman and El-Yaniv 2017, "Selective Classification for Deep Neural Networks",
     algorithm 1 (SGR) and lemma 3.1. It gives the last threshold that it tries; here it is the last
-    that passed.
+    that passed. And it begins with half of the images, which may be too few to show anything where
+    all of them are enough: so all come first here.
     """
     for name, value in (("wanted_error", wanted_error), ("confidence", confidence)):
         if not 0 < value < 1:
@@ -87,15 +89,18 @@ def threshold_for(
     images = len(sureness)
     wrong = np.cumsum(1 - right)
     rising = sureness[::-1]
+    rounds = math.ceil(math.log2(images))
+    share = (1 - confidence) / (rounds + 1)
+    if risk_bound(round(wrong[-1]), images, share) < wanted_error:
+        return float(rising[0])
     found = None
     low, high = 1, images  # places among the images from the least sure on, counted from 1
-    rounds = math.ceil(math.log2(images))
     for _ in range(rounds):
         place = math.ceil((low + high) / 2)
         threshold = float(rising[place - 1])
         answered = int((sureness >= threshold).sum())
         errors = round(wrong[answered - 1])
-        if risk_bound(errors, answered, (1 - confidence) / rounds) < wanted_error:
+        if risk_bound(errors, answered, share) < wanted_error:
             found, high = threshold, place
         else:
             low = place
