@@ -202,12 +202,12 @@ def test_no_fit_is_worse_than_none(
     true_logits = outputs(images, classes, seed)
     labels = drawn(true_logits if own else true_logits.flip(1), seed)
     logits = factor * true_logits
-    before = nll(logits, labels)
+    before = nll_of_targets(logits.double(), labels)
     temperature = fit(logits, labels, "temperature", fitted_on="")
     vector = fit(logits, labels, "vector", fitted_on="")
-    cooled = nll(calibrated(temperature, logits), labels)
+    cooled = nll_of_targets(calibrated(temperature, logits).double(), labels)
     assert cooled <= before + 1e-12
-    assert nll(calibrated(vector, logits), labels) <= cooled + 1e-12
+    assert nll_of_targets(calibrated(vector, logits).double(), labels) <= cooled + 1e-12
     assert 0.05 <= temperature.scale[0] <= 20
 
 
