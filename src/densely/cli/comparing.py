@@ -7,7 +7,14 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from densely.cli.parser import Parser, add_fields, flag_of
+from densely.cli.parser import (
+    Parser,
+    add_fields,
+    changed_fields,
+    flag_of,
+    hardware_of,
+    read_first,
+)
 from densely.cli.training import add_voices, reporter_of
 from densely.comparison.config import COMPARISONS, CompareConfig, read_variant
 from densely.errors import ConfigError, unknown_name
@@ -41,14 +48,7 @@ def compare(parser: Parser, arguments: list[str]) -> None:
     It leaves runs/compare-NAME-NNN with comparison.png, README.md (tables), comparison.json and
     all runs. A stopped comparison goes on with --resume.
     """
-    # What decides the defaults is read first, so that --help shows those that will hold.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--recipe", "--config", "--resume"):
-        first.add_argument(name)
-    try:
-        early, rest = first.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from error
+    early, rest = read_first(arguments, "--recipe", "--config", "--resume")
     if sum(value is not None for value in vars(early).values()) > 1:
         raise ConfigError("--recipe, --config and --resume exclude each other")
     base = _base(early)
@@ -96,11 +96,7 @@ def compare(parser: Parser, arguments: list[str]) -> None:
         _judge([Path(run) for run in chosen.runs], chosen, "--data" in given)
         return
 
-    changed = {
-        field.name: getattr(chosen, field.name)
-        for field in dataclasses.fields(train)
-        if field.name != "recipe" and getattr(chosen, field.name) != getattr(train, field.name)
-    }
+    changed = changed_fields(train, chosen)
     if early.resume is not None:
         assert isinstance(base, CompareConfig)
         if changed.keys() - _FREE or chosen.variant or chosen.seeds != base.seeds:
@@ -108,7 +104,7 @@ def compare(parser: Parser, arguments: list[str]) -> None:
                 "--resume goes on with a comparison as it began; only "
                 f"{', '.join(flag_of(name) for name in _FREE)} may change"
             )
-        folder, config = Path(early.resume), base
+        folder = Path(early.resume)
         config = dataclasses.replace(base, train=dataclasses.replace(base.train, **changed))
     else:
         config = _config(base, train, changed, chosen)
@@ -194,9 +190,7 @@ def _judge(runs: list[Path], chosen: Any, has_data: bool) -> None:
         split=chosen.split,
         data_dir=chosen.data_dir,
         title=chosen.name or "runs",
-        device=chosen.device,
-        precision=chosen.precision,
-        memory_format=chosen.memory_format,
+        **hardware_of(chosen),
     )
     folder = new_folder(Path(chosen.output), chosen.name or "runs")
     _tell(result, write_comparison(result, folder), chosen)

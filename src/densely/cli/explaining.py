@@ -3,7 +3,7 @@
 import json
 from typing import Literal
 
-from densely.cli.parser import Parser, add_fields
+from densely.cli.parser import Parser, add_fields, hardware_of
 from densely.errors import ConfigError
 from densely.training.config import HARDWARE, TrainConfig
 
@@ -69,9 +69,7 @@ def explain(parser: Parser, arguments: list[str]) -> None:
             level=chosen.level,
             target=chosen.target,
             output=chosen.output,
-            device=chosen.device,
-            precision=chosen.precision,
-            memory_format=chosen.memory_format,
+            **hardware_of(chosen),
         )
         margin = max(len(picture.image) for picture in pictures)
         width = max(len(picture.label) for picture in pictures)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ActionYesNo
 
-from densely.cli.parser import Parser, add_fields
+from densely.cli.parser import Parser, add_fields, hardware_of
 from densely.errors import ConfigError
 from densely.training.config import HARDWARE, TrainConfig
 
@@ -64,7 +64,7 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_fields(parser, TrainConfig(), [HARDWARE])
     chosen = parser.parse_args(arguments)
-    hardware = {name: chosen[name] for name in ("device", "precision", "memory_format")}
+    hardware = hardware_of(chosen)
     where = {"split": chosen.split, "data_dir": chosen.data_dir}
     if not chosen.report:
         from densely.evaluation.evaluate import evaluate
@@ -172,9 +172,7 @@ def predict(parser: Parser, arguments: list[str]) -> None:
 
     classifier = load(
         chosen.run,
-        device=chosen.device,
-        precision=chosen.precision,
-        memory_format=chosen.memory_format,
+        **hardware_of(chosen),
         calibrated=chosen.calibrated,
     )
     margin = max(map(len, chosen.images))

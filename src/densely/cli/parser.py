@@ -1,5 +1,6 @@
 """Flags from the fields of a config, and faults as one line."""
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -43,6 +44,34 @@ def _in_plain_words(reason: str) -> str:
 def flag_of(name: str) -> str:
     """The flag of a field: `batch_size` is `--batch-size`."""
     return "--" + name.replace("_", "-")
+
+
+def read_first(arguments: Sequence[str], *flags: str) -> tuple[argparse.Namespace, list[str]]:
+    """Values of the flags that decide the defaults of others, and the arguments that remain.
+
+    They are read before all else, so that --help shows the defaults that will hold.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in flags:
+        first.add_argument(flag)
+    try:
+        return first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+
+
+def changed_fields(base: "TrainConfig", chosen: Any) -> dict[str, Any]:
+    """Fields whose flags say something else than `base`; the recipe is no field of its own."""
+    return {
+        field.name: getattr(chosen, field.name)
+        for field in dataclasses.fields(base)
+        if field.name != "recipe" and getattr(chosen, field.name) != getattr(base, field.name)
+    }
+
+
+def hardware_of(chosen: Any) -> dict[str, Any]:
+    """What the flags say of the hardware, as functions take it."""
+    return {name: chosen[name] for name in ("device", "precision", "memory_format")}
 
 
 def add_fields(

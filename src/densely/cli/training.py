@@ -1,12 +1,11 @@
 """`densely train`."""
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from densely.cli.parser import Parser, add_fields, flag_of
+from densely.cli.parser import Parser, add_fields, changed_fields, flag_of, read_first
 from densely.errors import ConfigError
 from densely.training.config import FREE_ON_RESUME, RECIPES, TrainConfig, read_yaml
 
@@ -20,14 +19,7 @@ def train(parser: Parser, arguments: list[str]) -> None:
     Values come from a recipe, then from a YAML file, then from flags: the later ones win. Without
     any, the quick start learns handwritten digits in less than a minute.
     """
-    # What decides the defaults is read first, so that --help shows those that will hold.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--recipe", "--config", "--resume"):
-        first.add_argument(flag)
-    try:
-        early, rest = first.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from error
+    early, rest = read_first(arguments, "--recipe", "--config", "--resume")
     if early.resume is not None:
         if early.recipe is not None or early.config is not None:
             raise ConfigError("--resume takes recipe and config from the run; leave them out")
@@ -50,11 +42,7 @@ def train(parser: Parser, arguments: list[str]) -> None:
     add_voices(parser)
     chosen = parser.parse_args(rest)
 
-    changed = {
-        field.name: getattr(chosen, field.name)
-        for field in dataclasses.fields(base)
-        if field.name != "recipe" and getattr(chosen, field.name) != getattr(base, field.name)
-    }
+    changed = changed_fields(base, chosen)
     if early.resume is not None and (fixed := sorted(set(changed) - {*FREE_ON_RESUME})):
         raise ConfigError(
             f"{', '.join(map(flag_of, fixed))}: fixed by the run {early.resume}; with --resume "

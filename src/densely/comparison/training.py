@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from densely.comparison.config import CompareConfig, slug
-from densely.errors import RunError
 from densely.training.checkpoint import find_checkpoint
 from densely.training.loop import from_anywhere, train
 from densely.training.reporting import Reporter
-from densely.training.run import RunDirectory
+from densely.training.run import RunDirectory, numbered_folder
 from densely.training.splits import splits_of
 from densely.training.start import begin, check_start
 from densely.weights.whole_file import whole_file
@@ -57,17 +56,7 @@ def new_folder(output: Path, name: str) -> Path:
     Raises:
         RunError: it cannot be made.
     """
-    number = 1
-    try:
-        while True:
-            folder = output / f"compare-{slug(name)}-{number:03d}"
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                number += 1
-    except OSError as error:
-        raise RunError(f"--output {output}: cannot be written: {error.strerror}") from error
+    return numbered_folder(output, f"compare-{slug(name)}")
 
 
 def train_all(
@@ -95,12 +84,12 @@ def train_all(
             )
             done = sum(map(len, runs.values()))
             begun = _latest(folder / "runs", run_config.run_name)
-            if begun is None or len(begun.rows()) < run_config.epochs or not finished(begun):
+            if begun is not None and finished(begun):
+                path = begun.path
+            else:
                 title = f"[{done + 1}/{total}] {variant}, seed {run_config.seed}"
                 resume = begun.path if begun is not None and find_checkpoint(begun.last) else None
                 path = train(run_config, resume=resume, reporter=reporter_for(title)).run
-            else:
-                path = begun.path
             runs[variant].append(path)
     return runs
 

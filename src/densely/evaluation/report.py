@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from densely.evaluation.selective import risk_coverage, threshold_for
 from densely.runtime import MemoryFormat, Precision
 from densely.training.checkpoint import find_checkpoint
 
-METHODS: tuple[Method, ...] = ("none", "temperature", "vector")
+METHODS: tuple[Method, ...] = get_args(Method)
 WANTED_ERRORS = (0.01, 0.02, 0.05, 0.1)
 EXAMPLES = 24
 

@@ -67,26 +67,12 @@ class RunDirectory:
         Raises:
             RunError: the folder cannot be made.
         """
-        output = Path(config.output)
+        run = cls(numbered_folder(Path(config.output), config.run_name))
         try:
-            output.mkdir(parents=True, exist_ok=True)
-            pattern = re.compile(re.escape(config.run_name) + r"-(\d+)")
-            taken = [
-                int(m[1]) for entry in output.iterdir() if (m := pattern.fullmatch(entry.name))
-            ]
-            number = max(taken, default=0) + 1
-            while True:
-                path = output / f"{config.run_name}-{number:03d}"
-                try:
-                    path.mkdir()
-                    break
-                except FileExistsError:  # another run, started at the same moment
-                    number += 1
-            run = cls(path)
             run.write_config(config)
             run.write_environment(runtime)
         except OSError as error:
-            raise RunError(f"--output {output}: cannot be written: {error.strerror}") from error
+            raise _not_written(Path(config.output), error) from error
         return run
 
     @classmethod
@@ -197,6 +183,32 @@ class RunDirectory:
         beside = path.with_name(path.name + ".new")
         beside.write_text(text, encoding="utf-8", newline="")
         os.replace(beside, path)
+
+
+def numbered_folder(output: Path, name: str) -> Path:
+    """Make the next free `OUTPUT/NAME-NNN`, one beyond the highest number there.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        pattern = re.compile(re.escape(name) + r"-(\d+)")
+        taken = [int(m[1]) for entry in output.iterdir() if (m := pattern.fullmatch(entry.name))]
+        number = max(taken, default=0) + 1
+        while True:
+            path = output / f"{name}-{number:03d}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:  # another run, started at the same moment
+                number += 1
+    except OSError as error:
+        raise _not_written(output, error) from error
+
+
+def _not_written(output: Path, error: OSError) -> RunError:
+    return RunError(f"--output {output}: cannot be written: {error.strerror}")
 
 
 def _csv(rows: Sequence[EpochMetrics], *, header: bool) -> str:
