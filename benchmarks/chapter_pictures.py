@@ -17,7 +17,7 @@ import numpy as np
 import densely
 from densely import drawing
 from densely.evaluation.explain_run import explain_connections
-from densely.evaluation.judged import judged_images
+from densely.evaluation.judged import own_splits
 from densely.evaluation.overlay import tile
 from densely.training.run import RunDirectory
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 def draw_heat_maps(run: Path) -> None:
     classifier = densely.load(run)
-    _, images = judged_images(RunDirectory.open(run), classifier, None, "test", None)
+    images = own_splits(RunDirectory.open(run), classifier, None).test
     first = [int((images.labels == label).nonzero()[0]) for label in range(10)]
     pixels = images.images[first]
     found = densely.explain(

@@ -11,7 +11,8 @@ SOURCE = Path(densely.__file__).parent
 
 #: From the ground up; a part may import what stands on a line above it, and itself.
 LAYERS = [
-    {"errors", "cache", "drawing"},
+    {"errors", "cache", "whole_file"},
+    {"drawing"},
     {"runtime", "fused"},
     {"models"},
     {"data", "chapter", "environment"},

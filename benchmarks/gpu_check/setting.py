@@ -16,6 +16,7 @@ from densely.environment import environment
 from densely.fused import kernels
 from densely.models.registry import build_model
 from densely.runtime import Runtime
+from densely.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,7 @@ class Findings:
         """Write what there is, rows that changed since included."""
         seconds = round(time.monotonic() - self._began, 1)
         text = json.dumps(self.facts | {"seconds": seconds, "rows": self.rows}, indent=1)
-        beside = self._path.with_name(self._path.name + ".new")
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(self._path)
+        write_whole(self._path, text + "\n")
 
 
 def _triton_version() -> str:

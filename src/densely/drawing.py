@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from densely.whole_file import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
@@ -75,7 +77,6 @@ def png(figure: "Figure") -> bytes:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the figure beside `path`, then in its place: nobody sees half a picture."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_bytes(png(figure))
-    beside.replace(path)
+    """Write the figure as a PNG, whole or not at all."""
+    with whole_file(path) as beside:
+        beside.write_bytes(png(figure))

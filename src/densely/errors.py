@@ -64,3 +64,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     if near:
         return f"unknown {kind} '{name}'; did you mean {' or '.join(near)}?"
     return f"unknown {kind} '{name}'; known: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, short and printable; of PyTorch's, its reason."""
+    _, _, told = str(error).rpartition("WeightsUnpickler error:")
+    lines = told.strip().splitlines()
+    line = (lines[0] if lines else type(error).__name__)[:200]
+    return "".join(c if c.isprintable() else "?" for c in line)

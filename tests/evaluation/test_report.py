@@ -13,7 +13,6 @@ import densely
 from densely.cli import main
 from densely.errors import ConfigError, DataError, RunError
 from densely.evaluation import judged
-from densely.evaluation.calibration import load_calibration
 from densely.training.run import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("hasty_costs")
@@ -101,7 +100,7 @@ def test_calibration_is_stored_and_applied(
     reported: tuple[Path, densely.Report], digit_files: list[tuple[Path, str]]
 ) -> None:
     path, _ = reported
-    stored = load_calibration(path / "checkpoints" / "best", 10)
+    stored = densely.load(path).calibration
     assert stored is not None
     assert (stored.method, stored.wanted_error) == ("temperature", 0.05)
     assert stored.fitted_on == "validation split, 144 images"
@@ -130,9 +129,9 @@ def test_calibration_never_sees_what_is_judged(
 
     monkeypatch.setattr("densely.evaluation.report.seen", spy)
     densely.report(run)
-    first = load_calibration(run / "checkpoints" / "best", 10)
+    first = densely.load(run).calibration
     densely.report(run, str(folder_of(tmp_path / "others", "3", "5")))
-    assert load_calibration(run / "checkpoints" / "best", 10) == first
+    assert densely.load(run).calibration == first
     assert seen == [144, 144]  # the validation split, whatever is judged
 
 

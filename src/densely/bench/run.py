@@ -20,6 +20,7 @@ from densely.bench.tables import WIDTH, comparison_table, depth_table
 from densely.environment import environment
 from densely.errors import ConfigError
 from densely.runtime import Runtime, choose_runtime, keep_freed_memory
+from densely.whole_file import write_whole
 
 PEERS = ("torchvision", "timm", "monai")
 ALLOCATORS = {"system": "memory as the system gives it", "keep": "freed memory kept for all"}
@@ -61,13 +62,13 @@ def run_bench(config: BenchConfig) -> Path:
                 comparisons.append(compare(config, net, mode, progress))
                 console.print(comparison_table(comparisons[-1]))
                 # After each, so that what was measured outlives an interruption.
-                _write_json(path, _document(config, runtime, facts, comparisons, series))
+                write_whole(path, _document(config, runtime, facts, comparisons, series))
         if config.depth:
             depths = DEPTHS[:2] if config.quick else DEPTHS
             series = depth_series(config.device, progress, depths)
             console.print(depth_table(series, NOTE))
 
-    _write_json(path, _document(config, runtime, facts, comparisons, series))
+    write_whole(path, _document(config, runtime, facts, comparisons, series))
     pictures = [stem.with_name(stem.name + ".png")]
     draw_bars(comparisons, pictures[0], conditions)
     if series:
@@ -83,9 +84,9 @@ def _document(
     facts: dict[str, Any],
     comparisons: list[Comparison],
     series: list[DepthSeries],
-) -> dict[str, Any]:
+) -> str:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
-    document: dict[str, Any] = {
+    document = {
         "command": config.command(),
         "date": datetime.now(UTC).date().isoformat(),
         "environment": facts,
@@ -102,7 +103,7 @@ def _document(
             "depths": list(series[0].depths),
             "series": {line.name: line.to_dict() for line in series},
         }
-    return document
+    return json.dumps(document, indent=2) + "\n"
 
 
 def _threads(count: int) -> str:
@@ -120,9 +121,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)

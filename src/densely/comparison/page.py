@@ -6,7 +6,7 @@ from pathlib import Path
 
 from densely.comparison.compare import Comparison, Pair
 from densely.comparison.pictures import draw_comparison
-from densely.weights.whole_file import whole_file
+from densely.whole_file import write_whole
 
 
 def table(comparison: Comparison) -> str:
@@ -55,7 +55,7 @@ def _p(value: float) -> str:
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
     """Write comparison.json, comparison.png and README.md; gives the path of the last."""
     draw_comparison(comparison, folder / "comparison.png")
-    _replace(folder / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
+    write_whole(folder / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
     schedule = ", ".join(f"{key} {value}" for key, value in comparison.schedule.items())
     pairs = "\n".join(f"- {sentence(pair)}" for pair in comparison.pairs)
     text = f"""# {comparison.title}
@@ -76,10 +76,5 @@ pass.
 McNemar's p is how likely so uneven a split of the images on which two networks differ would be if
 neither were better; it knows the spread over images and not over seeds.
 """
-    _replace(folder / "README.md", text)
+    write_whole(folder / "README.md", text)
     return folder / "README.md"
-
-
-def _replace(path: Path, text: str) -> None:
-    with whole_file(path) as beside:
-        beside.write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from densely.training.reporting import Reporter
 from densely.training.run import RunDirectory, numbered_folder
 from densely.training.splits import splits_of
 from densely.training.start import begin, check_start
-from densely.weights.whole_file import whole_file
+from densely.whole_file import write_whole
 
 
 def create_folder(config: CompareConfig, output: Path) -> Path:
@@ -45,8 +45,7 @@ def create_folder(config: CompareConfig, output: Path) -> Path:
         },
     )
     folder = new_folder(output, config.name)
-    with whole_file(folder / "config.yaml") as beside:
-        beside.write_text(config.to_yaml(), encoding="utf-8")
+    write_whole(folder / "config.yaml", config.to_yaml())
     return folder
 
 

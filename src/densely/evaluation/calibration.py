@@ -26,7 +26,7 @@ from torch import Tensor
 
 from densely.errors import DataError, RunError, ShapeError
 from densely.evaluation.findings import CalibrationScore, Method, ReliabilityBin
-from densely.weights.whole_file import whole_file
+from densely.whole_file import write_whole
 
 BINS = 15
 
@@ -264,32 +264,32 @@ def save_calibration(folder: Path, calibration: Calibration, digest: str) -> Non
         )
     text = json.dumps({"weights_digest": digest, "calibration": calibration.to_dict()}, indent=2)
     try:
-        with whole_file(path) as beside:
-            beside.write_text(text + "\n", encoding="utf-8")
+        write_whole(path, text + "\n")
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error}") from error
 
 
-def load_calibration(folder: Path, num_classes: int) -> Calibration | None:
-    """Read the calibration of a checkpoint; None where there is none for these weights.
+def load_calibration(folder: Path, digest: str, num_classes: int) -> Calibration | None:
+    """Read the calibration of a checkpoint; None where there is none for its weights.
 
     Args:
         folder: as `find_checkpoint` gives it.
+        digest: of the weights, as `weights_digest` gave it.
         num_classes: of the network.
 
     Raises:
-        RunError: it is damaged, or there are no weights.
+        RunError: it is damaged.
     """
     path = folder / "calibration.json"
     if not path.exists():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        digest, fields = values["weights_digest"], values["calibration"]
+        fitted_for, fields = values["weights_digest"], values["calibration"]
         calibration = Calibration.from_dict(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: damaged or of another version: {error}") from error
-    if digest != weights_digest(folder):  # a run that went on has other weights
+    if fitted_for != digest:  # a run that went on has other weights
         return None
     if len(calibration.scale) != num_classes:
         raise RunError(

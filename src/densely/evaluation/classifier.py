@@ -140,6 +140,8 @@ def load(
     # Before they are read: if they change meanwhile, the digest is that of none that are there.
     digest = weights_digest(folder) if folder else ""
     model, info = load_model(weights)
-    calibration = load_calibration(folder, len(info.classes)) if folder and calibrated else None
+    calibration = (
+        load_calibration(folder, digest, len(info.classes)) if folder and calibrated else None
+    )
     runtime = choose_runtime(device, precision, memory_format)
     return Classifier(model, info, runtime, calibration, digest)

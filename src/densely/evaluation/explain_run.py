@@ -20,7 +20,7 @@ from densely.evaluation.connections import connections, draw_connections
 from densely.evaluation.heat_maps import SIGNED, HeatMapMethod, explain
 from densely.runtime import MemoryFormat, Precision
 from densely.training.scoring import BATCH_SIZE
-from densely.weights.whole_file import whole_file
+from densely.whole_file import whole_file
 
 PathLike = str | os.PathLike[str]
 

@@ -35,6 +35,7 @@ class Judged:
         classifier: its network.
         data: name of the images.
         images: uint8 images and labels, on the device.
+        own: all splits of the run, where it is judged on one of them.
         logits: float32 [N, K] on the CPU, not calibrated; all finite.
         labels: int64 [N] on the CPU.
     """
@@ -43,6 +44,7 @@ class Judged:
     classifier: Classifier
     data: str
     images: ImageSet
+    own: Splits | None
     logits: Tensor
     labels: Tensor
 
@@ -67,9 +69,21 @@ def judge(
     if classifier.runtime.device.type == "cpu":
         keep_freed_memory()
     directory = RunDirectory.open(Path(run))
-    name, images = judged_images(directory, classifier, data, split, data_dir)
+    source = directory.config().data if data is None else absolute(data)
+    is_own = source == directory.config().data
+    own = own_splits(directory, classifier, data_dir) if is_own else None
+    name, images = (
+        (f"{source}, {split}", _part(own, split))
+        if own
+        else _other_images(directory, classifier, source, split, data_dir)
+    )
+    if images.classes != classifier.classes:
+        raise DataError(
+            f"{source} has the classes {_listed(images.classes)}, and {directory.path} knows "
+            f"{_listed(classifier.classes)}"
+        )
     images, logits = seen(classifier, images)
-    return Judged(directory, classifier, name, images, logits, images.labels.cpu())
+    return Judged(directory, classifier, name, images, own, logits, images.labels.cpu())
 
 
 def seen(classifier: Classifier, images: ImageSet) -> tuple[ImageSet, Tensor]:
@@ -82,89 +96,71 @@ def seen(classifier: Classifier, images: ImageSet) -> tuple[ImageSet, Tensor]:
     return images, logits
 
 
-def judged_images(
-    run: RunDirectory, classifier: Classifier, data: str | None, split: Split, data_dir: str | None
-) -> tuple[str, ImageSet]:
-    """Name and images of what a run is judged on, labelled by the run's own classes.
+def own_splits(run: RunDirectory, classifier: Classifier, data_dir: str | None) -> Splits:
+    """The images that a run learned from and those that it set aside.
 
     Args:
         run: the run directory.
         classifier: its network.
-        data: another data set or folder; None for what the run learned from.
-        split: part of the data.
         data_dir: where the files of a named data set are looked for first; None for where the run
             found them.
 
     Raises:
-        DataError: the data are missing, have changed since, or have other classes.
-        ConfigError: there is no such split.
+        DataError: the data are missing, or have changed since.
     """
-    config, prep = _config(run, data_dir), classifier.preprocessing
-    source = config.data if data is None else absolute(data)
-    if source == config.data:
-        splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
-        _require_unchanged(run, splits)
-    elif Path(source).is_dir() and not (Path(source) / "train").is_dir():
-        folder = Path(source)
-        return source, load_labelled(folder, classifier.classes, prep.image_size, prep.channels)
-    else:
-        splits = load_data(
-            source,
-            data_dir=config.data_dir,
-            image_size=prep.image_size,
-            channels=prep.channels,
-            split_seed=config.split_seed,
-        )
-    images = _part(splits, split)
-    if images.classes != classifier.classes:
+    prep = classifier.preprocessing
+    config = _config(run, data_dir)
+    splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
+    if splits.train.digest() != load_state(run.weights()).data_digest:
         raise DataError(
-            f"{source} has the classes {_listed(images.classes)}, and {run.path} knows "
-            f"{_listed(classifier.classes)}"
+            f"{config.data} has changed since {run.path} learned from it: which of its images are "
+            "unseen cannot be told; name a folder of new images with --data"
         )
-    return f"{source}, {split}", images
+    return splits
 
 
-def fitting_images(
-    run: RunDirectory, classifier: Classifier, data_dir: str | None
-) -> tuple[str, ImageSet, bool]:
+def fitting_images(splits: Splits, split_seed: int) -> tuple[str, ImageSet, bool]:
     """Images that calibration and thresholds are fitted on: never those of the test split.
 
     Args:
-        run: the run directory.
-        classifier: its network.
-        data_dir: as for `judged_images`.
+        splits: of the run.
+        split_seed: as it parted them.
 
     Returns:
         Their name; the images; and whether the network has learned from them, as it has where the
         run set none aside.
-
-    Raises:
-        DenselyError: the run's data are missing, or have changed since.
     """
-    config, prep = _config(run, data_dir), classifier.preprocessing
-    splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
-    _require_unchanged(run, splits)
     if splits.validation is not None:
         return "validation split", splits.validation, False
     try:
-        splits = with_validation(splits, STAND_IN_SHARE, config.split_seed)
+        splits = with_validation(splits, STAND_IN_SHARE, split_seed)
     except DataError:  # too few to part them
         return "training split", splits.train, True
     assert splits.validation is not None
     return "part of the training split", splits.validation, True
 
 
+def _other_images(
+    run: RunDirectory, classifier: Classifier, source: str, split: Split, data_dir: str | None
+) -> tuple[str, ImageSet]:
+    """Name and images of other data than the run's; a folder without train/ is taken as a whole."""
+    config, prep = _config(run, data_dir), classifier.preprocessing
+    if Path(source).is_dir() and not (Path(source) / "train").is_dir():
+        folder = Path(source)
+        return source, load_labelled(folder, classifier.classes, prep.image_size, prep.channels)
+    splits = load_data(
+        source,
+        data_dir=config.data_dir,
+        image_size=prep.image_size,
+        channels=prep.channels,
+        split_seed=config.split_seed,
+    )
+    return f"{source}, {split}", _part(splits, split)
+
+
 def _config(run: RunDirectory, data_dir: str | None) -> TrainConfig:
     config = run.config()
     return config if data_dir is None else dataclasses.replace(config, data_dir=data_dir)
-
-
-def _require_unchanged(run: RunDirectory, splits: Splits) -> None:
-    if splits.train.digest() != load_state(run.weights()).data_digest:
-        raise DataError(
-            f"{run.config().data} has changed since {run.path} learned from it: which of its "
-            "images are unseen cannot be told; name a folder of new images with --data"
-        )
 
 
 def _part(splits: Splits, split: Split) -> ImageSet:

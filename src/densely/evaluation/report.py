@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from densely.data import absolute
 from densely.errors import ConfigError, DenselyError
 from densely.evaluation.calibration import (
     Calibration,
@@ -28,7 +27,7 @@ from densely.evaluation.cost import costs
 from densely.evaluation.evaluate import Evaluation, evaluation_of
 from densely.evaluation.findings import Example, Findings, Method
 from densely.evaluation.heat_maps import explain
-from densely.evaluation.judged import Judged, Split, fitting_images, judge, seen
+from densely.evaluation.judged import Judged, Split, fitting_images, judge, own_splits, seen
 from densely.evaluation.label_errors import likely_label_errors
 from densely.evaluation.overlay import tile
 from densely.evaluation.report_page import check_replaceable, write_report
@@ -107,10 +106,7 @@ def report(
     check(logits, labels, judged.classifier.classes)
 
     note("calibrating ...")
-    is_own = data is None or absolute(data) == judged.run.config().data
-    fitted = _calibrate(
-        judged, calibration, wanted_error, split=split, is_own=is_own, data_dir=data_dir
-    )
+    fitted = _calibrate(judged, calibration, wanted_error, split=split, data_dir=data_dir)
     chosen = fitted.chosen
     calibrated = chosen.apply(logits)
 
@@ -164,18 +160,15 @@ def _calibrate(
     wanted_error: float,
     *,
     split: Split,
-    is_own: bool,
     data_dir: str | None,
 ) -> _Fitted:
     classes, warnings = judged.classifier.classes, []
     bare = Calibration.none(len(classes))
-    if is_own and split == "train":
+    if judged.own and split == "train":
         warnings.append("These are the images that the network learned from: it knows them.")
     try:
-        where, images, has_learned = fitting_images(judged.run, judged.classifier, data_dir)
+        own = judged.own or own_splits(judged.run, judged.classifier, data_dir)
     except DenselyError as error:
-        if is_own:
-            raise
         # Other images are judged, and the run's own are gone: what was fitted before still holds.
         stored = judged.classifier.calibration
         warnings.append(
@@ -194,6 +187,7 @@ def _calibrate(
             is_new=False,
         )
 
+    where, images, has_learned = fitting_images(own, judged.run.config().split_seed)
     images, logits = seen(judged.classifier, images)
     labels = images.labels.cpu()
     where = f"{where}, {len(labels):,} images"
@@ -203,7 +197,7 @@ def _calibrate(
             f"{len(labels):,} of the images that it learned from, on which it is surer than on new "
             "ones. Train with --validation 0.1 for better ones."
         )
-    elif is_own and split == "validation":
+    elif judged.own and split == "validation":
         warnings.append(
             "Calibration and thresholds are fitted on the very images that are judged here: they "
             "look better than they are."

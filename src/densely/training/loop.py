@@ -34,6 +34,7 @@ from densely.training.scoring import Score, score_of
 from densely.training.splits import splits_of
 from densely.training.start import begin, check_start
 from densely.training.stopping import StopRequest
+from densely.whole_file import write_whole
 
 #: A crash costs at most so much work; a stop by Ctrl-C or SIGTERM costs none.
 SAVE_SECONDS = 300.0
@@ -190,7 +191,7 @@ class _Trainer:
             self.reporter.stopped()
             self.run.unlock()
         self._draw_curves()
-        self.run.card_file.write_text(model_card(facts, self.info, summary), encoding="utf-8")
+        write_whole(self.run.card_file, model_card(facts, self.info, summary))
         self.reporter.finished(summary)
         return summary
 

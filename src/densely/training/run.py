@@ -24,6 +24,7 @@ from densely.errors import DenselyError, RunError
 from densely.runtime import Runtime
 from densely.training.checkpoint import find_checkpoint
 from densely.training.config import TrainConfig, read_yaml
+from densely.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class RunDirectory:
 
     def write_config(self, config: TrainConfig) -> None:
         """Write `config.yaml`, the old one standing until the new one is whole."""
-        self._replace(self.path / "config.yaml", config.to_yaml())
+        write_whole(self.path / "config.yaml", config.to_yaml())
 
     def lock(self) -> None:
         """Keep other processes from training this run, until this one ends.
@@ -137,7 +138,7 @@ class RunDirectory:
 
     def write_environment(self, runtime: Runtime) -> None:
         """Write `env.json`."""
-        self._replace(self.path / "env.json", json.dumps(environment(runtime), indent=2) + "\n")
+        write_whole(self.path / "env.json", json.dumps(environment(runtime), indent=2) + "\n")
 
     def append(self, row: EpochMetrics) -> None:
         """Add a row to `metrics.csv`, on disk when this returns."""
@@ -177,12 +178,7 @@ class RunDirectory:
         if [row.epoch for row in rows[:epochs]] != list(range(1, epochs + 1)):
             raise RunError(f"{self.metrics_file}: damaged: it lacks rows of epochs 1 to {epochs}")
         if len(rows) > epochs:
-            self._replace(self.metrics_file, _csv(rows[:epochs], header=True))
-
-    def _replace(self, path: Path, text: str) -> None:
-        beside = path.with_name(path.name + ".new")
-        beside.write_text(text, encoding="utf-8", newline="")
-        os.replace(beside, path)
+            write_whole(self.metrics_file, _csv(rows[:epochs], header=True))
 
 
 def numbered_folder(output: Path, name: str) -> Path:

@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from densely.errors import WeightsError
+from densely.errors import WeightsError, first_line
 from densely.weights.keras_h5 import read_keras
 from densely.weights.old_pickles import STAND_IN, without_module_ids
 from densely.weights.pickles import check_pickle
-from densely.weights.whole_file import first_line, whole_file
+from densely.whole_file import whole_file
 
 #: Where a checkpoint keeps the weights among other things, the likeliest first.
 _INNER = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "params")

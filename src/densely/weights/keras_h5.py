@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densely.errors import WeightsError
+from densely.errors import WeightsError, first_line
 from densely.weights.keras_names import (
     VARIABLES,
     class_and_number,
@@ -37,7 +37,7 @@ from densely.weights.keras_names import (
     layer_name,
     names_by_number,
 )
-from densely.weights.whole_file import first_line, whole_file
+from densely.whole_file import whole_file
 
 # Keras's largest DenseNet, with its optimizer's state, has a fifth of these.
 _MAX_OBJECTS = 20_000

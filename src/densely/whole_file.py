@@ -1,0 +1,24 @@
+"""A file that is written whole or not at all: nobody ever sees half of one."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to; it takes the place of `path` if nothing is raised."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    r"""Write a text file in UTF-8, its lines ending in \n on every system."""
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="")
