@@ -1,7 +1,7 @@
 """Stage `correct`: every step and every whole network against float64, beside plain eager PyTorch.
 
 Each is run twice from memory full of NaN, and must give the same bits; the fused code must be what
-ran. Then the captured training step against the plain one.
+ran. Then what is captured in CUDA graphs against the same thing launched kernel by kernel.
 """
 
 import copy
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densely.forward import Forward
 from densely.fused import backend, restore
 from densely.fused.plain import Conv, Norm
 from densely.runtime import Runtime
@@ -54,6 +55,7 @@ def run(setting: Setting) -> int:
             todo += [_bound_net(setting, net, dtype) for net in setting.nets]
             if dtype == dtypes[0]:
                 todo += [_bound_capture(setting, net) for net in setting.nets]
+                todo += [_bound_forward(setting, net, m) for net in setting.nets for m in MODES]
         for i, work in enumerate(todo):
             if setting.left_s() < 0:
                 findings.facts["left_out"] = len(todo) - i
@@ -88,6 +90,11 @@ def _bound_net(
 def _bound_capture(setting: Setting, net: CheckedNet) -> Callable[[], dict[str, Any]]:
     what = {"case": f"{net.name} captured", "dtype": "bf16", "mode": "train"}
     return lambda: _checked(what, lambda: _check_capture(setting, net))
+
+
+def _bound_forward(setting: Setting, net: CheckedNet, mode: str) -> Callable[[], dict[str, Any]]:
+    what = {"case": f"{net.name} forward", "dtype": "bf16", "mode": mode}
+    return lambda: _checked(what, lambda: _check_forward(setting, net, mode == "train"))
 
 
 def _checked(what: dict[str, Any], check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -214,6 +221,27 @@ def _check_capture(setting: Setting, net: CheckedNet) -> dict[str, Any]:
     ]
     why = None if captured or setting.smoke else "was not captured: see the log"
     return _verdict(distances, torch.equal(ends[0], ends[2]), why, needs_same_bits=False)
+
+
+def _check_forward(setting: Setting, net: CheckedNet, training: bool) -> dict[str, Any]:
+    """Batches of several sizes by `Forward` and by the model itself, which share their weights."""
+    runtime, batch = setting.runtime, 4 if setting.smoke else BATCH
+    model = runtime.place(net.build())
+    forward = Forward(model, runtime, training=training)
+    distances, same = [], True
+    for turn, count in enumerate((batch, batch - 1, batch, 2, 2, batch)):
+        shape = (count, net.in_channels, net.image_size, net.image_size)
+        images = runtime.layout(torch.randn(shape, device=runtime.device))
+        found = forward(images)
+        with torch.no_grad(), runtime.autocast():
+            expected = model.train(training)(images).float()
+        kind = f"output {turn}"
+        distance = float((found - expected).norm() / expected.norm())
+        distances.append(Distance(kind, f"{count} images", distance, 0.0, 0.05))
+        same = same and torch.equal(found, expected)
+    replayed = forward.records and forward.recorded_sizes
+    why = None if replayed or setting.smoke else "was not recorded: see the log"
+    return _verdict(distances, same, why, needs_same_bits=False)
 
 
 def _verdict(

@@ -21,7 +21,6 @@ from densely.bench.trial import Trial
 from densely.fused import backend
 from densely.runtime import Runtime
 from densely.training.captured import TrainingStep, training_step
-from gpu_check.inference import InferenceStep
 from gpu_check.setting import CheckedNet, Findings, Setting, in_a_line
 
 BATCH = 256
@@ -65,7 +64,7 @@ class Entrant:
 
     variant: Variant
     row: dict[str, Any]
-    step: Callable[[], None]
+    step: Callable[[], object]
     steps: int = 1
     ms: list[float] = field(default_factory=list)
 
@@ -208,14 +207,14 @@ def _ready(
     torch.backends.cudnn.benchmark = variant.tuned
     before = backend.fused_calls.total()
     start = _memory_mark(setting)
-    step: Callable[[], None]
+    step: Callable[[], object]
     if mode == "train":
         training = _training(runs, runtime, images, labels, variant)
         row["captured"] = training.captured
         step = partial(training, images, labels)
     else:
-        step = inference = InferenceStep(runs, runtime, images, variant.captured)
-        row["captured"] = inference.captured
+        row["captured"] = variant.captured and runtime.device.type == "cuda"
+        step = Trial(runs, runtime, images, labels, captured=row["captured"]).step
     for _ in range(3):
         step()
     if start is not None:
@@ -250,7 +249,7 @@ def _turn(setting: Setting, entrant: Entrant) -> None:
     entrant.row["step_ms_by_round"] = [round(ms, 4) for ms in entrant.ms]
 
 
-def _seconds(setting: Setting, step: Callable[[], None], steps: int) -> float:
+def _seconds(setting: Setting, step: Callable[[], object], steps: int) -> float:
     if setting.smoke:
         begin = time.perf_counter()
         for _ in range(steps):

@@ -31,10 +31,16 @@ class Runtime:
     memory_format: Literal["contiguous", "channels_last"]
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Context in which convolutions and matrix products run in `precision`."""
+    def autocast(self, *, cache: bool = True) -> AbstractContextManager[object]:
+        """Context in which convolutions and matrix products run in `precision`.
+
+        With `cache`, copies of weights in that precision may serve several times within it.
+        """
         return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.precision == "bfloat16",
+            cache_enabled=cache,
         )
 
     def place(self, model: M) -> M:

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from densely import TrainConfig, create_model, train
+from densely.forward import Forward
 from densely.runtime import choose_runtime
 from densely.training.norm_statistics import average_norm_statistics
 
@@ -17,7 +18,7 @@ def test_they_are_the_averages_over_the_batches() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).double()
     batches = [torch.randn(n, 2, 6, 6, dtype=torch.float64) for n in (4, 7, 5)]
-    average_norm_statistics(model, batches, EXACT)
+    average_norm_statistics(Forward(model, EXACT, training=True), batches)
     maps = [model[0](batch).transpose(0, 1).flatten(1) for batch in batches]
     mean = torch.stack([m.mean(dim=1) for m in maps]).mean(dim=0)
     var = torch.stack([m.var(dim=1, correction=1) for m in maps]).mean(dim=0)
@@ -30,7 +31,7 @@ def test_nothing_else_of_the_model_changes() -> None:
     norm = model.features.norm5
     norm.num_batches_tracked.fill_(41)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    average_norm_statistics(model, [torch.rand(4, 1, 8, 8)], EXACT)
+    average_norm_statistics(Forward(model, EXACT, training=True), [torch.rand(4, 1, 8, 8)])
     for key, value in model.state_dict().items():
         assert ("running" in key) != torch.equal(value, before[key]), key
     assert norm.momentum == 0.1

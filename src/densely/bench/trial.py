@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from densely.bench.nets import Net
 from densely.bench.variants import Variant
+from densely.cuda_graphs import record_graph
 from densely.errors import TrainingError
 from densely.runtime import Runtime
-from densely.training.captured import record_graph, training_step
+from densely.training.captured import training_step
 
 #: Steps before any is timed: kernels are built, compilers run, primitives cached.
 WARM_UP = 2

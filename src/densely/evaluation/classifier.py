@@ -12,6 +12,7 @@ from torch import Tensor
 from densely.data.images import decode, open_image
 from densely.errors import DataError
 from densely.evaluation.calibration import Calibration, load_calibration, weights_digest
+from densely.forward import Forward
 from densely.runtime import MemoryFormat, Precision, Runtime, choose_runtime
 from densely.training.checkpoint import ModelInfo, find_checkpoint, load_model
 from densely.training.run import RunDirectory
@@ -56,7 +57,7 @@ class Classifier:
         self.calibration, self.weights_digest = calibration, weights_digest
         self.model, self.info = runtime.place(model), info
         self.classes, self.preprocessing = info.classes, info.preprocessing
-        self.runtime = runtime
+        self.runtime, self.forward = runtime, Forward(self.model, runtime)
 
     def predict(self, images: ImageLike | Iterable[ImageLike]) -> list[Prediction]:
         """Name what is in each image.
@@ -91,7 +92,7 @@ class Classifier:
 
     def _probabilities(self, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
         images = images.to(self.runtime.device)
-        logits = logits_of(self.model, images, prepare, self.runtime).cpu()
+        logits = logits_of(self.forward, images, prepare).cpu()
         return (self.calibration or Calibration.none(len(self.classes))).probabilities(logits)
 
     def _pixels(self, image: ImageLike) -> Tensor:

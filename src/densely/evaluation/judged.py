@@ -89,9 +89,7 @@ def judge(
 def seen(classifier: Classifier, images: ImageSet) -> tuple[ImageSet, Tensor]:
     """The images on the classifier's device, and its logits of them on the CPU, all finite."""
     images = images.to(classifier.runtime.device)
-    logits = logits_of(
-        classifier.model, images.images, classifier.preprocessing, classifier.runtime
-    ).cpu()
+    logits = logits_of(classifier.forward, images.images, classifier.preprocessing).cpu()
     check_logits(logits, images.classes)
     return images, logits
 

@@ -16,22 +16,18 @@ Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densely.cuda_graphs import record_graph
 from densely.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 #: (logits [N, K] in float32, labels [N]) to the mean loss of the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]
-#: Steps before the capture: kernels are compiled and chosen, libraries take their work space.
-WARM_UP = 3
 
 
 class TrainingStep:
@@ -125,30 +121,6 @@ def training_step(
     return TrainingStep(model, optimizer, runtime, loss)
 
 
-def record_graph(work: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
-    """Record what some work does on a GPU; before, it is run `WARM_UP` times for real.
-
-    Returns:
-        The graph, and what the recorded work has returned: tensors that each replay fills anew.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        here = torch.cuda.current_stream()
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        try:
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
-                    work()
-            here.wait_stream(aside)
-            # On the same stream: autograd remembers on which one it first saw the weights.
-            with torch.cuda.graph(graph, stream=aside):
-                result = work()
-        finally:
-            torch.cuda.set_stream(here)  # which a capture that fails does not do
-    return graph, result
-
-
 def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime) -> str | None:
     """Why a step cannot be captured; None if it may be."""
     if runtime.device.type != "cuda":
@@ -186,12 +158,10 @@ class _CapturedStep(TrainingStep):
         self._add_momentum()
         # Detached: a graph of autograd that lives on would tie the weights to this stream.
         kept = [(tensor, tensor.detach().clone()) for tensor in self._changed_by_steps()]
-        random_state = torch.cuda.get_rng_state(runtime.device)
         try:
             with _RatesOnDevice(optimizer, self._device_rates):
                 self._graph, _ = record_graph(self._one_run, runtime.device)
         finally:
-            torch.cuda.set_rng_state(random_state, runtime.device)
             with torch.no_grad():
                 for tensor, value in kept:
                     tensor.copy_(value)
@@ -213,17 +183,9 @@ class _CapturedStep(TrainingStep):
         self._graph.replay()
 
     def _one_run(self) -> None:
-        # Gradients are set to None first, so those of the last run are made by the graph.
-        self._run(self._images, self._labels, self._autocast())
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        """Without the cache: a copy of a weight made before the capture would be replayed stale."""
-        return torch.autocast(
-            "cuda",
-            torch.bfloat16,
-            enabled=self.runtime.precision == "bfloat16",
-            cache_enabled=False,
-        )
+        # Gradients are set to None first, so those of the last run are made by the graph. Without
+        # the cache: a copy of a weight made before the capture would be replayed stale.
+        self._run(self._images, self._labels, self.runtime.autocast(cache=False))
 
     def _add_momentum(self) -> None:
         """Make the momentum that the first step would make, so that the graph's is no first one.

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from densely.data import ImageSet, absolute
 from densely.data.augmentation import crop_and_flip
 from densely.environment import device_name
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
+from densely.forward import Forward
 from densely.runtime import choose_runtime, keep_freed_memory, ran_out_of_memory
 from densely.training.captured import TrainingStep, training_step
 from densely.training.card import model_card
@@ -127,6 +128,8 @@ class _Trainer:
             self.info = load_info(RunDirectory.open(resume).last)
             self.model = self.info.build()
         self.runtime.place(self.model)
+        self.forward = Forward(self.model, self.runtime)
+        self.forward_by_batch = Forward(self.model, self.runtime, training=True)
         device = self.runtime.device
         self.train_set, self.test_set = train_set.to(device), splits.test.to(device)
         self.validation_set = splits.validation.to(device) if splits.validation else None
@@ -279,8 +282,8 @@ class _Trainer:
         if self.config.norm_batches:
             order, bounds = self._order(), self.batches[: self.config.norm_batches]
             inputs = (self._inputs(order[first:end]) for first, end in bounds)
-            average_norm_statistics(self.model, inputs, self.runtime)
-        held_out = self._score(self.model, self.validation_set or self.test_set)
+            average_norm_statistics(self.forward_by_batch, inputs)
+        held_out = self._score(self.forward, self.validation_set or self.test_set)
         has_validation = self.validation_set is not None
         row = EpochMetrics(
             epoch=progress.epoch + 1,
@@ -323,15 +326,15 @@ class _Trainer:
             return Score(last.test_loss, last.test_accuracy)
         best, _ = load_model(self.run.best)
         self.runtime.place(best)
-        return self._score(best, self.test_set)
+        return self._score(Forward(best, self.runtime), self.test_set)
 
-    def _score(self, model: nn.Module, data: ImageSet) -> Score:
+    def _score(self, forward: Forward, data: ImageSet) -> Score:
         def before_batch() -> None:
             if self.stop.signal is not None:
                 self._save_last()
                 self._stop_if_asked()
 
-        return score_of(model, data, self.info.preprocessing, self.runtime, before_batch)
+        return score_of(forward, data, self.info.preprocessing, before_batch)
 
     def _draw_curves(self) -> None:
         if rows := self.run.rows():

@@ -14,33 +14,35 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from densely.runtime import Runtime
+from densely.forward import Forward
 
 
-def average_norm_statistics(model: nn.Module, inputs: Iterable[Tensor], runtime: Runtime) -> None:
+def average_norm_statistics(forward: Forward, inputs: Iterable[Tensor]) -> None:
     """Set the running mean and variance of each batch norm to their averages over `inputs`.
 
-    Each batch counts the same. Weights, the count of batches and the mode of `model` stay.
+    Each batch counts the same. Weights, momentum and the count of batches stay.
 
     Args:
-        model: with batch norms that track running statistics.
-        inputs: batches as the model takes them, [N, C, H, W].
-        runtime: where and how to compute.
+        forward: in train mode, of a model with batch norms that track running statistics; used
+            for nothing else.
+        inputs: batches as the model takes them, [N, C, H, W]; at least one.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    kept = [(norm.momentum, int(norm.num_batches_tracked or 0)) for norm in norms]
-    was_training = model.training
-    model.train()
+    norms = [module for module in forward.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    running = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+    counts = [norm.get_buffer("num_batches_tracked") for norm in norms]
+    momenta, counted = [norm.momentum for norm in norms], [count.clone() for count in counts]
+    sums, batches = [torch.zeros_like(statistic) for statistic in running], 0
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # PyTorch's word for a plain average
-        with torch.no_grad(), runtime.autocast():
-            for batch in inputs:
-                model(batch)
+            norm.momentum = 1.0  # so that the running statistics are those of the batch
+        for batch in inputs:
+            forward(batch)
+            torch._foreach_add_(sums, running)
+            batches += 1
+        torch._foreach_div_(sums, batches)
+        torch._foreach_copy_(running, sums)
     finally:
-        model.train(was_training)
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.fill_(count)
+        torch._foreach_copy_(counts, counted)

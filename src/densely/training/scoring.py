@@ -5,37 +5,29 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from densely.data import ImageSet, Preprocessing
-from densely.runtime import Runtime
+from densely.forward import Forward
 
 BATCH_SIZE = 256
 
 
 def logits_of(
-    model: nn.Module,
+    forward: Forward,
     images: Tensor,
     prepare: Callable[[Tensor], Tensor],
-    runtime: Runtime,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Logits of uint8 images [N, C, H, W] in eval mode: float32 [N, num_classes].
+    """Logits of uint8 images [N, C, H, W]: float32 [N, num_classes].
 
-    `prepare` makes the model's inputs of them, as a `Preprocessing` does. The mode of `model` is
-    put back. `before_batch` is called before each batch, and may raise to
-    end the work.
+    `prepare` makes the model's inputs of them, as a `Preprocessing` does. `before_batch` is called
+    before each batch, and may raise to end the work.
     """
-    was_training = model.training
-    model.eval()
     outputs = []
-    try:
-        with torch.inference_mode(), runtime.autocast():
-            for batch in torch.split(images, BATCH_SIZE):
-                before_batch()
-                outputs.append(model(runtime.layout(prepare(batch))).float())
-    finally:
-        model.train(was_training)
+    for batch in torch.split(images, BATCH_SIZE):
+        before_batch()
+        outputs.append(forward(forward.runtime.layout(prepare(batch))))
     return torch.cat(outputs)
 
 
@@ -56,11 +48,10 @@ def score(logits: Tensor, labels: Tensor) -> Score:
 
 
 def score_of(
-    model: nn.Module,
+    forward: Forward,
     data: ImageSet,
     preprocessing: Preprocessing,
-    runtime: Runtime,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Loss and accuracy of `model` on `data`, which lives on the runtime's device."""
-    return score(logits_of(model, data.images, preprocessing, runtime, before_batch), data.labels)
+    """Loss and accuracy on `data`, which lives on the runtime's device."""
+    return score(logits_of(forward, data.images, preprocessing, before_batch), data.labels)

@@ -1,0 +1,51 @@
+"""CUDA graphs: work of many kernels that is recorded once and launched as a whole.
+
+Source: PyTorch's notes on CUDA semantics, "CUDA Graphs".
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+#: Runs before the recording: kernels are compiled and chosen, libraries take their work space.
+WARM_UP = 3
+
+
+def record_graph(
+    work: Callable[[], T], device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Record what some work does on a GPU; before, it is run `WARM_UP` times for real.
+
+    The state of the GPU's random numbers is put back; each replay goes on from where it then is.
+
+    Args:
+        work: on tensors that stay where they are.
+        device: the GPU.
+        pool: memory that graphs share, of `torch.cuda.graph_pool_handle`: such graphs may not run
+            at the same time, and what one has returned is overwritten by another. None for memory
+            of its own.
+
+    Returns:
+        The graph, and what the recorded work has returned: tensors that each replay fills anew.
+    """
+    graph = torch.cuda.CUDAGraph()
+    random_state = torch.cuda.get_rng_state(device)
+    with torch.cuda.device(device):
+        here = torch.cuda.current_stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    work()
+            here.wait_stream(aside)
+            # On the same stream: autograd remembers on which one it first saw the weights.
+            with torch.cuda.graph(graph, pool=pool, stream=aside):
+                result = work()
+        finally:
+            torch.cuda.set_stream(here)  # which a capture that fails does not do
+            torch.cuda.set_rng_state(random_state, device)
+    return graph, result

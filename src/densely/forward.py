@@ -1,0 +1,112 @@
+"""The forward pass without gradients; on a GPU one launch, as a CUDA graph, once a size recurs.
+
+A DenseNet's forward pass is hundreds of short kernels, which a fast GPU runs in less time than
+Python takes to launch them. A graph is of one size of batch, and batches come in any: they are
+filled up to the next power of two, a graph for each of these. That is the same function, since in
+eval mode no image of a batch knows of the others.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from densely.cuda_graphs import record_graph
+from densely.runtime import Runtime
+
+_log = logging.getLogger(__name__)
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    outputs: Tensor
+
+
+class Forward:
+    """`model(inputs)` without gradients, replayed where there is a GPU.
+
+    The first batch of a size runs kernel after kernel, as many sizes come only once; the second
+    one is recorded. What stands in the way of that is logged, and nothing is recorded any more.
+
+    Args:
+        model: on the runtime's device, in its layout. Its tensors may change their values
+            afterwards, but must remain the same tensors.
+        runtime: device and precision.
+        training: run in train mode, by the statistics of each batch, and no batch is filled up.
+            Settings of the model, such as momentum, are then fixed by the recording.
+
+    Attributes:
+        records: whether recurring sizes are recorded.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime, *, training: bool = False) -> None:
+        self.model, self.runtime, self.training = model, runtime, training
+        self._fills_up = not training and not _mixes_images(model)
+        self.records = runtime.device.type == "cuda"
+        self._graphs: dict[tuple[Any, ...], _Recorded | None] = {}
+        self._pool: Any = None
+
+    @property
+    def recorded_sizes(self) -> list[int]:
+        """Images in the batches that graphs are there for."""
+        return [len(recorded.inputs) for recorded in self._graphs.values() if recorded]
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Outputs in float32 for inputs [N, ...] on the device, in its layout.
+
+        The mode of the model is put back.
+        """
+        was_training = self.model.training
+        if was_training != self.training:
+            self.model.train(self.training)
+        try:
+            return self._replay(inputs) if self.records else self._launch(inputs).float()
+        finally:
+            if was_training != self.training:
+                self.model.train(was_training)
+
+    def _replay(self, inputs: Tensor) -> Tensor:
+        count, shape = len(inputs), inputs.shape[1:]
+        size = 1 << (count - 1).bit_length() if self._fills_up else count
+        key = (size, shape, inputs.dtype)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return self._launch(inputs).float()
+        recorded = self._graphs[key]
+        if recorded is None:
+            try:
+                recorded = self._graphs[key] = self._record(inputs.new_zeros((size, *shape)))
+            except Exception as error:  # CUDA, cuDNN, the allocator and Triton raise different ones
+                why = str(error).strip().partition("\n")[0]
+                _log.warning("inference runs without a CUDA graph, slower than it could: %s", why)
+                self.records = False
+                return self._launch(inputs).float()
+        recorded.inputs[:count].copy_(inputs)
+        recorded.graph.replay()
+        # A copy: the next replay writes to the same place.
+        return recorded.outputs[:count].to(torch.float32, copy=True)
+
+    def _record(self, inputs: Tensor) -> _Recorded:
+        inputs = self.runtime.layout(inputs)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph, outputs = record_graph(lambda: self._launch(inputs), inputs.device, self._pool)
+        return _Recorded(graph, inputs, outputs)
+
+    def _launch(self, inputs: Tensor) -> Tensor:
+        # Not inference mode in training: what it makes could not be written to afterwards.
+        without_gradients = torch.no_grad() if self.training else torch.inference_mode()
+        # No copies of weights from before a recording: it would replay them stale.
+        with without_gradients, self.runtime.autocast(cache=False):
+            outputs: Tensor = self.model(inputs)
+        return outputs
+
+
+def _mixes_images(model: nn.Module) -> bool:
+    """Whether a norm goes by the statistics of the batch in eval mode too."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+        for module in model.modules()
+    )
