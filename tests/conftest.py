@@ -23,8 +23,9 @@ if find_spec("triton") is not None and not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         import triton  # noqa: F401
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core, and what it starts
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from densely.cli import main
 
+pytestmark = pytest.mark.usefixtures("hasty_costs")
 COMMANDS = ["train", "evaluate", "predict", "explain", "compare", "bench", "doctor"]
 
 
@@ -243,7 +244,9 @@ def test_many_classes_show_their_worst_confusions(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_saves_and_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, number: int, code: int
+) -> None:
     command = [sys.executable, "-m", "densely", "train", "--output", str(tmp_path)]
     process = subprocess.Popen(
         [*command, "--epochs", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -259,9 +262,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, code:
     assert "Traceback" not in err
     run_folder = tmp_path / "quickstart-001"
     epochs = len((run_folder / "metrics.csv").read_text().splitlines())  # and one more
-    more = [*command[:4], "--resume", str(run_folder), "--epochs", str(epochs), "--quiet"]
-    done = subprocess.run(more, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert run(capsys, "train", "--resume", run_folder, "--epochs", epochs, "--quiet")[0] == 0
 
 
 def test_interrupting_before_training_is_no_traceback(

@@ -130,6 +130,13 @@ def _bfloat16_is_fast(device: torch.device) -> tuple[bool, str]:
     return False, f"bfloat16 is not tried on {device.type}"
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device; neither it nor what runs there is waited for."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was too small, on whichever device."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from densely.data.dataset import ImageSet
-from densely.data.preprocessing import Preprocessing, resize
+from densely.data.preprocessing import Preprocessing, _resize_by_products, resize
 from densely.errors import DataError
 
 
@@ -38,6 +38,17 @@ def test_resize_is_pillows_within_one_of_255(
     expected = torch.stack([resized_by_pillow(image, size) for image in images])
     assert scaled.dtype == torch.uint8
     assert (scaled.int() - expected.int()).abs().max().item() <= 1
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (97, 31), (5, 64), (120, 160), (1, 1)])
+@pytest.mark.parametrize("sides", [(96, 96), (7, 9), (30, 64)])
+def test_the_way_of_gpus_to_resize_is_the_same(
+    height: int, width: int, sides: tuple[int, int], interpolation: Any
+) -> None:
+    images = random_images(30, 2, height, width)
+    found, expected = (way(images, sides, interpolation) for way in (_resize_by_products, resize))
+    assert found.equal(expected)
 
 
 @pytest.mark.parametrize("size", [28, 96])

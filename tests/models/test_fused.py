@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,26 +96,38 @@ def test_compiled_for_training() -> None:
     assert_equal(state(other), state(eager))
 
 
-def _rank(rank: int, folder: str, train: bool) -> None:
+def _rank(rank: int, folder: str) -> None:
     """One of two processes, each with half of the batch; the first writes what it has."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
     )
-    model = randomized(tiny(bn_size=2)).train(train)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    grads = gradients(parallel, images(*SHAPE).chunk(2)[rank])
-    assert backend.fused_calls["dense block"] == 3
+    found = {}
+    for train in (True, False):
+        model = randomized(tiny(bn_size=2)).train(train)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        before = backend.fused_calls["dense block"]
+        grads = gradients(parallel, images(*SHAPE).chunk(2)[rank])
+        assert backend.fused_calls["dense block"] == before + 3
+        found[train] = (grads, state(model))
     if rank == 0:
-        torch.save((grads, state(model)), f"{folder}/result.pt")
+        torch.save(found, f"{folder}/result.pt")
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Any, Any]]:
+    """Gradients and buffers of the first one, in train mode and not."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    found: dict[bool, tuple[Any, Any]] = torch.load(folder / "result.pt")
+    return found
+
+
 @pytest.mark.parametrize("train", [True, False])
-def test_two_processes(tmp_path: Path, train: bool) -> None:
+def test_two_processes(of_two_processes: dict[bool, tuple[Any, Any]], train: bool) -> None:
     """Gradients are the mean over both halves; statistics in train mode are each half's own."""
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), train), nprocs=2)
-    grads, buffers = torch.load(tmp_path / "result.pt")
+    grads, buffers = of_two_processes[train]
     plain = randomized(tiny(bn_size=2, fused=False)).train(train)
     halves = [copy.deepcopy(plain) for _ in range(2)]
     both = [gradients(net, x) for net, x in zip(halves, images(*SHAPE).chunk(2), strict=True)]

@@ -83,18 +83,30 @@ def test_another_seed_gives_another_network(tmp_path: Path) -> None:
     assert not same_bits(weights(first), weights(second))
 
 
+LONGER = {"epochs": 3, "batch_size": 50}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return train(config(tmp_path_factory.mktemp("unbroken"), **LONGER))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 3), (3, 4)])
 def test_stop_and_resume_give_the_bits_of_an_unbroken_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, number: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unbroken: Summary,
+    epoch: int,
+    step: int,
+    number: int,
 ) -> None:
     monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
-    settings = config(tmp_path, epochs=3, batch_size=50)
-    unbroken = train(settings)
+    settings = config(tmp_path, **LONGER)
     with pytest.raises(Stopped, match="--resume") as caught:
         train(settings, reporter=StopAt(epoch, step, number))
     assert caught.value.exit_code == 128 + number
-    broken = tmp_path / "runs" / "quickstart-002"
+    broken = tmp_path / "runs" / "quickstart-001"
     resumed = train(settings, resume=broken)
     assert resumed.test == unbroken.test
     for which in ("last", "best"):
@@ -270,8 +282,8 @@ def test_the_first_epoch_of_the_chapter_learns(tmp_path: Path, fashion_mnist_dir
     started: list[RunFacts] = []
     rows: list[EpochMetrics] = []
     settings = TrainConfig.from_values(
-        {"recipe": "d2l", "data_dir": str(fashion_mnist_dir), "limit": 2560, "epochs": 1,
-         "output": str(tmp_path)}
+        {"recipe": "d2l", "data_dir": str(fashion_mnist_dir), "limit": 1280, "batch_size": 128,
+         "epochs": 1, "output": str(tmp_path)}
     )  # fmt: skip
     trainer = loop._Trainer(settings, None, Rows())
     trainer.test_set = trainer.test_set.subset(torch.arange(256))  # seconds, not half a minute

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from densely.runtime import send
+
 #: The paper pads images of 32 pixels by 4 on each side.
 PADDED_SHARE = 1 / 8
 
@@ -27,12 +29,12 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     device = images.device
     top, left = (max(1, round(side * PADDED_SHARE)) for side in (height, width))
 
-    def drawn(choices: int) -> Tensor:
-        return torch.randint(choices, (count, 1), generator=generator).to(device)
-
-    rows = torch.arange(height, device=device) + drawn(2 * top + 1)
-    columns = torch.arange(width, device=device) + drawn(2 * left + 1)
-    columns = torch.where(drawn(2) == 1, columns.flip(1), columns)
+    choices = (2 * top + 1, 2 * left + 1, 2)
+    drawn = torch.cat([torch.randint(n, (count, 1), generator=generator) for n in choices], dim=1)
+    down, right, mirrored = send(drawn, device).tensor_split(3, dim=1)
+    rows = torch.arange(height, device=device) + down
+    columns = torch.arange(width, device=device) + right
+    columns = torch.where(mirrored == 1, columns.flip(1), columns)
     padded = F.pad(images, (left, left, top, top))
     index = torch.arange(count, device=device)[:, None, None]
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

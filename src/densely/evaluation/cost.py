@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from densely.bench.kept import saved_bytes
 from densely.environment import device_name
 from densely.evaluation.findings import Cost
+from densely.forward import Forward
 from densely.models.registry import count_macs
 from densely.runtime import Runtime, ran_out_of_memory
 from densely.training.captured import training_step
@@ -90,15 +91,8 @@ def _training_seconds(
 def _inference(
     model: nn.Module, info: ModelInfo, batch: int, runtime: Runtime
 ) -> Callable[[], object]:
-    images = _images(info, batch, runtime)
-
-    model.eval()
-
-    def work() -> object:
-        with torch.inference_mode(), runtime.autocast():
-            return model(images)
-
-    return work
+    """A forward pass as `densely predict` takes it."""
+    return partial(Forward(model.eval(), runtime), _images(info, batch, runtime))
 
 
 def _training(
