@@ -209,5 +209,6 @@ def test_an_optimizer_made_before_trains_on() -> None:
         for model, optimizer in zip((original, accelerated), optimizers, strict=True):
             foreign.step(model, x)
             optimizer.step()
+    found = accelerated.state_dict()
     for name, tensor in original.state_dict().items():
-        torch.testing.assert_close(accelerated.state_dict()[name], tensor, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-10)

@@ -282,7 +282,7 @@ def test_the_first_epoch_of_the_chapter_learns(tmp_path: Path, fashion_mnist_dir
     started: list[RunFacts] = []
     rows: list[EpochMetrics] = []
     settings = TrainConfig.from_values(
-        {"recipe": "d2l", "data_dir": str(fashion_mnist_dir), "limit": 1280, "batch_size": 128,
+        {"recipe": "d2l", "data_dir": str(fashion_mnist_dir), "limit": 640, "batch_size": 64,
          "epochs": 1, "output": str(tmp_path)}
     )  # fmt: skip
     trainer = loop._Trainer(settings, None, Rows())

@@ -71,8 +71,9 @@ def test_to_keras_and_back(tmp_path: Path) -> None:
     back = build_model("densenet121", num_classes=4)
     report = load_weights(back, tmp_path / "back.safetensors")
     assert "epsilon of the norms set to the source's, 1.001e-05" in report.notes
+    returned = back.state_dict()
     for key, value in model.state_dict().items():
-        assert key.endswith("num_batches_tracked") or torch.equal(back.state_dict()[key], value)
+        assert key.endswith("num_batches_tracked") or torch.equal(returned[key], value)
 
 
 @pytest.mark.parametrize(

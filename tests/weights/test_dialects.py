@@ -79,12 +79,13 @@ def test_same_function_as_the_package(package: str, tmp_path: Path) -> None:
     their_logits, their_grad, their_gradients = step(theirs, x)
     close(logits, their_logits)
     close(grad, their_grad)
-    own, foreigners = places_of(model.state_dict()), places_of(theirs.state_dict())
+    mine, others = model.state_dict(), theirs.state_dict()
+    own, foreigners = places_of(mine), places_of(others)
     assert own is not None
     assert foreigners is not None
     assert own.keys() == foreigners.keys()
     for place, key in own.items():
-        close(model.state_dict()[key], theirs.state_dict()[foreigners[place]])
+        close(mine[key], others[foreigners[place]])
         if key in gradients:
             close(gradients[key], their_gradients[foreigners[place]])
 
@@ -133,13 +134,14 @@ def test_same_function_as_keras(ending: str, tmp_path: Path) -> None:
     variables = {f"{layer.name}/{v.name}": v for layer in theirs.layers for v in layer.weights}
     side = {"stem": 20, 1: 10, 2: 5, 3: 2, 4: 1, "final": 1}
     compared = {"gradient": 0, "running_mean": 0, "running_var": 0}
+    after = model.state_dict()
     for place, key in places.items():
         name = keras.name_of(place)
         if name is None:
             continue
         value = variables[name].value
         if place.variable in ("running_mean", "running_var"):
-            moved = model.state_dict()[key] - 0.99 * before[key]
+            moved = after[key] - 0.99 * before[key]
             if place.variable == "running_var":  # PyTorch's is unbiased: n / (n - 1)
                 n = 3 * side[place.block or place.kind] ** 2
                 moved = moved * (n - 1) / n
@@ -173,11 +175,12 @@ def test_a_round_trip_is_bit_identical(dialect: str, ending: str, tmp_path: Path
     again = ours(stem="small" if small else "large").float()
     report = load_weights(again, path)
     assert report.dialect == ALIASES.get(dialect, dialect)
+    loaded = again.state_dict()
     for key, value in model.state_dict().items():
         if dialect == "keras" and key.endswith("num_batches_tracked"):
-            assert again.state_dict()[key] == 0  # Keras counts no batches: said in the report
+            assert loaded[key] == 0  # Keras counts no batches: said in the report
             continue
-        assert torch.equal(again.state_dict()[key], value), key
+        assert torch.equal(loaded[key], value), key
     second = tmp_path / f"y{path.suffix}"
     save_weights(again, second, dialect)
     if ending == ".safetensors" and dialect != "keras":

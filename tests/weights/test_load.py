@@ -178,7 +178,8 @@ def test_old_names() -> None:
     assert "features.denseblock1.denselayer2.norm.1.weight" in old
     model = net()
     assert load_weights(model, old).dialect == "torchvision_legacy"
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in source().items())
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in source().items())
 
 
 def test_thresholds_of_torchxrayvision_are_named_not_loaded() -> None:

@@ -22,6 +22,8 @@ def initialize(model: nn.Module, name: InitName) -> None:
 
     Batch norms start as the identity, gamma 1 and beta 0, in each of them.
     """
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return  # there are no values, and PyTorch takes its time to fill in none
     fill: Callable[[nn.Module], None]
     if name == "xavier":
         fill = _xavier

@@ -130,9 +130,10 @@ def _check_whole(found: Translated, net: Architecture, where: str) -> None:
     """Hold every tensor against the architecture, which is made without being allocated."""
     with torch.device("meta"):
         model = net.build()
-    places = places_of(model.state_dict())
+    tensors = model.state_dict()
+    places = places_of(tensors)
     assert places is not None
-    wanted = {place: model.state_dict()[key] for place, key in places.items()}
+    wanted = {place: tensors[key] for place, key in places.items()}
     require_fit(found, found.weights, wanted, where, unexpected=found.unexpected)
 
 
