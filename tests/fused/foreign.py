@@ -23,18 +23,23 @@ class Result(NamedTuple):
     buffers: dict[str, Tensor]
 
 
-def torchvision(drop_rate: float = 0.0, **kwargs: object) -> nn.Module:
+BLOCKS = (2, 3, 2, 2)
+
+
+def torchvision(
+    drop_rate: float = 0.0, blocks: tuple[int, ...] = BLOCKS, **kwargs: object
+) -> nn.Module:
     peers.torchvision()
     from torchvision.models.densenet import DenseNet
 
-    return DenseNet(8, (2, 3, 2, 2), 16, 2, drop_rate, num_classes=5, **kwargs)
+    return DenseNet(8, blocks, 16, 2, drop_rate, num_classes=5, **kwargs)
 
 
-def timm(drop_rate: float = 0.0, **kwargs: object) -> nn.Module:
+def timm(drop_rate: float = 0.0, blocks: tuple[int, ...] = BLOCKS, **kwargs: object) -> nn.Module:
     peers.timm()
     from timm.models.densenet import DenseNet
 
-    return DenseNet(8, (2, 3, 2, 2), num_classes=5, bn_size=2, proj_drop_rate=drop_rate, **kwargs)
+    return DenseNet(8, blocks, num_classes=5, bn_size=2, proj_drop_rate=drop_rate, **kwargs)
 
 
 def monai(dims: int, drop_rate: float = 0.0) -> nn.Module:

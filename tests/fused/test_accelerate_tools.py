@@ -21,8 +21,10 @@ SHAPE = (2, 3, 64, 48)
 NAMES = ["torchvision", "timm", "MONAI 2D"]
 
 
-def pair(name: str = "torchvision", *, train: bool = False) -> tuple[nn.Module, nn.Module]:
-    original = foreign.shuffle(foreign.CASES[name].make()).train(train)
+def pair(
+    name: str = "torchvision", *, train: bool = False, **kwargs: Any
+) -> tuple[nn.Module, nn.Module]:
+    original = foreign.shuffle(foreign.CASES[name].make(**kwargs)).train(train)
     accelerated = copy.deepcopy(original)
     accelerate(accelerated)
     return original, accelerated
@@ -171,11 +173,15 @@ def test_double_backward_and_forward_mode() -> None:
     assert paths(accelerated) == {(1, 1)}  # forward mode goes through plain operators only
 
 
+SHORT = {"blocks": (2, 1)}  # tracing takes its time, layer by layer
+
+
 @pytest.mark.parametrize(
-    ("name", "train"), [("torchvision", True), ("timm", False), ("MONAI 2D", True)]
+    ("name", "train", "options"),
+    [("torchvision", True, SHORT), ("timm", False, SHORT), ("MONAI 2D", True, {})],
 )
-def test_compiling_gives_one_graph(name: str, train: bool) -> None:
-    original, accelerated = pair(name, train=train)
+def test_compiling_gives_one_graph(name: str, train: bool, options: dict[str, Any]) -> None:
+    original, accelerated = pair(name, train=train, **options)
     x = foreign.images(SHAPE)
     compiled = torch.compile(accelerated, fullgraph=True, backend="eager")
     wanted = foreign.step(original, x, train=None)
@@ -187,12 +193,12 @@ def test_compiling_gives_one_graph(name: str, train: bool) -> None:
 
 
 def test_a_compiled_model_can_be_accelerated() -> None:
-    original, _ = pair()
+    original, _ = pair(**SHORT)
     x = foreign.images(SHAPE)
     wanted = original(x)
     compiled = torch.compile(original, fullgraph=True, backend="eager")
     close(compiled(x), wanted)
-    assert len(accelerate(compiled).replaced) == 4
+    assert len(accelerate(compiled).replaced) == 4  # stem, block, transition, head
     close(compiled(x), wanted)
 
 
