@@ -19,6 +19,7 @@ def record_graph(
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what some work does on a GPU; before, it is run `WARM_UP` times for real.
 
+    cuDNN tries its kernels in the first run, and keeps to the fastest for what is recorded.
     The state of the GPU's random numbers is put back; each replay goes on from where it then is.
 
     Args:
@@ -33,10 +34,12 @@ def record_graph(
     """
     graph = torch.cuda.CUDAGraph()
     random_state = torch.cuda.get_rng_state(device)
+    tries_kernels = torch.backends.cudnn.benchmark
     with torch.cuda.device(device):
         here = torch.cuda.current_stream()
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         try:
+            torch.backends.cudnn.benchmark = True
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
@@ -46,6 +49,7 @@ def record_graph(
             with torch.cuda.graph(graph, pool=pool, stream=aside):
                 result = work()
         finally:
+            torch.backends.cudnn.benchmark = tries_kernels
             torch.cuda.set_stream(here)  # which a capture that fails does not do
             torch.cuda.set_rng_state(random_state, device)
     return graph, result
