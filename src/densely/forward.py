@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from densely.cuda_graphs import record_graph
+from densely.errors import first_line
 from densely.runtime import Runtime
 
 _log = logging.getLogger(__name__)
@@ -62,31 +63,29 @@ class Forward:
         if was_training != self.training:
             self.model.train(self.training)
         try:
-            return self._replay(inputs) if self.records else self._launch(inputs).float()
+            recorded = self._recorded(inputs) if self.records else None
+            return _replay(recorded, inputs) if recorded else self._launch(inputs).float()
         finally:
             if was_training != self.training:
                 self.model.train(was_training)
 
-    def _replay(self, inputs: Tensor) -> Tensor:
+    def _recorded(self, inputs: Tensor) -> _Recorded | None:
+        """The graph for such batches; None for the first of them, and where none can be."""
         count, shape = len(inputs), inputs.shape[1:]
         size = 1 << (count - 1).bit_length() if self._fills_up else count
         key = (size, shape, inputs.dtype)
         if key not in self._graphs:
             self._graphs[key] = None
-            return self._launch(inputs).float()
-        recorded = self._graphs[key]
-        if recorded is None:
+        elif self._graphs[key] is None:
             try:
-                recorded = self._graphs[key] = self._record(inputs.new_zeros((size, *shape)))
+                self._graphs[key] = self._record(inputs.new_zeros((size, *shape)))
             except Exception as error:  # CUDA, cuDNN, the allocator and Triton raise different ones
-                why = str(error).strip().partition("\n")[0]
-                _log.warning("inference runs without a CUDA graph, slower than it could: %s", why)
+                _log.warning(
+                    "inference runs without a CUDA graph, slower than it could: %s",
+                    first_line(error),
+                )
                 self.records = False
-                return self._launch(inputs).float()
-        recorded.inputs[:count].copy_(inputs)
-        recorded.graph.replay()
-        # A copy: the next replay writes to the same place.
-        return recorded.outputs[:count].to(torch.float32, copy=True)
+        return self._graphs[key]
 
     def _record(self, inputs: Tensor) -> _Recorded:
         inputs = self.runtime.layout(inputs)
@@ -102,6 +101,14 @@ class Forward:
         with without_gradients, self.runtime.autocast(cache=False):
             outputs: Tensor = self.model(inputs)
         return outputs
+
+
+def _replay(recorded: _Recorded, inputs: Tensor) -> Tensor:
+    count = len(inputs)
+    recorded.inputs[:count].copy_(inputs)
+    recorded.graph.replay()
+    # A copy: the next replay writes to the same place.
+    return recorded.outputs[:count].to(torch.float32, copy=True)
 
 
 def _mixes_images(model: nn.Module) -> bool:

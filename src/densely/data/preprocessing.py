@@ -39,10 +39,9 @@ def resize(
 def _resize_by_products(
     images: Tensor, sides: tuple[int, int], interpolation: Interpolation
 ) -> Tensor:
-    """The same by two matrix products, rounded in between as Pillow does.
+    """The pixels of PyTorch's uint8 code on a CPU, which no GPU has, by two matrix products.
 
-    PyTorch's own kernel has one GPU thread for each pixel, which goes through all images of the
-    batch alone, and leaves most of a GPU idle.
+    Rounded in between, as that code and Pillow do.
     """
     vertical, horizontal = (
         _weights(old, new, interpolation, images.device)

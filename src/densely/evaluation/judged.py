@@ -69,14 +69,13 @@ def judge(
     if classifier.runtime.device.type == "cpu":
         keep_freed_memory()
     directory = RunDirectory.open(Path(run))
-    source = directory.config().data if data is None else absolute(data)
-    is_own = source == directory.config().data
-    own = own_splits(directory, classifier, data_dir) if is_own else None
-    name, images = (
-        (f"{source}, {split}", _part(own, split))
-        if own
-        else _other_images(directory, classifier, source, split, data_dir)
-    )
+    learned_from = directory.config().data
+    source = learned_from if data is None else absolute(data)
+    own = own_splits(directory, classifier, data_dir) if source == learned_from else None
+    if own is not None:
+        name, images = f"{source}, {split}", _part(own, split)
+    else:
+        name, images = _other_images(directory, classifier, source, split, data_dir)
     if images.classes != classifier.classes:
         raise DataError(
             f"{source} has the classes {_listed(images.classes)}, and {directory.path} knows "

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densely.cuda_graphs import record_graph
+from densely.errors import first_line
 from densely.runtime import Runtime
 
 _log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def training_step(
         try:
             return _CapturedStep(model, optimizer, runtime, loss, images, labels)
         except Exception as error:  # CUDA, cuDNN, the allocator and Triton raise different ones
-            why = str(error).strip().partition("\n")[0]
+            why = first_line(error)
             _log.warning("training runs without a CUDA graph, slower than it could: %s", why)
     else:
         _log.info("training runs without a CUDA graph: %s", why)
