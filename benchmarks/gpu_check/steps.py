@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from densely.fused import backend, plain
-from densely.fused.plain import Conv, Layer, Norm, Step
+from densely.fused.plain import Conv, FirstConv, Layer, Norm, Step
 from gpu_check.setting import CheckedNet
 
 #: Everything that a run has made, by name.
@@ -23,10 +23,11 @@ class StepCase:
 
     Args:
         name: in tables.
-        kind: as `backend.fused_calls` counts it.
+        kind: of step.
         channels: of its input.
         size: side of its input's maps.
         make: its operands in a mode, from a generator, float32.
+        reads_images: whether nobody asks for the gradient of its input.
     """
 
     name: str
@@ -34,6 +35,12 @@ class StepCase:
     channels: int
     size: int
     make: Callable[[torch.Generator, bool], tuple[Any, ...]]
+    reads_images: bool = False
+
+    @property
+    def counted_as(self) -> str:
+        """Its kind, as `backend.fused_calls` has it."""
+        return "stem" if self.reads_images else self.kind
 
     @property
     def fused(self) -> Callable[..., Tensor]:
@@ -47,12 +54,14 @@ class StepCase:
 _FUSED: dict[str, Callable[..., Tensor]] = {
     "dense block": backend.dense_block,
     "transition": backend.transition,
+    "image stem": backend.image_stem,
     "stem": backend.stem,
     "final norm": backend.final,
 }
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "dense block": plain.dense_block,
     "transition": plain.transition,
+    "image stem": plain.image_stem,
     "stem": plain.stem,
     "final norm": plain.final,
 }
@@ -62,6 +71,7 @@ def cases(net: CheckedNet) -> Iterator[StepCase]:
     """All steps of a network, in its order."""
     channels, size = net.stem_channels, net.first_size
     if net.pooled_stem:
+        yield _image_stem(net, channels)
         yield _stem(net, channels, 2 * size)
     for i, layers in enumerate(net.blocks):
         yield _block(net, i + 1, channels, layers, size)
@@ -70,6 +80,16 @@ def cases(net: CheckedNet) -> Iterator[StepCase]:
             yield _transition(net, i + 1, channels, size)
             channels, size = channels // 2, size // 2
     yield _final(net, channels, size)
+
+
+def _image_stem(net: CheckedNet, channels: int) -> StepCase:
+    def make(generator: torch.Generator, training: bool) -> tuple[Any, ...]:
+        conv = _conv(net.in_channels, channels, 7, net.bias, generator)
+        first = FirstConv(conv.weight, conv.bias, (2, 2), (3, 3))
+        return first, _norm(channels, generator, training), (2, 2)
+
+    name = f"{net.name} image stem"
+    return StepCase(name, "image stem", net.in_channels, net.image_size, make, reads_images=True)
 
 
 def _stem(net: CheckedNet, channels: int, size: int) -> StepCase:
@@ -160,17 +180,21 @@ def outcome(
     operands: tuple[Any, ...],
     upstream: Tensor,
     autocast: AbstractContextManager[object],
+    x_learns: bool,
 ) -> Outcome:
-    """Run a step forward and backward on copies; the copies' gradients and statistics."""
+    """Run a step forward and backward on copies; the copies' gradients and statistics.
+
+    That of x is among them if `x_learns`.
+    """
     copies = mapped(operands, lambda tensor: tensor.detach().clone())
-    x = x.detach().clone().requires_grad_()
+    x = x.detach().clone().requires_grad_(x_learns)
     leaves = dict(named(copies))
     for name, tensor in leaves.items():
         tensor.requires_grad_(name.rpartition(".")[2] not in _STATISTICS)
     with autocast:
         y = run(x, *copies)
     y.backward(upstream.to(y.dtype))  # type: ignore[no-untyped-call]
-    found = {"output": y.detach(), "gradient of x": _there(x.grad)}
+    found = {"output": y.detach()} | ({"gradient of x": _there(x.grad)} if x_learns else {})
     for name, tensor in leaves.items():
         if tensor.requires_grad:
             found[f"gradient of {name}"] = _there(tensor.grad)
@@ -204,4 +228,4 @@ def named(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named(part, f"{path}.{name}".strip("."))
 
 
-_KINDS = {Norm: "norm", Conv: "conv"}
+_KINDS = {Norm: "norm", Conv: "conv", FirstConv: "conv"}

@@ -1,4 +1,4 @@
-"""The four steps of a DenseNet and their gradients in float64 NumPy: what fused ones must equal.
+"""The steps of a DenseNet and their gradients in float64 NumPy: what fused ones must equal.
 
 Written from the definitions, without torch and without the package: each layer normalises on its
 own what it reads, each operation gives its output and a function from the gradient of that output
@@ -171,6 +171,25 @@ def convolve(x: np.ndarray, conv: Any, name: str, record: Record) -> Made:
     return y, backward
 
 
+def first_convolution(images: np.ndarray, conv: Any, name: str, record: Record) -> Made:
+    """Convolution with steps and padding, from the windows one by one."""
+    padded, (high, wide) = pad(images, conv.padding), conv.weight.shape[2:]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (high, wide), axis=(2, 3))
+    windows = windows[:, :, :: conv.stride[0], :: conv.stride[1]]
+    y = np.einsum("ocij,nchwij->nohw", conv.weight, windows, optimize=True)
+    if conv.bias is not None:
+        y = y + spread(conv.bias, y)
+
+    def backward(grad: np.ndarray) -> np.ndarray:
+        to_weight = np.einsum("nohw,nchwij->ocij", grad, windows, optimize=True)
+        record.grads[f"{name}.weight"] = to_weight
+        if conv.bias is not None:
+            record.grads[f"{name}.bias"] = sum_channels(grad)
+        return np.zeros_like(images)  # nobody asks for it
+
+    return y, backward
+
+
 def average_pool(x: np.ndarray, window: Sequence[int]) -> Made:
     """Mean of each whole window; what is left over at the end counts nowhere."""
     space = [n // w for n, w in zip(x.shape[2:], window, strict=True)]
@@ -221,7 +240,7 @@ def global_mean(x: np.ndarray) -> Made:
     return x.reshape(*x.shape[:2], -1).mean(axis=2), backward
 
 
-# The four steps.
+# The steps.
 
 
 def dense_layer(
@@ -275,6 +294,16 @@ def stem(x: np.ndarray, norm: Any, stride: Sequence[int], grad: np.ndarray) -> R
     active, to_x = norm_relu(x, norm, "norm", record)
     y, to_active = max_pool(active, stride)
     return record.result((y, lambda grad: to_x(to_active(grad))), grad)
+
+
+def image_stem(
+    images: np.ndarray, conv: Any, norm: Any, stride: Sequence[int], grad: np.ndarray
+) -> Result:
+    record = Record()
+    x, to_images = first_convolution(images, conv, "conv", record)
+    active, to_x = norm_relu(x, norm, "norm", record)
+    y, to_active = max_pool(active, stride)
+    return record.result((y, lambda grad: to_images(to_x(to_active(grad)))), grad)
 
 
 def final(x: np.ndarray, norm: Any, grad: np.ndarray) -> Result:

@@ -1,4 +1,4 @@
-"""Compile the kernels that multiply no matrices for an H100, as `triton_ahead` does the others."""
+"""Compile the kernels around blocks' convolutions for an H100, as `triton_ahead` does those."""
 
 import json
 
@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 from triton_ahead import TYPES, compiled
 
-from densely.fused.kernels import triton_elementwise, triton_pooling, triton_vectors
-from densely.fused.kernels.reference import Affine, Pending, Pooling, Space
+from densely.fused.kernels import (
+    triton_elementwise,
+    triton_image_stem,
+    triton_pooling,
+    triton_vectors,
+)
+from densely.fused.kernels.reference import Affine, FirstConvolution, Pending, Pooling, Space
 
 TYPES[torch.uint8] = "*u8"
 BF16 = torch.bfloat16
@@ -49,10 +54,29 @@ def steps(batch: int, size: int, channels: int, width: int) -> None:
             triton_pooling.pool_backward(out, choice, x, how, pooling, space, own)
 
 
+def image_stem(channels: int, size: int) -> None:
+    """The stems of the chapter's net and of DenseNet-121, the images padded, in bfloat16."""
+    weight = torch.empty(64, channels, 7, 7, dtype=BF16)
+    conv = FirstConvolution(weight, (2, 2), Space(256, (size, size)))
+    images = torch.empty(conv.space.rows, channels, dtype=BF16)
+    affine, pooling = Affine(*(torch.empty(64) for _ in range(4)), True), Pooling("max", (2, 2))
+    out = torch.empty(pooling.pooled(conv.made).rows, 64, dtype=BF16)
+    choice = torch.empty(out.shape, dtype=torch.uint8)
+    sums = torch.empty(65, 49 * channels)
+    triton_image_stem.moments(images, conv, (affine.mean, affine.rstd), sums)
+    triton_image_stem.pool(images, conv, affine, pooling, out, choice)
+    triton_image_stem.backward(out, choice, sums, images, conv, affine, pooling)
+
+
 if __name__ == "__main__":
     seen = set()
-    for item in compiled(lambda: steps(64, 14, 512, 1024)):
-        found = json.dumps(dict(list(item._asdict().items())[:-1]))
-        if found not in seen:
-            seen.add(found)
-            print(found)
+    for call in (
+        lambda: steps(64, 14, 512, 1024),
+        lambda: image_stem(1, 102),
+        lambda: image_stem(3, 230),
+    ):
+        for item in compiled(call):
+            found = json.dumps(dict(list(item._asdict().items())[:-1]))
+            if found not in seen:
+                seen.add(found)
+                print(found)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from densely.fused import block, companions, plain
 from densely.fused.companions import Moments
-from densely.fused.kernels import missing
-from densely.fused.plain import Conv, Layer, Norm
+from densely.fused.image_stem import image_stem as fused_image_stem
+from densely.fused.kernels import makes_image_stem, missing
+from densely.fused.plain import Conv, FirstConv, Layer, Norm
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -62,6 +63,25 @@ def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
     return companions.stem(x, norm, stride)
 
 
+def image_stem(images: Tensor, conv: FirstConv, norm: Norm, stride: tuple[int, ...]) -> Tensor:
+    """`plain.image_stem`; the convolution by itself where it is not worth being made again."""
+    device = images.device.type
+    x = images
+    if images.is_floating_point() and torch.is_autocast_enabled(device):
+        x = images.to(torch.get_autocast_dtype(device))
+    if (
+        images.requires_grad
+        or images.dim() != 4
+        or conv.weight.shape[1] != images.shape[1]
+        or not makes_image_stem(x, conv.weight)
+        or obstacle(x, [norm], [conv])
+        or _misfit(conv.weight.shape[0], norm, None)
+    ):
+        return stem(plain.first_convolution(images, conv), norm, stride)
+    _note_fused("stem")
+    return fused_image_stem(x, conv, norm, stride)
+
+
 def final(x: Tensor, norm: Norm) -> Tensor:
     """`plain.final`."""
     why = obstacle(x, [norm], []) or _misfit(x.shape[1], norm, None)
@@ -72,7 +92,7 @@ def final(x: Tensor, norm: Norm) -> Tensor:
     return companions.final(x, norm, _moments(x))
 
 
-def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv]) -> str | None:
+def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]) -> str | None:
     """Why a step must run as plain PyTorch; None if it may run fused."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if torch.compiler.is_exporting() or tracing:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
 
-from densely.fused.plain import Conv, Norm, Step
+from densely.fused.plain import Conv, FirstConv, Norm, Step
 
 
 class Obstacle(NamedTuple):
@@ -166,6 +166,19 @@ def conv(module: nn.Conv2d, dims: int) -> str | None:
     return pointwise(module, dims) and spatial(module, dims)
 
 
+def first_conv(module: nn.Conv2d, dims: int) -> str | None:
+    """A convolution of any window and step, padded by zeros."""
+    if _CONVS.get(type(module)) != dims:
+        return _kind(module)
+    plain = (
+        module.dilation in _EACH[1]
+        and module.groups == 1
+        and not isinstance(module.padding, str)
+        and module.padding_mode == "zeros"
+    )
+    return None if plain else f"has other settings: {module}"
+
+
 def averaging(module: nn.AvgPool2d, dims: int) -> str | None:
     """Average pooling of windows that do not overlap."""
     if _AVG_POOLS.get(type(module)) != dims:
@@ -233,6 +246,12 @@ def read_norm(module: Any) -> Norm:
 def read_conv(module: Any) -> Conv:
     """The tensors of a convolution."""
     return Conv(module.weight, module.bias, each_axis(module.dilation, 1)[0])
+
+
+def read_first_conv(module: Any, dims: int) -> FirstConv:
+    """The tensors of the convolution that reads the images."""
+    stride, padding = (each_axis(value, dims) for value in (module.stride, module.padding))
+    return FirstConv(module.weight, module.bias, stride, padding)
 
 
 def read_steps(modules: Mapping[str, Any]) -> tuple[Step, ...]:

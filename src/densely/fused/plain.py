@@ -1,4 +1,4 @@
-"""The four steps of a DenseNet in plain PyTorch: what every faster backend must equal.
+"""The steps of a DenseNet in plain PyTorch: what every faster backend must equal.
 
     stem        max pool(relu(norm(x)))                     3^d windows, padding 1
     dense block x, then for each layer: x = [x, H(x)]
@@ -47,6 +47,15 @@ class Conv(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     dilation: int = 1
+
+
+class FirstConv(NamedTuple):
+    """The convolution that reads the images; stride and padding are an axis each."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
 
 
 class Step(NamedTuple):
@@ -133,6 +142,16 @@ def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Te
 def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
     """From the first convolution's output to the first block's input."""
     return _MAX_POOL[x.dim() - 2](norm_relu(x, norm), 3, stride=stride, padding=1)
+
+
+def first_convolution(images: Tensor, conv: FirstConv) -> Tensor:
+    """[N, C, *space] to [N, O, *smaller]."""
+    return _CONV[images.dim() - 2](images, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+def image_stem(images: Tensor, conv: FirstConv, norm: Norm, stride: tuple[int, ...]) -> Tensor:
+    """From the images to the first block's input: the first convolution, and `stem`."""
+    return stem(first_convolution(images, conv), norm, stride)
 
 
 def final(x: Tensor, norm: Norm) -> Tensor:

@@ -15,7 +15,7 @@ from densely.fused.calls import Accelerated, note, original_class
 from densely.fused.dialects import Dialect, Kind, known_class
 from densely.fused.heads import Head
 from densely.fused.parts import Obstacle, qualified_name
-from densely.fused.plain import Conv, Layer, Norm
+from densely.fused.plain import Conv, FirstConv, Layer, Norm
 
 
 class Plan(NamedTuple):
@@ -38,10 +38,14 @@ class Unit(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """Where the stem stands among a net's features: from child `start` up to, not with, `stop`."""
+    """Where the stem stands among a net's features: from child `start` up to, not with, `stop`.
+
+    It begins with the first convolution, `conv`, or with the norm where that is not as plain.
+    """
 
     start: int
     stop: int
+    conv: FirstConv | None
     norm: Norm
     dims: int
     stride: tuple[int, ...]
@@ -171,12 +175,21 @@ def _read_stem(features: nn.Module) -> Stem | Obstacle:
         return obstacle
     pool: Any = modules[stop - 1]
     stride = parts.each_axis(pool.stride, dims)
-    return Stem(start, stop, parts.read_norm(modules[start]), dims, stride)
+    norm, conv = parts.read_norm(modules[start]), None
+    if start > 0:
+        before = {names[start - 1]: modules[start - 1]}
+        if parts.examine(before, {names[start - 1]: parts.first_conv}, dims) is None:
+            start -= 1
+            conv = parts.read_first_conv(modules[start], dims)
+    return Stem(start, stop, conv, norm, dims, stride)
 
 
 def _run_features(x: Tensor, modules: tuple[Any, ...], stem: Stem) -> Tensor:
     x = _run_in_turn(x, modules[: stem.start])
-    x = backend.stem(x, stem.norm, stem.stride)
+    if stem.conv is None:
+        x = backend.stem(x, stem.norm, stem.stride)
+    else:
+        x = backend.image_stem(x, stem.conv, stem.norm, stem.stride)
     return _run_in_turn(x, modules[stem.stop :])
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from densely.errors import ConfigError
 from densely.fused.kernels.build import BuildError, find_or_build
 from densely.fused.kernels.cpu_kernels import CpuKernels
-from densely.fused.kernels.reference import Kernels
+from densely.fused.kernels.reference import Kernels, filled_taps
 
 _log = logging.getLogger(__name__)
 _HAS_TRITON = find_spec("triton") is not None
 _REFERENCE = Kernels()
+_MOST_TAPS = 256
 _forced: list[Kernels] = []
 
 
@@ -36,6 +37,18 @@ def chosen(x: Tensor) -> Kernels:
         return _forced[-1]
     found = _of_device(x.device.type)
     return _REFERENCE if isinstance(found, str) else found
+
+
+def makes_image_stem(images: Tensor, weight: Tensor) -> bool:
+    """Whether to make the first convolution again where it is read, rather than keep it.
+
+    So on GPUs and in 16 bits, in which products cost less than the memory's traffic, if a window
+    fits into registers. Asks without importing Triton: code being compiled may ask too.
+    """
+    triton = images.device.type == "cuda" and _HAS_TRITON
+    if _forced:
+        triton = _forced[-1].name == "triton"
+    return triton and images.element_size() == 2 and filled_taps(weight) <= _MOST_TAPS
 
 
 def missing(device_type: str = "cpu") -> str | None:

@@ -68,6 +68,25 @@ class Convolution(NamedTuple):
         return is_pointwise(self.weight)
 
 
+class FirstConvolution(NamedTuple):
+    """A convolution that reads images of `space`, with two axes: no bias, and no padding.
+
+    weight [O, C, kh, kw] is of the dtype of the images; the stride is an axis each.
+    """
+
+    weight: Tensor
+    stride: tuple[int, ...]
+    space: Space
+
+    @property
+    def made(self) -> Space:
+        """The space of the result."""
+        axes = zip(self.space.size, self.weight.shape[2:], self.stride, strict=True)
+        return Space(
+            self.space.batch, tuple((size - seen) // step + 1 for size, seen, step in axes)
+        )
+
+
 class Pending(NamedTuple):
     """A gradient that its reader forms as it reads: g * scale - a - (x - mean) * b.
 
@@ -260,6 +279,54 @@ class Kernels:
         norm, g = self.norm_relu_backward(g, act, x, affine)
         return self.form(input_gradient(g, x, affine, norm)), norm
 
+    def image_sums(self, images: Tensor, conv: FirstConvolution) -> Tensor:
+        """An uninitialised tensor for what `image_moments` leaves to `image_backward`; here none.
+
+        Of the accumulation dtype.
+        """
+        return images.new_empty(0, dtype=accumulation_dtype(images))
+
+    def image_moments(
+        self,
+        images: Tensor,
+        conv: FirstConvolution,
+        out: tuple[Tensor, Tensor],
+        sums: Tensor | None,
+    ) -> None:
+        """Mean and biased variance of what the convolution makes of images [rows, C].
+
+        `sums` is for `image_backward`; None where that will not be.
+        """
+        self.moments(_first_maps(images, conv), out)
+
+    def image_pool(
+        self, images: Tensor, conv: FirstConvolution, affine: Affine, pooling: Pooling
+    ) -> tuple[Tensor, Tensor]:
+        """`pool` of the convolution, [rows, C] to [pooled rows, O], with what `pool` gives."""
+        return self.pool(_first_maps(images, conv), affine, pooling, conv.made)
+
+    def image_backward(
+        self,
+        grad: Tensor,
+        choice: Tensor,
+        sums: Tensor | None,
+        images: Tensor,
+        conv: FirstConvolution,
+        affine: Affine,
+        pooling: Pooling,
+    ) -> tuple[Tensor, NormGradient]:
+        """Back through `image_pool`: gradients of the weight and of the norm's parameters.
+
+        `sums` is what `image_moments` has left; None for a norm in eval mode.
+        """
+        maps = _first_maps(images, conv)
+        grad_maps, norm = self.pool_backward(grad, choice, maps, affine, pooling, conv.made)
+        _, weight, _ = torch.ops.aten.convolution_backward(
+            conv.made.maps(grad_maps), conv.space.maps(images), conv.weight, None, conv.stride,
+            [0, 0], [1, 1], False, [0, 0], 1, [False, True, False],
+        )  # fmt: skip
+        return weight, norm
+
     def form(self, grad: Tensor | Pending) -> Tensor:
         """The gradient, in the dtype of the maps."""
         if isinstance(grad, Tensor):
@@ -327,6 +394,12 @@ def convolve_backward(
     return space.matrix(grad_act), grad_weight.view_as(weight) if needs_weight else None
 
 
+def _first_maps(images: Tensor, conv: FirstConvolution) -> Tensor:
+    """[rows, C] to [made rows, O]."""
+    maps = conv.space.maps(images)
+    return conv.made.matrix(F.conv2d(maps, conv.weight, None, conv.stride))
+
+
 def two_vectors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Room for a mean and a variance of `size` channels of maps like x."""
     dtype = accumulation_dtype(x)
@@ -343,9 +416,20 @@ def two_dimensional(maps: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (maps.unsqueeze(2), weight.unsqueeze(2)) if weight.dim() == 3 else (maps, weight)
 
 
+def filled_taps(weight: Tensor) -> int:
+    """Taps of a window, its lines filled up to a power of two, and all of it to another."""
+    _, channels, height, width = weight.shape
+    return _power_of_two(height * _power_of_two(width * channels))
+
+
 def same_padding(weight: Tensor, dilation: int) -> list[int]:
     """Padding that keeps the size, an axis each."""
     return [dilation * (size // 2) for size in weight.shape[2:]]
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not below the number."""
+    return 1 << (number - 1).bit_length()
 
 
 def _two_axes(space: Space) -> Space:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from densely.fused.kernels import (
     triton_elementwise,
+    triton_image_stem,
     triton_pointwise,
     triton_pooling,
     triton_spatial,
@@ -21,6 +22,7 @@ from densely.fused.kernels import (
 from densely.fused.kernels.reference import (
     Affine,
     Convolution,
+    FirstConvolution,
     Kernels,
     NormGradient,
     Pending,
@@ -181,6 +183,54 @@ class TritonKernels(Kernels):
         out = x.new_empty(x.shape)
         norm = triton_pooling.pool_backward(grad, choice, x, affine, pooling, space, out)
         return out, norm
+
+    def image_sums(self, images: Tensor, conv: FirstConvolution) -> Tensor:
+        """As the reference: see `triton_image_stem`."""
+        if images.dtype == torch.float64:
+            return super().image_sums(images, conv)
+        outputs, taps = conv.weight.shape[0], conv.weight[0].numel()
+        return images.new_empty(outputs + 1, taps, dtype=torch.float32)
+
+    def image_moments(
+        self,
+        images: Tensor,
+        conv: FirstConvolution,
+        out: tuple[Tensor, Tensor],
+        sums: Tensor | None,
+    ) -> None:
+        """As the reference."""
+        if images.dtype == torch.float64:
+            super().image_moments(images, conv, out, sums)
+        else:
+            triton_image_stem.moments(images, conv, out, sums)
+
+    def image_pool(
+        self, images: Tensor, conv: FirstConvolution, affine: Affine, pooling: Pooling
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference."""
+        if images.dtype == torch.float64:
+            return super().image_pool(images, conv, affine, pooling)
+        rows = pooling.pooled(conv.made).rows
+        out = images.new_empty(rows, conv.weight.shape[0])
+        choice = self.choice(out, pooling)
+        triton_image_stem.pool(images, conv, affine, pooling, out, choice)
+        return out, choice
+
+    def image_backward(
+        self,
+        grad: Tensor,
+        choice: Tensor,
+        sums: Tensor | None,
+        images: Tensor,
+        conv: FirstConvolution,
+        affine: Affine,
+        pooling: Pooling,
+    ) -> tuple[Tensor, NormGradient]:
+        """As the reference."""
+        given = (grad, choice, sums, images, conv, affine, pooling)
+        if images.dtype == torch.float64:
+            return super().image_backward(*given)
+        return triton_image_stem.backward(*given)
 
     def form(self, grad: Tensor | Pending) -> Tensor:
         """As the reference."""

@@ -1,0 +1,242 @@
+"""From the images to the first block, fused: convolution, norm, ReLU, maximum pooling.
+
+What the first convolution makes is the largest map of a network, and it reads the fewest channels.
+So it is not kept: of the whole stem the images are, and for each maximum its place. Backward makes
+the convolution again where it needs it (`densely.fused.kernels.triton_image_stem` has how).
+
+The convolution's bias moves the mean and nothing else: a norm in train mode takes it off again,
+and one in eval mode is given a mean without it. Its padding is laid around the images once, so that
+no kernel has to ask where they end.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densely.fused import plain
+from densely.fused.coefficients import like, parameters, update_running_statistics
+from densely.fused.kernels import chosen
+from densely.fused.kernels.reference import (
+    FirstConvolution,
+    Kernels,
+    Pooling,
+    Space,
+    accumulation_dtype,
+    two_vectors,
+)
+from densely.fused.second_order import gradients_with_gradients
+
+
+def image_stem(
+    images: Tensor, conv: plain.FirstConv, norm: plain.Norm, stride: tuple[int, ...]
+) -> Tensor:
+    """`plain.image_stem`, fused: [N, C, H, W] to [N, O, H', W'].
+
+    The images get no gradient, and may not ask for one.
+    """
+    outputs = conv.weight.shape[0]
+    learnt = [*parameters(norm, images, outputs), conv.weight]
+    learnt += [] if conv.bias is None else [conv.bias]
+    statistics = []
+    if norm.running_mean is not None and norm.running_var is not None and not norm.takes_batch:
+        statistics = [norm.running_mean, norm.running_var]
+    needed = [tensor.requires_grad for tensor in learnt]
+    setting = (norm.eps, list(conv.stride), list(stride))
+    pad_h, pad_w = conv.padding
+    images = F.pad(images, (pad_w, pad_w, pad_h, pad_h))
+    if torch.is_grad_enabled() and any(needed):
+        output, mean, var, *_ = _ImageStem.apply(  # type: ignore[no-untyped-call]
+            setting, statistics, needed, images, *learnt
+        )
+    else:
+        output, mean, var, *_ = image_stem_forward(images, learnt, statistics, *setting, False)
+    if norm.takes_batch:
+        moved = mean if conv.bias is None else mean + conv.bias.detach()
+        rows = _convolution(images, conv.weight, conv.stride).made.rows
+        update_running_statistics([(norm, moved, var)], rows)
+    return output  # type: ignore[no-any-return]
+
+
+class _ImageStem(torch.autograd.Function):
+    """The two operators below as one differentiable function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        setting: tuple[float, list[int], list[int]],
+        statistics: list[Tensor],
+        needed: list[bool],
+        images: Tensor,
+        *learnt: Tensor,
+    ) -> tuple[Tensor, ...]:
+        output, *kept = image_stem_forward(images, learnt, statistics, *setting, True)
+        ctx.save_for_backward(images, *kept, *statistics, *learnt)
+        ctx.setting, ctx.needed, ctx.num_statistics = setting, needed, len(statistics)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        return output, *kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, *(None for _ in ctx.needed)
+        images, mean, var, choice, sums, *rest = ctx.saved_tensors
+        statistics, learnt = rest[: ctx.num_statistics], rest[ctx.num_statistics :]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            found = _differentiable_backward(
+                grad, images, learnt, statistics, ctx.setting, ctx.needed
+            )
+        else:
+            found = image_stem_backward(
+                grad, images, [mean, var, choice, sums], learnt, statistics, *ctx.setting,
+                ctx.needed,
+            )  # fmt: skip
+        remaining = iter(found)
+        return None, None, None, None, *(next(remaining) if need else None for need in ctx.needed)
+
+
+@torch.library.custom_op("densely::image_stem_forward", mutates_args=())
+def image_stem_forward(
+    images: Tensor,
+    learnt: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    eps: float,
+    stride: Sequence[int],
+    step: Sequence[int],
+    keep: bool,
+) -> list[Tensor]:
+    """Output; mean and var of the convolution without its bias; what backward wants.
+
+    `learnt` are weight and bias of the norm, weight and, if it has one, bias of the convolution.
+    With `statistics` for the norm the mean and var are empty, as are the sums for backward, which
+    they are unless `keep` too.
+    """
+    conv, pooling, kernels = _parts(images, learnt, stride, step)
+    matrix = conv.space.matrix(images).contiguous()
+    mean, var = two_vectors(images, 0 if statistics else conv.weight.shape[0])
+    sums = _sums(kernels, matrix, conv, keep and not statistics)
+    if not statistics:
+        kernels.image_moments(matrix, conv, (mean, var), sums if sums.numel() else None)
+    affine = _affine(kernels, learnt, statistics, (mean, var), eps)
+    pooled, choice = kernels.image_pool(matrix, conv, affine, pooling)
+    return [pooling.pooled(conv.made).maps(pooled), mean, var, choice, sums]
+
+
+@image_stem_forward.register_fake
+def _(
+    images: Tensor,
+    learnt: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    eps: float,
+    stride: Sequence[int],
+    step: Sequence[int],
+    keep: bool,
+) -> list[Tensor]:
+    conv, pooling, kernels = _parts(images, learnt, stride, step)
+    space, outputs = pooling.pooled(conv.made), conv.weight.shape[0]
+    pooled = images.new_empty(space.rows, outputs)
+    moments = two_vectors(images, 0 if statistics else outputs)
+    sums = _sums(kernels, images, conv, keep and not statistics)
+    return [space.maps(pooled), *moments, kernels.choice(pooled, pooling), sums]
+
+
+@torch.library.custom_op("densely::image_stem_backward", mutates_args=())
+def image_stem_backward(
+    grad: Tensor,
+    images: Tensor,
+    kept: Sequence[Tensor],
+    learnt: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    eps: float,
+    stride: Sequence[int],
+    step: Sequence[int],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of those of `learnt` that need one, in this order."""
+    conv, pooling, kernels = _parts(images, learnt, stride, step)
+    mean, var, choice, sums = kept
+    affine = _affine(kernels, learnt, statistics, (mean, var), eps)
+    upstream = pooling.pooled(conv.made).matrix(grad).contiguous()
+    weight, norm = kernels.image_backward(
+        upstream, choice, None if statistics else sums, conv.space.matrix(images).contiguous(),
+        conv, affine, pooling,
+    )  # fmt: skip
+    found = [norm.weight, norm.bias, weight]
+    if len(learnt) > 3:  # a norm in train mode hands back what sums to zero
+        found.append(affine.scale * norm.bias if statistics else torch.zeros_like(norm.bias))
+    return [like(g, t) for g, t, need in zip(found, learnt, needed, strict=True) if need]
+
+
+@image_stem_backward.register_fake
+def _(
+    grad: Tensor,
+    images: Tensor,
+    kept: Sequence[Tensor],
+    learnt: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    eps: float,
+    stride: Sequence[int],
+    step: Sequence[int],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t, need in zip(learnt, needed, strict=True) if need]
+
+
+def _differentiable_backward(
+    grad: Tensor,
+    images: Tensor,
+    learnt: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    setting: tuple[float, list[int], list[int]],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """The same gradients through plain PyTorch, so that they have gradients of their own."""
+    eps, stride, step = setting
+    mean, var = statistics or (None, None)
+
+    def forward(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        norm = plain.Norm(norm_weight, norm_bias, mean, var, None, None, eps, not statistics)
+        typed = [tensor.to(images.dtype) for tensor in (weight, *bias)]
+        conv = plain.FirstConv(typed[0], typed[1] if bias else None, tuple(stride), (0, 0))
+        return plain.image_stem(images, conv, norm, tuple(step))
+
+    return gradients_with_gradients(forward, learnt, needed, grad)
+
+
+def _convolution(images: Tensor, weight: Tensor, stride: Sequence[int]) -> FirstConvolution:
+    space = Space(images.shape[0], tuple(images.shape[2:]))
+    return FirstConvolution(weight, tuple(stride), space)
+
+
+def _parts(
+    images: Tensor,
+    learnt: Sequence[Tensor],
+    stride: Sequence[int],
+    step: Sequence[int],
+) -> tuple[FirstConvolution, Pooling, Kernels]:
+    conv = _convolution(images, learnt[2].to(images.dtype), stride)
+    return conv, Pooling("max", tuple(step)), chosen(images)
+
+
+def _sums(kernels: Kernels, images: Tensor, conv: FirstConvolution, wanted: bool) -> Tensor:
+    if wanted:
+        return kernels.image_sums(images, conv)
+    return images.new_empty(0, dtype=accumulation_dtype(images))
+
+
+def _affine(
+    kernels: Kernels,
+    learnt: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    taken: tuple[Tensor, Tensor],
+    eps: float,
+) -> Any:
+    """Of the convolution without its bias."""
+    norm_weight, norm_bias, _, *bias = learnt
+    mean, var = statistics or taken
+    if statistics and bias:
+        mean = mean.to(taken[0].dtype) - bias[0].to(taken[0].dtype)
+    return kernels.affine(norm_weight, norm_bias, mean, var, eps, not statistics)
