@@ -122,12 +122,16 @@ def test_sums_of_a_norm_are_finished(parts: int, training: bool) -> None:
     partials, affine = make.normal(parts, 2, 19), make.affine(19, training)
     sums = exactly(partials).sum(0)
     rstd, over_rows = exactly(affine.rstd), exactly(affine.scale) / 1000
-    norm, terms = vectors.finish_norm(partials, affine, 1000)
+    weights = make.normal(1 + parts % 11, 5, 3, 17)
+    norm, terms, weight = vectors.finish_norm(partials, affine, 1000, None, weights)
+    assert weight is not None
+    assert weight.shape == (5, 3, 17)
+    assert_near(weight, exactly(weights).sum(0))
     assert_near(norm.bias, sums[0])
     assert_near(norm.weight, sums[1] * rstd)
     assert (terms is not None) == training
     given = (torch.ones(40, device=DEVICE)[3:22], torch.ones(19, device=DEVICE))
-    vectors.finish_norm(partials, affine, 1000, given)
+    assert vectors.finish_norm(partials, affine, 1000, given).weight is None
     expected = (over_rows * sums[0], over_rows * rstd**2 * sums[1])
     for i, value in enumerate(expected):
         assert_near(given[i], 1 + value if training else np.ones(19))
@@ -357,6 +361,6 @@ def test_two_runs_give_the_same_bits() -> None:
     for _ in range(2):
         total, _ = poisoned(300, 24, 24)
         partials = elementwise.norm_relu_backward(g, x, affine, total, None, False)
-        found.append((total, *vectors.finish_norm(partials, affine, 300)[0]))
+        found.append((total, *vectors.finish_norm(partials, affine, 300).norm))
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)

@@ -116,6 +116,12 @@ def totals(
     return total, None, torch.zeros(rows, channels).double()
 
 
+def added(found: tuple[Tensor | None, Tensor]) -> tuple[Tensor | None, Tensor]:
+    """The parts of a weight's gradient added up, beside those of the norm's sums."""
+    parts, sums = found
+    return None if parts is None else parts.sum(0), sums
+
+
 def check_backward(
     found: tuple[Tensor | None, Tensor], total: Tensor, before: Tensor, mode: str, g: Tensor,
     grad_weight: Tensor | None, x: Given,
@@ -146,6 +152,7 @@ POINTWISE = [
     (70, 64, 40, F32, 0, True, "all", "add", False),
     (1, 12, 16, F16, 4, False, "terms", "base", True),
     (64, 200, 128, F16, 56, False, "all", "add", True),
+    (128, 75, 24, F16, 5, True, "tensor", "add", True),
 ]
 
 
@@ -174,7 +181,7 @@ def test_pointwise(
     )
     g = formed(grad)
     grad_weight = g.T @ x.act if trained else None
-    check_backward(found, total, before, mode, g @ weight.double(), grad_weight, x)
+    check_backward(added(found), total, before, mode, g @ weight.double(), grad_weight, x)
 
 
 SPATIAL = [
@@ -225,7 +232,11 @@ def test_spatial(
         grad, x.x, x.affine, weight, dilation, space, trained, total, base, mode != "store"
     )
     g, grad_weight = torch.autograd.grad(y, (maps, exact_weight), space.maps(grad.double()))
-    check_backward(found, total, before, mode, space.matrix(g), grad_weight if trained else None, x)
+    if found[0] is not None:
+        found = (found[0].permute(0, 1, 4, 2, 3).flatten(3).unflatten(3, window), found[1])
+    check_backward(
+        added(found), total, before, mode, space.matrix(g), grad_weight if trained else None, x
+    )
 
 
 def test_without_moments_there_are_none() -> None:

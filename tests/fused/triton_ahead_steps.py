@@ -33,7 +33,8 @@ def steps(batch: int, size: int, channels: int, width: int) -> None:
 
     triton_vectors.affine(*vectors, 1e-5)
     triton_vectors.finish_moments(*triton_elementwise.moments(x), space.rows, *vectors[:2])
-    triton_vectors.finish_norm(torch.empty(3000, 2, channels), affine, space.rows)
+    weights = torch.empty(132, 128, channels)
+    triton_vectors.finish_norm(torch.empty(3000, 2, channels), affine, space.rows, None, weights)
     triton_elementwise.norm_relu(x, affine, own)
     for base in (None, own):
         partials = triton_elementwise.norm_relu_backward(own, x, affine, total, base, True)

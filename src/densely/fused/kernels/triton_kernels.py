@@ -30,6 +30,7 @@ from densely.fused.kernels.reference import (
     Space,
     convolve_backward,
 )
+from densely.fused.kernels.triton_vectors import Finished
 
 
 class TritonKernels(Kernels):
@@ -99,10 +100,9 @@ class TritonKernels(Kernels):
         if x.dtype == torch.float64:
             return super().convolve_backward(grad, x, conv, needs_weight)
         g, affine = x.new_empty(x.shape), conv.affine
-        grad_weight, partials = self._back(grad, x, conv, needs_weight, g, None, False)
-        norm, terms = triton_vectors.finish_norm(partials, affine, x.shape[0])
-        mean, a, b = (affine.mean, *terms) if terms is not None else (None, None, None)
-        return grad_weight, norm, Pending(g, x, affine.scale, mean, a, b)
+        done = self._back(grad, x, conv, needs_weight, (g, None, False), None)
+        mean, a, b = (affine.mean, *done.terms) if done.terms is not None else (None, None, None)
+        return done.weight, done.norm, Pending(g, x, affine.scale, mean, a, b)
 
     def convolve_backward_add(
         self,
@@ -119,9 +119,8 @@ class TritonKernels(Kernels):
             return super().convolve_backward_add(
                 grad, x, conv, needs_weight, total, base, mean_terms
             )
-        grad_weight, partials = self._back(grad, x, conv, needs_weight, total, base, True)
-        norm, _ = triton_vectors.finish_norm(partials, conv.affine, x.shape[0], mean_terms)
-        return grad_weight, norm
+        done = self._back(grad, x, conv, needs_weight, (total, base, True), mean_terms)
+        return done.weight, done.norm
 
     def _back(
         self,
@@ -129,28 +128,43 @@ class TritonKernels(Kernels):
         x: Tensor,
         conv: Convolution,
         needs_weight: bool,
-        total: Tensor,
-        base: Tensor | None,
-        add_scaled: bool,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Gradient of the weight, and parts of the norm's sums; what reaches x to `total`."""
-        affine, shape = conv.affine, conv.weight.shape
-        ending = (total, base, add_scaled)
+        to: tuple[Tensor, Tensor | None, bool],
+        mean_terms: tuple[Tensor, Tensor] | None,
+    ) -> Finished:
+        """What reaches x `to` total, base and whether to add them; all that comes of the sums."""
+        affine, rows = conv.affine, x.shape[0]
         if not _has_product(x, conv):
             act = self.norm_relu(x, affine)
             g, grad_weight = convolve_backward(self.form(grad), act, conv, needs_weight)
-            return grad_weight, triton_elementwise.norm_relu_backward(g, x, affine, *ending)
+            partials = triton_elementwise.norm_relu_backward(g, x, affine, *to)
+            done = triton_vectors.finish_norm(partials, affine, rows, mean_terms)
+            return done._replace(weight=grad_weight)
         if conv.pointwise:
-            grad_weight, partials = triton_pointwise.backward(
-                grad, x, affine, conv.weight.flatten(1), needs_weight, *ending
-            )
+            flat = conv.weight.flatten(1)
+            if isinstance(grad, Pending) and x.shape[1] > triton_pointwise.CHANNELS:
+                grad = self._formed_in_place(grad)
+            parts, partials = triton_pointwise.backward(grad, x, affine, flat, needs_weight, *to)
+            done = triton_vectors.finish_norm(partials, affine, rows, mean_terms, parts)
+            found = done.weight
         else:
             weight, space = _planar(conv)
             formed = self.form(grad).contiguous()
-            grad_weight, partials = triton_spatial.backward(
-                formed, x, affine, weight, conv.dilation, space, needs_weight, *ending
+            parts, partials = triton_spatial.backward(
+                formed, x, affine, weight, conv.dilation, space, needs_weight, *to
             )
-        return None if grad_weight is None else grad_weight.view(shape), partials
+            done = triton_vectors.finish_norm(partials, affine, rows, mean_terms, parts)
+            found = None if done.weight is None else done.weight.permute(0, 3, 1, 2)
+        return done._replace(weight=None if found is None else found.view(conv.weight.shape))
+
+    def _formed_in_place(self, grad: Pending) -> Tensor:
+        """The gradient, where `grad.g` was if that is for this reader alone.
+
+        With a scale it comes from `convolve_backward`; without, from what a block adds up.
+        """
+        if grad.scale is None:
+            return self.form(grad)
+        triton_elementwise.form(grad, grad.g)
+        return grad.g
 
     def pool(
         self, x: Tensor, affine: Affine, pooling: Pooling, space: Space

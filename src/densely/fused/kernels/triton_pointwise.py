@@ -28,8 +28,11 @@ from densely.fused.kernels.triton_tiles import (
     normalised,
     precision,
     splits_for,
-    store_moments,
 )
+
+#: Of x that a program of `backward` works on. Where there are more, several programs read a tile's
+#: output gradients, and forming them once is cheaper than in each.
+CHANNELS = 64
 
 
 class _Launch(NamedTuple):
@@ -57,8 +60,8 @@ def _backward_launch(x: Tensor, outputs: int) -> _Launch:
     if exact(x):
         return _Launch(32, 32, 16, 4, 2, 4)
     if x.dtype == torch.float32:
-        return _Launch(32, 64, min(width, 128), 8, 2, 1)
-    return _Launch(64, 64, min(width, 128), 4, 2, 2)
+        return _Launch(32, CHANNELS, min(width, 128), 8, 2, 1)
+    return _Launch(64, CHANNELS, min(width, 128), 4, 2, 2)
 
 
 def _weight_launch(x: Tensor) -> _Launch:
@@ -99,8 +102,8 @@ def forward(
         x, affine.scale, affine.shift, weight, bias, out, parts, rows,
         x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
         out.stride(0), UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit,
-        BEYOND=cols.read > x.shape[1], OUT=outputs, BM=tile.rows, BC=tile.channels, BO=tile.outputs,
-        PRECISION=precision(x),
+        BEYOND=cols.read > x.shape[1], EVEN=rows % tile.rows == 0, OUT=outputs, BM=tile.rows,
+        BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return None if parts is None else (parts, tile.rows)
@@ -129,8 +132,8 @@ def backward(
         add_scaled: see `total`.
 
     Returns:
-        The weight's gradient, [O, C] in float32; [parts, 2, C]: sums of g and of g * (x - mean)
-        over sets of rows that together are all rows.
+        Parts of the weight's gradient, [splits, O, C] in float32; [parts, 2, C]: sums of g and of
+        g * (x - mean) over sets of rows that together are all rows.
     """
     (rows, channels), outputs = x.shape, weight.shape[0]
     tile = _backward_launch(x, outputs)
@@ -155,7 +158,7 @@ def backward(
     )  # fmt: skip
     if needs_weight and weight_parts is None:
         weight_parts = _weight_gradient(grad, x, affine, outputs)
-    return None if weight_parts is None else weight_parts.sum(0), norm_parts
+    return weight_parts, norm_parts
 
 
 def _weight_gradient(grad: Tensor | Pending, x: Tensor, affine: Affine, outputs: int) -> Tensor:
@@ -177,42 +180,71 @@ def _weight_gradient(grad: Tensor | Pending, x: Tensor, affine: Affine, outputs:
     return parts
 
 
+@triton.jit
+def _active(
+    x_at, scale, shift, cols, C, read, row_mask, EVEN: tl.constexpr, LAST: tl.constexpr,
+    BEYOND: tl.constexpr,
+):  # fmt: skip
+    """Columns of a tile, normalised, [channels, rows]; only the `LAST` may be incomplete."""
+    at = x_at[None, :] + cols[:, None]
+    if LAST:
+        mask = (cols < read)[:, None] if EVEN else (cols < read)[:, None] & row_mask[None, :]
+        values = tl.load(at, mask=mask, other=0.0)
+        scales = tl.load(scale + cols, mask=cols < C, other=0.0)
+        shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
+    else:
+        values = tl.load(at) if EVEN else tl.load(at, mask=row_mask[None, :], other=0.0)
+        scales, shifts = tl.load(scale + cols), tl.load(shift + cols)
+    act = normalised(values, scales[:, None], shifts[:, None])
+    if LAST and BEYOND:
+        act = tl.where((cols < C)[:, None], act, 0.0)
+    return act
+
+
 @triton.jit(do_not_specialize=["rows", "c_units", "read_units", "x_units"])
 def _forward_kernel(
     x, scale, shift, weight, bias, out, parts, rows, c_units, read_units, x_units, out_row,
     UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, BEYOND: tl.constexpr,
-    OUT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    EVEN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
     ACROSS: tl.constexpr = (OUT + BO - 1) // BO
     tile = tl.program_id(0) // ACROSS
     places = tile * BM + tl.arange(0, BM)
-    row_mask = places < rows
+    row_mask, places = places < rows, places.to(tl.int64)
     outputs = (tl.program_id(0) % ACROSS) * BO + tl.arange(0, BO)
     out_mask = outputs < OUT
-    x_at = x + places.to(tl.int64)[:, None] * x_row
-    acc = tl.zeros((BM, BO), tl.float32)
-    for start in range(0, C, BC):
+    x_at, w_at = x + places * x_row, weight + outputs[:, None] * C
+    # Upright, [outputs, rows]: see `masked_back`.
+    acc = tl.zeros((BO, BM), tl.float32)
+    whole = C // BC * BC
+    for start in range(0, whole, BC):
         cols = start + tl.arange(0, BC)
-        mask = row_mask[:, None] & (cols < read)[None, :]
-        values = tl.load(x_at + cols[None, :], mask=mask, other=0.0)
-        scales = tl.load(scale + cols, mask=cols < C, other=0.0)
-        shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
-        act = normalised(values, scales[None, :], shifts[None, :])
-        if BEYOND:
-            act = tl.where((cols < C)[None, :], act, 0.0)
-        w = tl.load(weight + outputs[None, :] * C + cols[:, None],
-                    mask=out_mask[None, :] & (cols < C)[:, None], other=0.0)  # fmt: skip
-        acc = tl.dot(act, w, acc, input_precision=PRECISION)
+        act = _active(x_at, scale, shift, cols, C, read, row_mask, EVEN, False, BEYOND)
+        w = tl.load(w_at + cols[None, :], mask=out_mask[:, None], other=0.0)
+        acc = tl.dot(w, act, acc, input_precision=PRECISION)
+    if whole < C:
+        cols = whole + tl.arange(0, BC)
+        act = _active(x_at, scale, shift, cols, C, read, row_mask, EVEN, True, BEYOND)
+        w = tl.load(w_at + cols[None, :], mask=out_mask[:, None] & (cols < C)[None, :], other=0.0)
+        acc = tl.dot(w, act, acc, input_precision=PRECISION)
     if bias is not None:
-        acc += tl.load(bias + outputs, mask=out_mask, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + outputs, mask=out_mask, other=0.0).to(tl.float32)[:, None]
     result = acc.to(out.dtype.element_ty)
-    at = out + places.to(tl.int64)[:, None] * out_row + outputs[None, :]
-    tl.store(at, result, mask=row_mask[:, None] & out_mask[None, :])
+    mask = out_mask[:, None] if EVEN else out_mask[:, None] & row_mask[None, :]
+    tl.store(out + places[None, :] * out_row + outputs[:, None], result, mask=mask)
     if parts is not None:
-        count = tl.minimum(rows - tile * BM, BM).to(tl.float32)
-        store_moments(result.to(tl.float32), row_mask, count, parts, tile, outputs, OUT, out_mask)
+        values = result.to(tl.float32)
+        if not EVEN:
+            values = tl.where(row_mask[None, :], values, 0.0)
+        mean = tl.sum(values, axis=1) / tl.minimum(rows - tile * BM, BM).to(tl.float32)
+        apart = values - mean[:, None]
+        if not EVEN:
+            apart = tl.where(row_mask[None, :], apart, 0.0)
+        at = parts + tile.to(tl.int64) * 2 * OUT + outputs
+        tl.store(at, mean, mask=out_mask)
+        tl.store(at + OUT, tl.sum(apart * apart, axis=1), mask=out_mask)
 
 
 @triton.jit(

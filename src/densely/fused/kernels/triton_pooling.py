@@ -72,16 +72,16 @@ def pool_backward(
     if pooling.kind == "max":
         assert choice is not None
         partials = _largest_sums(grad, choice, x, affine, pooling, space)
-        norm, terms = finish_norm(partials, affine, x.shape[0])
+        norm, terms, _ = finish_norm(partials, affine, x.shape[0])
         _largest_spread(grad, choice, x, affine, pooling, space, terms, out)
         return norm
     if affine.training:
         partials = _average_back(grad, x, affine, pooling, space, None, None, True)
-        norm, terms = finish_norm(partials, affine, x.shape[0])
+        norm, terms, _ = finish_norm(partials, affine, x.shape[0])
         _average_back(grad, x, affine, pooling, space, terms, out, False)
         return norm
     partials = _average_back(grad, x, affine, pooling, space, None, out, True)
-    return finish_norm(partials, affine, x.shape[0])[0]
+    return finish_norm(partials, affine, x.shape[0]).norm
 
 
 def _average_back(

@@ -102,8 +102,8 @@ def backward(
         add_scaled: see `total`.
 
     Returns:
-        The weight's gradient in its shape, in float32 and channels-last order; [parts, 2, C]: sums
-        of g and of g * (x - mean) over sets of rows that together are all rows.
+        Parts of the weight's gradient, [splits, O, kh, kw, C] in float32; [parts, 2, C]: sums of g
+        and of g * (x - mean) over sets of rows that together are all rows.
     """
     (rows, channels), outputs = x.shape, weight.shape[0]
     window = window_of(weight, dilation, space)
@@ -128,14 +128,13 @@ def backward(
     )  # fmt: skip
     if not needs_weight:
         return None, norm_parts
-    taps = _weight_gradient(grad, x, affine, window, dilation)
-    return taps.permute(0, 3, 1, 2).view(weight.shape), norm_parts
+    return _weight_gradient(grad, x, affine, window, dilation), norm_parts
 
 
 def _weight_gradient(
     grad: Tensor, x: Tensor, affine: Affine, window: Window, dilation: int
 ) -> Tensor:
-    """[O, kh, kw, C] in float32."""
+    """Its parts."""
     (rows, channels), outputs = x.shape, grad.shape[1]
     tile, cols = _weight_launch(x, outputs, window), columns(x)
     groups = window.kh * (window.kw // tile.together)
@@ -149,7 +148,7 @@ def _weight_gradient(
         **_constants(cols, tile, window, outputs, dilation), PRECISION=precision(x),
         STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return parts.sum(0)
+    return parts
 
 
 def _constants(

@@ -6,6 +6,7 @@ nothing is atomic, so sums have a fixed order. Here the parts are put together.
 - Parts of moments, float32 [tiles, 2, C]: a tile's mean and M2, its sum of squared deviations from
   that mean. Tile t covers rows t * tile_rows up to (t + 1) * tile_rows, or to the last row.
 - Parts of a norm's sums, float32 [parts, 2, C]: sum(g) and sum(g * (x - mean)).
+- Parts of a weight's gradient, float32 [splits, *shape].
 
 A program takes 8 columns, which is a sector of memory, and up to 512 parts at once; thousands of
 parts are first put together in groups by more programs than the columns alone would give work to.
@@ -15,6 +16,8 @@ Source of the combination of moments: Chan, Golub and LeVeque (1979), equation 2
 
 # Kernels are written in Triton's language, which has no types that mypy could follow.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +30,7 @@ from densely.fused.kernels.triton_tiles import launch
 _COLUMNS = 8  # of a program: 32 bytes
 _PARTS = 512  # of a program's turn
 _MANY = 2048  # parts, from which on two launches are faster than one
+_WEIGHTS = 128  # of a program
 _GROUP = 64  # parts that the first of two launches puts together
 
 
@@ -65,17 +69,31 @@ def finish_moments(
     )  # fmt: skip
 
 
+class Finished(NamedTuple):
+    """What the parts of a step's backward add up to.
+
+    `terms` are a and b, None in eval mode; `weight` is the convolution's gradient, None where no
+    parts of it were given.
+    """
+
+    norm: NormGradient
+    terms: tuple[Tensor, Tensor] | None
+    weight: Tensor | None
+
+
 def finish_norm(
     partials: Tensor,
     affine: Affine,
     rows: int,
     mean_terms: tuple[Tensor, Tensor] | None = None,
-) -> tuple[NormGradient, tuple[Tensor, Tensor] | None]:
+    weight_parts: Tensor | None = None,
+) -> Finished:
     """Gradients of a norm's parameters from its sums, and in train mode its a and b.
 
     a = scale / rows * sum(g), b = scale * rstd^2 / rows * sum(g * (x - mean)): see
     `densely.fused.block`. They are added to `mean_terms` where these are given, else new vectors;
-    there are none for a norm in eval mode.
+    there are none for a norm in eval mode. `weight_parts` [parts, *shape], float32, are added up by
+    the same launch.
     """
     parts, _, columns = partials.shape
     blocks = triton.cdiv(columns, _COLUMNS)
@@ -91,13 +109,20 @@ def finish_norm(
     made = _vectors(2 if mean_terms or not affine.training else 4, partials)
     terms = (mean_terms or (made[2], made[3])) if affine.training else None
     taken = min(_PARTS, triton.next_power_of_2(parts))
+    weight, weights = None, 0
+    if weight_parts is not None:
+        weight = weight_parts.new_empty(weight_parts.shape[1:])
+        weights = triton.cdiv(weight.numel(), _WEIGHTS)
     launch(
-        _finish_norm, (blocks,), partials,
+        _finish_norm, (blocks + weights,), partials,
         partials, affine.scale, affine.rstd, made[0], made[1], *(terms or (None, None)),
-        parts, rows, columns,
-        ADD=mean_terms is not None, PARTS=taken, COLUMNS=_COLUMNS, num_warps=_warps(taken),
+        weight_parts, weight, parts, rows, columns, blocks,
+        0 if weight_parts is None else weight_parts.shape[0],
+        0 if weight is None else weight.numel(),
+        ADD=mean_terms is not None, PARTS=taken, COLUMNS=_COLUMNS, WEIGHTS=_WEIGHTS,
+        num_warps=_warps(taken) if weight is None else 4,
     )  # fmt: skip
-    return NormGradient(made[0], made[1]), terms
+    return Finished(NormGradient(made[0], made[1]), terms, weight)
 
 
 def _vectors(number: int, like: Tensor) -> list[Tensor]:
@@ -203,23 +228,44 @@ def _add_parts(
     tl.store(to + columns, gx, mask=c < columns)
 
 
-@triton.jit(do_not_specialize=["parts", "rows"])
+@triton.jit(do_not_specialize=["parts", "rows", "blocks", "weight_splits"])
 def _finish_norm(
     partials,  # [parts, 2, C]
-    scale,  # [C], as all that follow
+    scale,  # [C], as the next six
     rstd,
-    weight,
-    bias,
+    norm_weight,
+    norm_bias,
     a,  # None in eval mode, as b
     b,
+    weight_parts,  # [weight_splits, weights], or None, as the next
+    weight,  # [weights]
     parts,
     rows,
     columns,
+    blocks,  # programs for the norm; the others add up weights
+    weight_splits,
+    weights,
     ADD: tl.constexpr,  # to what is in a and b
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    program = tl.program_id(0)
+    if program < blocks:
+        _finish_columns(
+            program, partials, scale, rstd, norm_weight, norm_bias, a, b, parts, rows, columns,
+            ADD, PARTS, COLUMNS,
+        )  # fmt: skip
+    elif weight_parts is not None:
+        _add_weights(program - blocks, weight_parts, weight, weight_splits, weights, WEIGHTS)
+
+
+@triton.jit
+def _finish_columns(
+    block, partials, scale, rstd, norm_weight, norm_bias, a, b, parts, rows, columns,
+    ADD: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    c = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < columns
     g = tl.zeros([PARTS, COLUMNS], tl.float32)
     gx = tl.zeros([PARTS, COLUMNS], tl.float32)
@@ -232,8 +278,8 @@ def _finish_norm(
     r = tl.load(rstd + c, mask=inside, other=0.0)
     to_bias = tl.sum(g, axis=0)
     to_weight = tl.sum(gx, axis=0) * r
-    tl.store(bias + c, to_bias, mask=inside)
-    tl.store(weight + c, to_weight, mask=inside)
+    tl.store(norm_bias + c, to_bias, mask=inside)
+    tl.store(norm_weight + c, to_weight, mask=inside)
     if a is not None:
         over_rows = tl.load(scale + c, mask=inside, other=0.0) / rows
         to_a, to_b = over_rows * to_bias, over_rows * r * to_weight
@@ -242,3 +288,15 @@ def _finish_norm(
             to_b += tl.load(b + c, mask=inside, other=0.0)
         tl.store(a + c, to_a, mask=inside)
         tl.store(b + c, to_b, mask=inside)
+
+
+@triton.jit
+def _add_weights(block, weight_parts, weight, splits, weights, WEIGHTS: tl.constexpr):
+    w = block * WEIGHTS + tl.arange(0, WEIGHTS)[None, :]
+    inside = w < weights
+    total = tl.zeros([8, WEIGHTS], tl.float32)
+    for start in range(0, splits, 8):
+        split = start + tl.arange(0, 8)[:, None]
+        at = weight_parts + split.to(tl.int64) * weights + w
+        total += tl.load(at, mask=(split < splits) & inside, other=0.0)
+    tl.store(weight + w, tl.sum(total, axis=0)[None, :], mask=inside)
