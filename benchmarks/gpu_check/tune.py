@@ -2,7 +2,8 @@
 
 The launch tables at the head of the Triton files are made from what this prints. Candidates are
 compiled by many processes at once, into Triton's cache, and then timed one after another by one;
-"library" is the same step through cuDNN or cuBLAS between element-wise kernels.
+"library" is the same step through cuDNN or cuBLAS between element-wise kernels. Backward of 1x1
+convolutions is timed with the launch that forms the gradient before, and as "pending" without.
 """
 
 import json
@@ -18,6 +19,7 @@ from torch import Tensor
 from gpu_check.setting import Setting, in_a_line
 
 LIBRARY = ("library",)
+PENDING = ("pending",)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def _candidates(kind: str, shape: Shape) -> Iterator[tuple[Any, ...]]:
         ):  # fmt: skip
             yield rows, channels, width, warps, stages
     elif kind == "pointwise backward":
+        yield PENDING
         for rows, channels, warps, stages, programs in (
             (32, 64, 8, 3, 1), (32, 64, 4, 2, 2), (32, 64, 4, 3, 2), (64, 64, 8, 2, 1),
             (64, 64, 4, 2, 2), (64, 128, 8, 2, 1), (32, 32, 4, 3, 2), (32, 64, 8, 2, 2),
@@ -160,7 +163,7 @@ def _work(
     """A call of the kernel on random data, by the candidate's launch."""
     from densely.fused.kernels import triton_kernels, triton_pointwise, triton_spatial
     from densely.fused.kernels import triton_spatial_backward as back
-    from densely.fused.kernels.reference import Affine, Convolution, Pending, Space
+    from densely.fused.kernels.operands import Affine, Convolution, Pending, Space
     from densely.fused.kernels.triton_tiles import window_of
 
     device, dtype = torch.device("cuda"), torch.bfloat16
@@ -175,13 +178,14 @@ def _work(
     space = Space(shape.batch, (shape.side, shape.side))
     conv = Convolution(affine, weight, None, 1, space)
     total = torch.empty_like(buffer)[:, :channels]
-    library = candidate == LIBRARY
+    library, pending = candidate == LIBRARY, candidate == PENDING
     kernels = triton_kernels.TritonKernels()
 
     def set_launch(module: Any, name: str) -> None:
         original = getattr(module, f"_table_{name}", None) or getattr(module, name)
         setattr(module, f"_table_{name}", original)
-        launch = module._Launch(*candidate) if candidate and not library else None
+        named = library or pending or not candidate
+        launch = None if named else module._Launch(*candidate)
 
         def chosen(x: Tensor, *rest: Any) -> Any:
             if launch is not None:
@@ -208,17 +212,17 @@ def _work(
         set_launch(triton_pointwise, "_backward_launch")
         if library:
             return lambda: _through_library(
-                lambda: kernels._back(grad, x, conv, True, total, None, shape.adds)
+                lambda: kernels._back(grad, x, conv, True, (total, None, shape.adds), None)
             )
-        flat = weight.flatten(1)
-        return lambda: triton_pointwise.backward(
-            grad, x, affine, flat, True, total, None, shape.adds
-        )
+        rest = (x, affine, weight.flatten(1), True, total, None, shape.adds)
+        if pending:
+            return lambda: triton_pointwise.backward(grad, *rest)
+        return lambda: triton_pointwise.backward(kernels._formed_in_place(grad), *rest)
     grads = torch.randn(rows, outputs, device=device).to(dtype)
     if library:
         needs = kind == "spatial weight"
         return lambda: _through_library(
-            lambda: kernels._back(grads, x, conv, needs, total, None, shape.adds)
+            lambda: kernels._back(grads, x, conv, needs, (total, None, shape.adds), None)
         )
     window = window_of(weight, 1, space)
     if kind == "spatial weight":

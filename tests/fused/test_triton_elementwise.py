@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from densely.fused.kernels.reference import Affine, Pending, Pooling, Space
+from densely.fused.kernels.operands import Affine, NormVectors, Pending, Pooling, Space, Unfinished
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +96,8 @@ def test_affine(columns: int) -> None:
     weight, bias, mean = (make.normal(columns) for _ in range(3))
     var = make.normal(columns).square()
     strided = torch.stack([weight, bias], 1)[:, 0]
-    scale, shift, rstd = vectors.affine(strided, bias.half(), mean, var, 1e-3)
+    norm = NormVectors(strided, bias.half(), mean, var, 1e-3, True)
+    scale, shift, rstd = vectors.affine(norm)
     r = 1 / np.sqrt(exactly(var) + np.float32(1e-3))
     assert_near(rstd, r)
     assert_near(scale, exactly(weight) * r)
@@ -113,6 +114,32 @@ def test_moments_are_combined(rows: int, tile_rows: int) -> None:
     vectors.finish_moments(partials, tile_rows, rows, mean, var)
     assert_near(mean, x.mean(0))
     assert_near(var, x.var(0))
+
+
+@pytest.mark.parametrize(("old", "rows", "tile_rows"), [(0, 11, 4), (5, 900, 1), (300, 2100, 1)])
+def test_moments_of_the_last_channels_are_finished_for_a_norm(
+    old: int, rows: int, tile_rows: int
+) -> None:
+    make = Maker()
+    x = exactly(make.normal(rows, 11)) + 3
+    tiles = [x[i : i + tile_rows] for i in range(0, rows, tile_rows)]
+    parts = np.stack([[t.mean(0), ((t - t.mean(0)) ** 2).sum(0)] for t in tiles])
+    columns = old + 11
+    weight, bias, mean, var = (1 + torch.rand(columns, device=DEVICE) for _ in range(4))
+    expected_mean = np.concatenate([exactly(mean)[:old], x.mean(0)])
+    expected_var = np.concatenate([exactly(var)[:old], x.var(0)])
+    mean[old:], var[old:] = math.nan, math.nan
+    partials = torch.from_numpy(parts).float().to(DEVICE)
+    after = Unfinished(partials, tile_rows, rows, mean[old:], var[old:])
+    found = vectors.affine(NormVectors(weight, bias, mean, var, 1e-3, True), after)
+    r = 1 / np.sqrt(expected_var + 1e-3)
+    scale = exactly(weight) * r
+    for value, wanted in zip(
+        (mean, var, *found),
+        (expected_mean, expected_var, scale, exactly(bias) - expected_mean * scale, r),
+        strict=True,
+    ):
+        assert_near(value, wanted)
 
 
 @pytest.mark.parametrize("parts", [1, 7, 513, 2100])

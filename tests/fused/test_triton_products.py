@@ -24,7 +24,7 @@ with pytest.MonkeyPatch.context() as patch:
     from triton.runtime.interpreter import InterpretedFunction
 
     from densely.fused.kernels import triton_pointwise, triton_spatial
-from densely.fused.kernels.reference import Affine, Pending, Space
+from densely.fused.kernels.operands import Affine, Pending, Space
 
 if not isinstance(triton_pointwise._forward_kernel, InterpretedFunction):
     pytest.skip("triton was imported without its interpreter", allow_module_level=True)

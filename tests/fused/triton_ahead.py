@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from densely.fused.kernels import triton_pointwise, triton_spatial
-from densely.fused.kernels.reference import Affine, Pending, Space
+from densely.fused.kernels.operands import Affine, Pending, Space
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 

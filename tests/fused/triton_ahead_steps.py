@@ -12,7 +12,15 @@ from densely.fused.kernels import (
     triton_pooling,
     triton_vectors,
 )
-from densely.fused.kernels.reference import Affine, FirstConvolution, Pending, Pooling, Space
+from densely.fused.kernels.operands import (
+    Affine,
+    FirstConvolution,
+    NormVectors,
+    Pending,
+    Pooling,
+    Space,
+    Unfinished,
+)
 
 TYPES[torch.uint8] = "*u8"
 BF16 = torch.bfloat16
@@ -31,7 +39,12 @@ def steps(batch: int, size: int, channels: int, width: int) -> None:
     affine = Affine(*vectors, True)
     scale, _, mean, _ = vectors
 
-    triton_vectors.affine(*vectors, 1e-5)
+    norm = NormVectors(*vectors, 1e-5, True)
+    for number in (300, 3000):
+        partials = torch.empty(number, 2, 32)
+        after = Unfinished(partials, 64, space.rows, mean[-32:], vectors[3][-32:])
+        triton_vectors.affine(norm, after)
+    triton_vectors.affine(norm)
     triton_vectors.finish_moments(*triton_elementwise.moments(x), space.rows, *vectors[:2])
     weights = torch.empty(132, 128, channels)
     triton_vectors.finish_norm(torch.empty(3000, 2, channels), affine, space.rows, None, weights)

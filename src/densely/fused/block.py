@@ -34,12 +34,8 @@ from torch import Tensor
 from densely.fused import plain
 from densely.fused.coefficients import like, update_running_statistics
 from densely.fused.kernels import chosen
-from densely.fused.kernels.reference import (
-    Pending,
-    Space,
-    accumulation_dtype,
-    two_vectors,
-)
+from densely.fused.kernels.operands import Affine, Pending, Space, Unfinished
+from densely.fused.kernels.reference import Kernels, accumulation_dtype, two_vectors
 from densely.fused.packing import PackedStep, pack, unpack
 from densely.fused.second_order import gradients_with_gradients
 
@@ -154,12 +150,15 @@ def dense_block_forward(
     of_input = (mean[:channels], var[:channels]) if mean.numel() else None
     kernels.place(space.matrix(x), buffer[:, :channels], of_input)
     inner: list[Tensor] = []
+    left: Unfinished | None = None  # moments of what was made last, for its first reader to finish
     for layer in layers:
         features, moments = buffer[:, :channels], (mean[:channels], var[:channels])
         columns = slice(channels, channels + layer[-1].weight.shape[0])
         channels = columns.stop
         if not keep and not mean.numel() and len(layer) == 2 and not _drops(layer):
-            first, second = (step.convolution(kernels, moments, space) for step in layer)
+            first, second = (
+                step.convolution(kernels.affine(step.norm(moments)), space) for step in layer
+            )
             kernels.convolve_twice(features, first, second, buffer[:, columns])
             inner += [x.new_empty(0, layer[1].weight.shape[1]), *two_vectors(x, 0)]
             continue
@@ -172,11 +171,13 @@ def dense_block_forward(
                 out_moments = two_vectors(x, width if following.training else 0)
                 inner += [out if keep else out.new_empty(0, width), *out_moments]
             wanted = out_moments if out_moments[0].numel() else None
-            conv = step.convolution(kernels, moments, space)
-            kernels.convolve(features, conv, out, wanted if step.mask is None else None)
+            conv = step.convolution(kernels.affine(step.norm(moments), left), space)
+            left = kernels.convolve(features, conv, out, wanted if step.mask is None else None)
             if step.mask is not None:
                 kernels.place(step.drop(out), out, wanted)
             features, moments = out, out_moments
+    if left is not None:
+        kernels.finish(left)
     return [space.maps(buffer), mean, var, *inner]
 
 
@@ -234,7 +235,9 @@ def dense_block_backward(
     sums_wanted = any(needs(layer[-1], "bias") for layer in layers)
     column_sums = kernels.column_sums(direct) if sums_wanted else a.new_empty(0)
     stop = buffer.shape[1]
-    for layer in reversed(layers[_first_needed(layers, needed) :]):
+    layers = layers[_first_needed(layers, needed) :]
+    affines = _affines(kernels, layers, (mean, var), inner, buffer.shape[1])
+    for layer in reversed(layers):
         start = stop - layer[-1].weight.shape[0]
         upstream: Tensor | Pending = arrived(slice(start, stop))
         for n, step in reversed(list(enumerate(layer))):
@@ -250,12 +253,11 @@ def dense_block_backward(
                 else:
                     grads[step.places["bias"]] = column_sums[start:stop].clone()
             if n == 0:
-                features, moments = buffer[:, :start], (mean[:start], var[:start])
+                features = buffer[:, :start]
             else:
-                *_, features, inner_mean, inner_var = inner
-                moments = (inner_mean, inner_var)
+                features = inner[-3]
                 del inner[-3:]
-            conv = step.convolution(kernels, moments, space)
+            conv = step.convolution(affines.pop(), space)
             given = (upstream, features, conv, needs(step, "weight"))
             if n == 0:
                 base = None if any_reader else direct[:, :start]
@@ -322,6 +324,27 @@ def _differentiable_backward(
         return x
 
     return gradients_with_gradients(forward, (x, *tensors), needed, grad)
+
+
+def _affines(
+    kernels: Kernels,
+    layers: list[list[PackedStep]],
+    moments: tuple[Tensor, Tensor],
+    inner: Sequence[Tensor],
+    channels: int,
+) -> list[Affine]:
+    """Of the norms of the last layers of a block, in their order, from what forward has kept."""
+    channels -= sum(layer[-1].weight.shape[0] for layer in layers)
+    later = [step for layer in layers for step in layer[1:]]
+    kept = iter(inner[len(inner) - 3 * len(later) :])
+    norms = []
+    for first, *others in layers:
+        norms.append(first.norm((moments[0][:channels], moments[1][:channels])))
+        for step in others:
+            _, mean, var = islice(kept, 3)
+            norms.append(step.norm((mean, var)))
+        channels += (others[-1] if others else first).weight.shape[0]
+    return kernels.affines(norms)
 
 
 def _drops(layer: list[PackedStep]) -> bool:

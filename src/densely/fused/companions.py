@@ -18,7 +18,8 @@ from torch import Tensor
 from densely.fused import plain
 from densely.fused.coefficients import like, parameters, update_running_statistics
 from densely.fused.kernels import chosen
-from densely.fused.kernels.reference import Pooling, Space, two_vectors
+from densely.fused.kernels.operands import NormVectors, Pooling, Space
+from densely.fused.kernels.reference import two_vectors
 from densely.fused.second_order import gradients_with_gradients
 
 
@@ -133,7 +134,7 @@ def reader_forward(
         kernels.moments(matrix, taken)
     weight, bias = norm
     mean, var = statistics or taken
-    how = kernels.affine(weight, bias, mean, var, eps, training)
+    how = kernels.affine(NormVectors(weight, bias, mean, var, eps, training))
     pooled, choice = kernels.pool(matrix, how, pooling, space)
     if conv:
         kernel, *biases = (tensor.to(x.dtype) for tensor in conv)
@@ -178,7 +179,7 @@ def reader_backward(
     matrix, pooled = space.matrix(x), pooling.pooled(space)
     norm_weight, norm_bias, *conv = learnt
     mean, var = statistics
-    how = kernels.affine(norm_weight, norm_bias, mean, var, eps, training)
+    how = kernels.affine(NormVectors(norm_weight, norm_bias, mean, var, eps, training))
     upstream = pooled.matrix(grad)
     found: list[Tensor | None] = []
     if conv:

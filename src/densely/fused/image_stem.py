@@ -19,14 +19,8 @@ from torch import Tensor
 from densely.fused import plain
 from densely.fused.coefficients import like, parameters, update_running_statistics
 from densely.fused.kernels import chosen
-from densely.fused.kernels.reference import (
-    FirstConvolution,
-    Kernels,
-    Pooling,
-    Space,
-    accumulation_dtype,
-    two_vectors,
-)
+from densely.fused.kernels.operands import FirstConvolution, NormVectors, Pooling, Space
+from densely.fused.kernels.reference import Kernels, accumulation_dtype, two_vectors
 from densely.fused.second_order import gradients_with_gradients
 
 
@@ -239,4 +233,4 @@ def _affine(
     mean, var = statistics or taken
     if statistics and bias:
         mean = mean.to(taken[0].dtype) - bias[0].to(taken[0].dtype)
-    return kernels.affine(norm_weight, norm_bias, mean, var, eps, not statistics)
+    return kernels.affine(NormVectors(norm_weight, norm_bias, mean, var, eps, not statistics))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densely.fused import coefficients, plain
-from densely.fused.kernels.reference import Convolution, Kernels, Space
+from densely.fused.kernels.operands import Affine, Convolution, NormVectors, Space
 
 _TRAINING, _CONV_BIAS, _MASK, _LAST = 1, 2, 4, 8
 
@@ -42,16 +42,15 @@ class PackedStep(NamedTuple):
     keep_rate: float
     places: dict[str, int]
 
-    def convolution(
-        self, kernels: Kernels, moments: tuple[Tensor, Tensor], space: Space
-    ) -> Convolution:
-        """What kernels take: its norm goes by these moments in train mode, by its own else."""
+    def norm(self, moments: tuple[Tensor, Tensor]) -> NormVectors:
+        """Its norm, which goes by these moments in train mode, by its own else."""
         mean, var = moments
         if self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean, self.running_var
-        affine = kernels.affine(
-            self.norm_weight, self.norm_bias, mean, var, self.eps, self.training
-        )
+        return NormVectors(self.norm_weight, self.norm_bias, mean, var, self.eps, self.training)
+
+    def convolution(self, affine: Affine, space: Space) -> Convolution:
+        """What kernels take."""
         return Convolution(affine, self.weight, self.bias, self.dilation, space)
 
     def drop(self, x: Tensor) -> Tensor:

@@ -14,14 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from densely.fused.kernels.reference import (
+from densely.fused.kernels.operands import (
     Affine,
     Convolution,
-    Kernels,
     NormGradient,
+    NormVectors,
     Pending,
     Pooling,
     Space,
+    Unfinished,
+)
+from densely.fused.kernels.reference import (
+    Kernels,
     accumulation_dtype,
     add_mean_terms,
     convolve,
@@ -39,16 +43,14 @@ class CpuKernels(Kernels):
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         self._ops = torch.ops.densely_cpu
 
-    def affine(
-        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, training: bool
-    ) -> Affine:
+    def affine(self, norm: NormVectors, after: Unfinished | None = None) -> Affine:
         """As the reference."""
-        vectors = (weight, bias, mean, var)
+        vectors = norm[:4]
         if any(v.dtype != torch.float32 or v.stride(0) != 1 for v in vectors):
-            return super().affine(weight, bias, mean, var, eps, training)
-        scale, shift, rstd = out = mean.new_empty(3, mean.shape[0])
-        self._ops.affine(*vectors, eps, out)
-        return Affine(scale, shift, mean, rstd, training)
+            return super().affine(norm)
+        scale, shift, rstd = out = norm.mean.new_empty(3, norm.mean.shape[0])
+        self._ops.affine(*vectors, norm.eps, out)
+        return Affine(scale, shift, norm.mean, rstd, norm.training)
 
     def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """As the reference."""

@@ -1,133 +1,26 @@
 """The kernels of the fused steps in plain PyTorch: the readable twin of every faster set.
 
-All work on matrices: a map [N, C, *space] in channels-last order is [N * places, C], a row for each
-place, and the first C' channels are a view of its first columns. Rows may be further apart than
-they are long; columns stand side by side.
-
-Sums over rows are made in the accumulation dtype (float32, or float64 for float64), whatever the
-dtype of the maps.
+Matrices are as `operands` has them. Sums over rows are made in the accumulation dtype (float32, or
+float64 for float64), whatever the dtype of the maps.
 """
 
 from math import prod
-from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Space(NamedTuple):
-    """Which place of which image a row is: row = (image * H + h) * W + w."""
-
-    batch: int
-    size: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of a matrix."""
-        return self.batch * prod(self.size)
-
-    def maps(self, matrix: Tensor) -> Tensor:
-        """[rows, C] as [N, C, *space], the same memory."""
-        return matrix.view(self.batch, *self.size, matrix.shape[1]).movedim(-1, 1)
-
-    def matrix(self, maps: Tensor) -> Tensor:
-        """[N, C, *space] as [rows, C]; copied only where its channels do not stand side by side."""
-        matrix = maps.movedim(1, -1).reshape(self.rows, maps.shape[1])
-        return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
-
-
-class Affine(NamedTuple):
-    """What a batch norm does at a call, x * scale + shift; vectors [C] of the accumulation dtype.
-
-    `mean` and `rstd` (1 / sqrt(var + eps)) are of the batch if `training`, else constants.
-    """
-
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
-    rstd: Tensor
-    training: bool
-
-
-class Convolution(NamedTuple):
-    """What makes conv(relu(x * scale + shift)) + bias of an x; it keeps the size of the maps.
-
-    weight [O, C, *kernel] and bias [O] or None are of the dtype of the maps, which `space` is of.
-    """
-
-    affine: Affine
-    weight: Tensor
-    bias: Tensor | None
-    dilation: int
-    space: Space
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether its kernel sees one place only."""
-        return is_pointwise(self.weight)
-
-
-class FirstConvolution(NamedTuple):
-    """A convolution that reads images of `space`, with two axes: no bias, and no padding.
-
-    weight [O, C, kh, kw] is of the dtype of the images; the stride is an axis each.
-    """
-
-    weight: Tensor
-    stride: tuple[int, ...]
-    space: Space
-
-    @property
-    def made(self) -> Space:
-        """The space of the result."""
-        axes = zip(self.space.size, self.weight.shape[2:], self.stride, strict=True)
-        return Space(
-            self.space.batch, tuple((size - seen) // step + 1 for size, seen, step in axes)
-        )
-
-
-class Pending(NamedTuple):
-    """A gradient that its reader forms as it reads: g * scale - a - (x - mean) * b.
-
-    This is what a batch norm hands back (see `densely.fused.block`). `g` and `x` are matrices, the
-    others vectors; None stands for a scale of 1, and for `a` and `b` of 0.
-    """
-
-    g: Tensor
-    x: Tensor
-    scale: Tensor | None
-    mean: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-
-
-class Pooling(NamedTuple):
-    """How places are pooled, an axis each.
-
-    "average": over windows of `step` that do not overlap; an incomplete last one is left out.
-    "max": over 3 places, padded by 1, every `step`.
-    """
-
-    kind: Literal["average", "max"]
-    step: tuple[int, ...]
-
-    def pooled(self, space: Space) -> Space:
-        """The space of the result."""
-        if self.kind == "average":
-            sizes = (size // step for size, step in zip(space.size, self.step, strict=True))
-        else:
-            sizes = (
-                (size - 1) // step + 1 for size, step in zip(space.size, self.step, strict=True)
-            )
-        return Space(space.batch, tuple(sizes))
-
-
-class NormGradient(NamedTuple):
-    """Gradients of a norm's weight and bias, of the accumulation dtype."""
-
-    weight: Tensor
-    bias: Tensor
+from densely.fused.kernels.operands import (
+    Affine,
+    Convolution,
+    FirstConvolution,
+    NormGradient,
+    NormVectors,
+    Pending,
+    Pooling,
+    Space,
+    Unfinished,
+)
 
 
 class Kernels:
@@ -139,18 +32,24 @@ class Kernels:
         """In which the gradients of all readers of x's channels are summed up."""
         return accumulation_dtype(x)
 
-    def affine(
-        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, training: bool
-    ) -> Affine:
+    def affine(self, norm: NormVectors, after: Unfinished | None = None) -> Affine:
         """X * scale + shift = weight * (x - mean) / sqrt(var + eps) + bias.
 
-        `mean` and `var` are of the accumulation dtype, or running statistics in any.
+        `after` are the moments of the norm's last channels, if `convolve` has left them in parts:
+        they are finished first.
         """
-        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-        weight, bias, mean, var = (v.to(dtype).contiguous() for v in (weight, bias, mean, var))
-        rstd = (var + eps).rsqrt()
+        dtype = torch.float64 if norm.mean.dtype == torch.float64 else torch.float32
+        weight, bias, mean, var = (v.to(dtype).contiguous() for v in norm[:4])
+        rstd = (var + norm.eps).rsqrt()
         scale = weight * rstd
-        return Affine(scale, bias - mean * scale, mean, rstd, training)
+        return Affine(scale, bias - mean * scale, mean, rstd, norm.training)
+
+    def affines(self, norms: list[NormVectors]) -> list[Affine]:
+        """`affine` of each."""
+        return [self.affine(norm) for norm in norms]
+
+    def finish(self, moments: Unfinished) -> None:
+        """Write moments that `convolve` has left in parts; here it leaves none."""
 
     def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """Mean and biased variance of each column, to two vectors of the accumulation dtype."""
@@ -176,12 +75,14 @@ class Kernels:
 
     def convolve(
         self, x: Tensor, conv: Convolution, out: Tensor, moments: tuple[Tensor, Tensor] | None
-    ) -> None:
+    ) -> Unfinished | None:
         """The convolution of x [rows, C], to `out` [rows, O].
 
-        `moments`, if given, become mean and biased variance of the columns of `out`.
+        `moments`, if given, become mean and biased variance of the columns of `out`: now, or when
+        `finish` or `affine` gets what is returned.
         """
         self.place(convolve(self.norm_relu(x, conv.affine), conv), out, moments)
+        return None
 
     def convolve_twice(
         self, x: Tensor, first: Convolution, second: Convolution, out: Tensor
@@ -404,11 +305,6 @@ def two_vectors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Room for a mean and a variance of `size` channels of maps like x."""
     dtype = accumulation_dtype(x)
     return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
-
-
-def is_pointwise(weight: Tensor) -> bool:
-    """Whether the kernel sees one place only."""
-    return weight.shape[2:].numel() == 1
 
 
 def two_dimensional(maps: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densely.fused.kernels.reference import Affine, Pending
+from densely.fused.kernels.operands import Affine, Pending
 from densely.fused.kernels.triton_tiles import MULTIPROCESSORS, launch, normalised
 
 

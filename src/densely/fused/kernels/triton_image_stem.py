@@ -31,13 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densely.fused.kernels.reference import (
-    Affine,
-    FirstConvolution,
-    NormGradient,
-    Pooling,
-    filled_taps,
-)
+from densely.fused.kernels.operands import Affine, FirstConvolution, NormGradient, Pooling
+from densely.fused.kernels.reference import filled_taps
 from densely.fused.kernels.triton_tiles import launch, precision, splits_for
 from densely.fused.kernels.triton_vectors import finish_moments
 

@@ -19,18 +19,21 @@ from densely.fused.kernels import (
     triton_spatial,
     triton_vectors,
 )
-from densely.fused.kernels.reference import (
+from densely.fused.kernels.operands import (
     Affine,
     Convolution,
     FirstConvolution,
-    Kernels,
     NormGradient,
+    NormVectors,
     Pending,
     Pooling,
     Space,
-    convolve_backward,
+    Unfinished,
 )
+from densely.fused.kernels.reference import Kernels, convolve_backward
 from densely.fused.kernels.triton_vectors import Finished
+
+_MANY_NORMS = 8  # from which on four concatenations and one launch are faster than a launch each
 
 
 class TritonKernels(Kernels):
@@ -42,14 +45,40 @@ class TritonKernels(Kernels):
         """That of the maps: each reader adds once, as plain PyTorch rounds at each addition."""
         return x.dtype
 
-    def affine(
-        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, training: bool
-    ) -> Affine:
+    def affine(self, norm: NormVectors, after: Unfinished | None = None) -> Affine:
         """As the reference."""
-        if mean.dtype == torch.float64:
-            return super().affine(weight, bias, mean, var, eps, training)
-        scale, shift, rstd = triton_vectors.affine(weight, bias, mean, var, eps)
-        return Affine(scale, shift, mean.float().contiguous(), rstd, training)
+        if norm.mean.dtype == torch.float64:
+            return super().affine(norm)
+        if after is not None and not norm.training:
+            self.finish(after)
+            after = None
+        scale, shift, rstd = triton_vectors.affine(norm, after)
+        return Affine(scale, shift, norm.mean.float().contiguous(), rstd, norm.training)
+
+    def affines(self, norms: list[NormVectors]) -> list[Affine]:
+        """As the reference; many at once, as if they were one norm."""
+        sizes = [norm.mean.shape[0] for norm in norms]
+        if (
+            len(norms) < _MANY_NORMS
+            or len({norm.eps for norm in norms}) > 1
+            or any(size % 4 for size in sizes)  # so that each begins where loads are wide
+            or any(norm.mean.dtype == torch.float64 for norm in norms)
+        ):
+            return super().affines(norms)
+        weight, bias, mean, var = (
+            torch.cat([norm[i] for norm in norms])  # type: ignore[misc]
+            for i in range(4)
+        )
+        whole = NormVectors(weight, bias, mean, var, norms[0].eps, True)
+        parts = [torch.split(vector, sizes) for vector in triton_vectors.affine(whole)]
+        return [
+            Affine(scale, shift, norm.mean.float().contiguous(), rstd, norm.training)
+            for norm, scale, shift, rstd in zip(norms, *parts, strict=True)
+        ]
+
+    def finish(self, moments: Unfinished) -> None:
+        """As the reference."""
+        triton_vectors.finish_moments(*moments)
 
     def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """As the reference."""
@@ -76,11 +105,10 @@ class TritonKernels(Kernels):
 
     def convolve(
         self, x: Tensor, conv: Convolution, out: Tensor, moments: tuple[Tensor, Tensor] | None
-    ) -> None:
+    ) -> Unfinished | None:
         """As the reference."""
         if not _has_product(x, conv):
-            super().convolve(x, conv, out, moments)
-            return
+            return super().convolve(x, conv, out, moments)
         bias = None if conv.bias is None else conv.bias.contiguous()
         ending = (bias, out, moments is not None)
         if conv.pointwise:
@@ -90,8 +118,9 @@ class TritonKernels(Kernels):
             taken = triton_spatial.forward(
                 x, conv.affine, weight, bias, conv.dilation, space, *ending[1:]
             )
-        if moments is not None and taken is not None:
-            triton_vectors.finish_moments(*taken, x.shape[0], *moments)
+        if moments is None or taken is None:
+            return None
+        return Unfinished(*taken, x.shape[0], *moments)
 
     def convolve_backward(
         self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool

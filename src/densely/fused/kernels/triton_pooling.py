@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densely.fused.kernels.reference import Affine, NormGradient, Pooling, Space
+from densely.fused.kernels.operands import Affine, NormGradient, Pooling, Space
 from densely.fused.kernels.triton_elementwise import masked, tiling
 from densely.fused.kernels.triton_tiles import launch, normalised
 from densely.fused.kernels.triton_vectors import finish_norm

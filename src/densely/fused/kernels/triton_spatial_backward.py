@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densely.fused.kernels.reference import Affine, Space
+from densely.fused.kernels.operands import Affine, Space
 from densely.fused.kernels.triton_tiles import (
     Columns,
     Window,

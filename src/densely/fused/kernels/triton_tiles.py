@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densely.fused.kernels.reference import Pending, Space
+from densely.fused.kernels.operands import Pending, Space
 
 #: Streaming multiprocessors of an H100: what grids are sized for.
 MULTIPROCESSORS = 132

@@ -24,24 +24,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densely.fused.kernels.reference import Affine, NormGradient
+from densely.fused.kernels.operands import Affine, NormGradient, NormVectors, Unfinished
 from densely.fused.kernels.triton_tiles import launch
 
 _COLUMNS = 8  # of a program: 32 bytes
 _PARTS = 512  # of a program's turn
 _MANY = 2048  # parts, from which on two launches are faster than one
+_BLOCK = 256  # columns of a program, where no parts are to be added up
 _WEIGHTS = 128  # of a program
 _GROUP = 64  # parts that the first of two launches puts together
 
 
-def affine(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> list[Tensor]:
-    """Scale, shift and rstd of a norm; vectors [C] of any floating dtypes to float32."""
-    columns = mean.shape[0]
-    found = _vectors(3, mean)
-    given = (vector.contiguous() for vector in (weight, bias, mean, var))
+def affine(norm: NormVectors, after: Unfinished | None = None) -> list[Tensor]:
+    """Scale, shift and rstd of a norm; vectors [C] of any floating dtypes to float32.
+
+    `after` are moments that are finished by the same launch: those of the norm's last channels.
+    """
+    columns, vectors = norm.mean.shape[0], [vector.contiguous() for vector in norm[:4]]
+    found = _vectors(3, norm.mean)
+    partials, tile_rows, tiles, new = None, 0, 0, 0
+    if after is not None:
+        partials, tile_rows = _grouped(after.partials, after.tile_rows, after.rows)
+        tiles, _, new = partials.shape
+    taken = min(_PARTS, triton.next_power_of_2(max(1, tiles)))
+    old_blocks = triton.cdiv(columns - new, _BLOCK)
     launch(
-        _affine, (triton.cdiv(columns, 256),), mean,
-        *given, *found, eps, columns, BLOCK=256, num_warps=2,
+        _affine, (old_blocks + triton.cdiv(new, _COLUMNS),), norm.mean,
+        *vectors, *found, norm.eps, columns, partials, tiles, tile_rows,
+        0 if after is None else after.rows, new, old_blocks,
+        BLOCK=_BLOCK, PARTS=taken, COLUMNS=_COLUMNS,
+        num_warps=2 if after is None else _warps(taken),
     )  # fmt: skip
     return found
 
@@ -50,23 +62,29 @@ def finish_moments(
     partials: Tensor, tile_rows: int, rows: int, mean_out: Tensor, var_out: Tensor
 ) -> None:
     """Mean and biased variance of `rows` rows from the moments of their tiles."""
+    partials, tile_rows = _grouped(partials, tile_rows, rows)
     tiles, _, columns = partials.shape
-    blocks = triton.cdiv(columns, _COLUMNS)
-    if tiles > _MANY:
-        groups = triton.cdiv(tiles, _GROUP)
-        grouped = partials.new_empty(groups, 2, columns)
-        launch(
-            _combine_moments, (blocks, groups), partials,
-            partials, grouped, grouped[0, 1], tiles, tile_rows, rows, columns, 2 * columns,
-            FINAL=False, GROUP=_GROUP, PARTS=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
-        )  # fmt: skip
-        partials, tiles, tile_rows = grouped, groups, tile_rows * _GROUP
     taken = min(_PARTS, triton.next_power_of_2(tiles))
     launch(
-        _combine_moments, (blocks, 1), partials,
+        _combine_moments, (triton.cdiv(columns, _COLUMNS), 1), partials,
         partials, mean_out, var_out, tiles, tile_rows, rows, columns, 0,
         FINAL=True, GROUP=0, PARTS=taken, COLUMNS=_COLUMNS, num_warps=_warps(taken),
     )  # fmt: skip
+
+
+def _grouped(partials: Tensor, tile_rows: int, rows: int) -> tuple[Tensor, int]:
+    """The moments of fewer and larger tiles, where there are very many."""
+    tiles, _, columns = partials.shape
+    if tiles <= _MANY:
+        return partials, tile_rows
+    groups = triton.cdiv(tiles, _GROUP)
+    grouped = partials.new_empty(groups, 2, columns)
+    launch(
+        _combine_moments, (triton.cdiv(columns, _COLUMNS), groups), partials,
+        partials, grouped, grouped[0, 1], tiles, tile_rows, rows, columns, 2 * columns,
+        FINAL=False, GROUP=_GROUP, PARTS=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
+    )  # fmt: skip
+    return grouped, tile_rows * _GROUP
 
 
 class Finished(NamedTuple):
@@ -136,9 +154,22 @@ def _warps(parts: int) -> int:
     return max(1, min(8, parts * _COLUMNS // 512))
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit
+def _store_affine(weight, bias, m, v, scale, shift, rstd, eps, c, valid):
+    # Rounded as in PyTorch: an error of two units here moves every value, and relu opens elsewhere.
+    spread = tl.sqrt_rn(v + eps)
+    r = tl.div_rn(tl.full(spread.shape, 1.0, tl.float32), spread)
+    s = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32) * r
+    tl.store(scale + c, s, mask=valid)
+    tl.store(shift + c, tl.load(bias + c, mask=valid, other=0.0).to(tl.float32) - m * s, mask=valid)
+    tl.store(rstd + c, r, mask=valid)
+
+
+@triton.jit(
+    do_not_specialize=["columns", "tiles", "tile_rows", "rows", "new_columns", "old_blocks"]
+)
 def _affine(
-    weight,  # [C], as all others
+    weight,  # [C], as the next six
     bias,
     mean,
     var,
@@ -147,18 +178,69 @@ def _affine(
     rstd,
     eps,
     columns,
+    partials,  # [tiles, 2, new_columns], moments of the last columns; or None
+    tiles,
+    tile_rows,
+    rows,
+    new_columns,
+    old_blocks,  # programs for columns whose moments are known
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = c < columns
-    # Rounded as in PyTorch: an error of two units here moves every value, and relu opens elsewhere.
-    spread = tl.sqrt_rn(tl.load(var + c, mask=valid, other=1.0).to(tl.float32) + eps)
-    r = tl.div_rn(tl.full(spread.shape, 1.0, tl.float32), spread)
-    s = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32) * r
-    m = tl.load(mean + c, mask=valid, other=0.0).to(tl.float32)
-    tl.store(scale + c, s, mask=valid)
-    tl.store(shift + c, tl.load(bias + c, mask=valid, other=0.0).to(tl.float32) - m * s, mask=valid)
-    tl.store(rstd + c, r, mask=valid)
+    program = tl.program_id(0)
+    old = columns - new_columns
+    if program < old_blocks:
+        c = program * BLOCK + tl.arange(0, BLOCK)
+        m = tl.load(mean + c, mask=c < old, other=0.0).to(tl.float32)
+        v = tl.load(var + c, mask=c < old, other=1.0).to(tl.float32)
+        _store_affine(weight, bias, m, v, scale, shift, rstd, eps, c, c < old)
+    elif partials is not None:
+        _finish_new(
+            program - old_blocks, weight, bias, mean, var, scale, shift, rstd, eps, old, partials,
+            tiles, tile_rows, rows, new_columns, PARTS, COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish_new(
+    block, weight, bias, mean, var, scale, shift, rstd, eps, old, partials, tiles, tile_rows, rows,
+    columns, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    new = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    m, second, count = _combined(partials, new, columns, 0, tiles, tile_rows, rows, PARTS, COLUMNS)
+    v = tl.div_rn(second, count)
+    c, valid = old + new, new < columns
+    tl.store(mean + c, m, mask=valid)
+    tl.store(var + c, v, mask=valid)
+    _store_affine(weight, bias, m, v, scale, shift, rstd, eps, c, valid)
+
+
+@triton.jit
+def _combined(
+    partials, c, columns, first, last, tile_rows, rows, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Mean, sum of squared deviations and number of rows of the tiles from first to last."""
+    count = tl.zeros([PARTS, 1], tl.float32)
+    mean = tl.zeros([PARTS, COLUMNS], tl.float32)
+    m2 = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(first, last, PARTS):
+        tile = start + tl.arange(0, PARTS)[:, None]
+        valid = (tile < last) & (c < columns)
+        at = partials + tile.to(tl.int64) * (2 * columns) + c
+        new_mean = tl.load(at, mask=valid, other=0.0)
+        new_m2 = tl.load(at + columns, mask=valid, other=0.0)
+        more = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows)
+        more = tl.where(tile < last, more, 0).to(tl.float32)
+        share = tl.div_rn(more, tl.maximum(count + more, 1.0))
+        delta = tl.where(tile < last, new_mean - mean, 0.0)
+        mean += delta * share
+        m2 += new_m2 + delta * delta * (count * share)
+        count += more
+    total = tl.sum(count, axis=0)[None, :]
+    whole = tl.div_rn(tl.sum(mean * count, axis=0)[None, :], total)
+    delta = mean - whole
+    return whole, tl.sum(m2 + delta * delta * count, axis=0)[None, :], total
 
 
 @triton.jit(do_not_specialize=["tiles", "tile_rows", "rows", "out_stride"])
@@ -180,26 +262,9 @@ def _combine_moments(
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     first = group * GROUP
     last = tl.minimum(first + GROUP, tiles) if GROUP > 0 else tiles
-    count = tl.zeros([PARTS, 1], tl.float32)
-    mean = tl.zeros([PARTS, COLUMNS], tl.float32)
-    m2 = tl.zeros([PARTS, COLUMNS], tl.float32)
-    for start in range(first, last, PARTS):
-        tile = start + tl.arange(0, PARTS)[:, None]
-        valid = (tile < last) & (c < columns)
-        at = partials + tile.to(tl.int64) * (2 * columns) + c
-        new_mean = tl.load(at, mask=valid, other=0.0)
-        new_m2 = tl.load(at + columns, mask=valid, other=0.0)
-        more = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows)
-        more = tl.where(tile < last, more, 0).to(tl.float32)
-        share = tl.div_rn(more, tl.maximum(count + more, 1.0))
-        delta = tl.where(tile < last, new_mean - mean, 0.0)
-        mean += delta * share
-        m2 += new_m2 + delta * delta * (count * share)
-        count += more
-    total = tl.sum(count, axis=0)[None, :]
-    whole = tl.div_rn(tl.sum(mean * count, axis=0)[None, :], total)
-    delta = mean - whole
-    second = tl.sum(m2 + delta * delta * count, axis=0)[None, :]
+    whole, second, total = _combined(
+        partials, c, columns, first, last, tile_rows, rows, PARTS, COLUMNS
+    )
     if FINAL:
         second = tl.div_rn(second, total)
     at = group.to(tl.int64) * out_stride + c
