@@ -10,7 +10,8 @@
 #   benchmarks/gpu_check.sh OUTDIR cifar            densely train --recipe cifar: 300 epochs
 #
 # Words behind the stage go to it, such as --budget SECONDS, --nets d2l,bc,121, --dtypes bfloat16,
-# --compile default (or '' for none), and --smoke: a dry run of tiny nets on a CPU.
+# --compile default (or '' for none), --variants "densely captured,compiled default captured", and
+# --smoke: a dry run of tiny nets on a CPU.
 #
 # PYTHON      the Python with PyTorch and Triton (python3); nothing of densely need be installed
 # WHEELS      chapter, cifar: folder with wheels of jsonargparse and rich and what they need, if

@@ -29,10 +29,15 @@ def main() -> int:
     parser.add_argument("--kernels", default="triton", help="the set to be forced; auto for none")
     parser.add_argument("--compile", default="default,max-autotune", help="modes; empty for none")
     parser.add_argument("--modes", default="train,inference", help="of `speed`")
+    parser.add_argument("--variants", default="", help="of `speed`: these alone, by their names")
     parser.add_argument("--smoke", action="store_true", help="tiny nets on the CPU: a dry run")
     options = parser.parse_args()
     if unknown := set(options.nets.split(",")) - set(NETS):
         parser.error(f"--nets: {', '.join(unknown)} not among {', '.join(NETS)}")
+    variants = tuple(filter(None, options.variants.split(",")))
+    known = speed.names(options.compile.split(","))
+    if unknown := set(variants) - set(known):
+        parser.error(f"--variants: {', '.join(unknown)} not among {', '.join(known)}")
     if not options.smoke and not torch.cuda.is_available():
         parser.error("no CUDA GPU is here; --smoke is a dry run on the CPU")
     if options.smoke:
@@ -46,6 +51,7 @@ def main() -> int:
             kernels=options.kernels,
             compile_modes=tuple(filter(None, options.compile.split(","))),
             modes=tuple(options.modes.split(",")),
+            variants=variants,
             budget_s=options.budget,
             smoke=options.smoke,
         )

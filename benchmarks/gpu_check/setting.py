@@ -93,6 +93,7 @@ class Setting:
     kernels: str
     compile_modes: tuple[str, ...]
     modes: tuple[str, ...]
+    variants: tuple[str, ...]
     budget_s: float
     smoke: bool
     began: float = field(default_factory=time.monotonic)

@@ -21,7 +21,7 @@ from densely.bench.trial import Trial
 from densely.fused import backend
 from densely.runtime import Runtime
 from densely.training.captured import TrainingStep, training_step
-from gpu_check.setting import CheckedNet, Findings, Setting, in_a_line
+from gpu_check.setting import NETS, CheckedNet, Findings, Setting, in_a_line
 
 BATCH = 256
 ROUNDS = 5
@@ -79,11 +79,12 @@ def run(setting: Setting) -> int:
             print(f"ceilings: {findings.facts['ceilings']}", flush=True)
         for mode in setting.modes:
             for net in setting.nets:
-                _compare(setting, findings, net, mode, list(_variants(net, mode)))
+                _compare(setting, findings, net, mode, _wanted(setting, _variants(net, mode)))
         for compile_mode in setting.compile_modes:
             _print_table(setting, findings.rows)  # compiling may be cut off
             for net in setting.nets:
-                _compare(setting, findings, net, "train", list(_compiled(net, compile_mode)))
+                wanted = _wanted(setting, _compiled(net, compile_mode))
+                _compare(setting, findings, net, "train", wanted)
     _print_table(setting, findings.rows)
     return 1 if any(row["ours"] and "error" in row for row in findings.rows) else 0
 
@@ -112,6 +113,17 @@ def _compiled(net: CheckedNet, mode: str) -> Iterator[Variant]:
     yield Variant(f"compiled {mode}", plain, compiled=mode)
     if mode == "default":
         yield Variant(f"compiled {mode} captured", plain, compiled=mode, captured=True)
+
+
+def names(compile_modes: Sequence[str]) -> list[str]:
+    """Of all variants."""
+    net = NETS["d2l"]
+    compiled = [v for mode in compile_modes if mode for v in _compiled(net, mode)]
+    return list(dict.fromkeys(v.name for v in [*_variants(net, "train"), *compiled]))
+
+
+def _wanted(setting: Setting, variants: Iterator[Variant]) -> list[Variant]:
+    return [v for v in variants if not setting.variants or v.name in setting.variants]
 
 
 def peer_of(net: CheckedNet) -> Callable[[], nn.Module]:
