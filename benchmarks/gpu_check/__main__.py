@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from gpu_check import correct, profiles, speed, trainings, tune
+from gpu_check import correct, profiles, speed, traffic, trainings, tune
 from gpu_check.setting import NETS, Setting
 
 STAGES = {
     "correct": correct.run,
     "speed": speed.run,
     "profile": profiles.run,
+    "traffic": traffic.run,
     "tune": tune.run,
     "chapter": trainings.chapter,
     "cifar": trainings.cifar,
@@ -38,7 +39,7 @@ def main() -> int:
     known = speed.names(options.compile.split(","))
     if unknown := set(variants) - set(known):
         parser.error(f"--variants: {', '.join(unknown)} not among {', '.join(known)}")
-    if not options.smoke and not torch.cuda.is_available():
+    if not (options.smoke or options.stage == "traffic" or torch.cuda.is_available()):
         parser.error("no CUDA GPU is here; --smoke is a dry run on the CPU")
     if options.smoke:
         torch.set_num_threads(1)  # of a machine that has other work too

@@ -104,7 +104,7 @@ class Setting:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu" if self.smoke else "cuda")
+        return torch.device("cpu" if self.smoke or not torch.cuda.is_available() else "cuda")
 
     @property
     def runtime(self) -> Runtime:
