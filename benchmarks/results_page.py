@@ -274,6 +274,28 @@ PyTorch). This card copies {ceilings["copy_tb_per_s"]} TB/s and multiplies
 {table}"""
 
 
+def gpu_traffic() -> str:
+    result = read("traffic-account.json")
+    names = {"d2l": "d2l, 96 pixels", "bc": "DenseNet-BC-100-12, 32", "121": "DenseNet-121, 224"}
+    lines = ["| net | densely, MB/image | the design's table | of it | most of it by |"]
+    lines.append("|---|---|---|---|---|")
+    for row in result["rows"]:
+        design, found = result["design"][row["net"]], row["mb_per_image"]
+        most = ", ".join(f"{name} {mb:.1f}" for name, mb in list(row["by_kernel"].items())[:4])
+        lines.append(
+            f"| {names[row['net']]} | {found:.1f} | {design} | {found / design:.2f} | {most} |"
+        )
+    table = "\n".join(lines)
+    return f"""## Bytes that a training step moves on a GPU, by account
+
+Command: `bash benchmarks/gpu_check.sh OUTDIR traffic` on a machine without a GPU. Commit
+{result["environment"]["commit"]}, batch {result["batch"]}, bfloat16. Not measured: what kernels are
+given is added up, each operand once, what is added to twice, so a cache is assumed that holds what
+a kernel reads more than once. On a GPU the same command counts by ncu, which waits for one.
+
+{table}"""
+
+
 def gpu_chapter() -> str:
     result = read("gpu-h100/chapter.json")
     row, env = result["rows"][0], result["environment"]

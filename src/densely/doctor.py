@@ -21,7 +21,7 @@ def diagnosis(device: str = "auto") -> dict[str, object]:
     facts["keeps freed memory"] = (
         "yes, while training or evaluating (glibc)" if can_keep_freed_memory() else "no (not glibc)"
     )
-    facts["dense blocks"] = _block_code()
+    facts["dense blocks"] = _block_code(runtime.device.type)
     facts["data is looked for in"] = [
         "--data-dir, if given",
         f"{VARIABLE}: {_state(os.environ.get(VARIABLE))}",
@@ -30,9 +30,12 @@ def diagnosis(device: str = "auto") -> dict[str, object]:
     return facts
 
 
-def _block_code() -> str:
-    why = missing()
-    return f"plain PyTorch kernels: {why}" if why else "fused, with kernels compiled for this CPU"
+def _block_code(device_type: str) -> str:
+    why = missing(device_type)
+    if why:
+        return f"plain PyTorch kernels: {why}"
+    made = "Triton kernels" if device_type == "cuda" else "kernels compiled for this CPU"
+    return f"fused, with {made}"
 
 
 def _state(folder: str | None) -> str:

@@ -125,6 +125,16 @@ def test_float64_is_left_to_the_reference() -> None:
     assert_same(got, blocks.oracle(x, layers, grad))
 
 
+def test_rows_of_a_block_lie_multiples_of_8_values_apart() -> None:
+    case = BLOCKS["biases"]
+    x, layers = blocks.build(case, torch.float32)
+    with kernels.use("triton"):
+        out = backend.dense_block(x.to(DEVICE), change(layers, lambda t: t.to(DEVICE)))
+    assert out.shape[1] % 8 != 0
+    assert out.stride(3) % 8 == 0
+    assert out.stride(3) - out.shape[1] < 8
+
+
 # Their companions.
 
 STEPS = {
@@ -192,6 +202,39 @@ def test_without_triton_gpus_run_plain_pytorch(monkeypatch: pytest.MonkeyPatch) 
     assert "triton" not in kernels.available()
     assert type(kernels.chosen(OnGpu())) is Kernels  # type: ignore[arg-type]
     assert "runs on cuda" in str(backend.obstacle(OnGpu(), [], []))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "reason"),
+    [
+        ((7, 5), None, "compute capability 7.5; the Triton kernels need 8.0"),
+        ((9, 0), RuntimeError("Failed to find C compiler\nmore"), "Failed to find C compiler"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_kernels_runs_plain_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    error: Exception | None,
+    reason: str,
+) -> None:
+    def fails(*_: object) -> None:
+        assert error is not None, "was tried"
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old One")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(triton_kernels.TritonKernels, "affine", fails)
+    found = kernels._triton.__wrapped__()
+    assert isinstance(found, str)
+    assert reason in found
+    assert "\n" not in found
+    assert found in caplog.text
+    monkeypatch.setattr(kernels, "_triton", lambda: found)
+    assert kernels.missing("cuda") == found
 
 
 def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:

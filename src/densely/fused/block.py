@@ -217,7 +217,8 @@ def dense_block_backward(
     space, kernels = Space(output.shape[0], tuple(output.shape[2:])), chosen(output)
     buffer, direct = space.matrix(output), space.matrix(grad)
     mean, var, *inner = kept
-    total = torch.empty_like(buffer, dtype=kernels.total_dtype(buffer))
+    rows, columns = buffer.shape
+    total = kernels.matrix(rows, columns, buffer, kernels.total_dtype(buffer))
     a, b = buffer.new_zeros(2, buffer.shape[1], dtype=accumulation_dtype(buffer))
     any_reader = False
     grads: dict[int, Tensor] = {}
@@ -357,7 +358,8 @@ def _allocate(
     """The buffer of a block and the statistics of its channels, as yet without values."""
     channels = x.shape[1] + sum(layer[-1].weight.shape[0] for layer in layers)
     trained = any(step.training for layer in layers for step in layer)
-    return x.new_empty(space.rows, channels), *two_vectors(x, channels if trained else 0)
+    buffer = chosen(x).matrix(space.rows, channels, x, x.dtype)
+    return buffer, *two_vectors(x, channels if trained else 0)
 
 
 def _first_needed(layers: list[list[PackedStep]], needed: Sequence[bool]) -> int:

@@ -215,7 +215,8 @@ def _(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     space = _space(x)
-    found = [space.maps(x.new_empty(space.rows, x.shape[1])), *map(torch.empty_like, learnt)]
+    grad_x = chosen(x).matrix(space.rows, x.shape[1], x, x.dtype)
+    found = [space.maps(grad_x), *map(torch.empty_like, learnt)]
     return [tensor for tensor, need in zip(found, needed, strict=True) if need]
 
 

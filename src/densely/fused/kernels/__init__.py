@@ -14,9 +14,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from densely.errors import ConfigError
+from densely.errors import ConfigError, first_line
 from densely.fused.kernels.build import BuildError, find_or_build
 from densely.fused.kernels.cpu_kernels import CpuKernels
+from densely.fused.kernels.operands import NormVectors
 from densely.fused.kernels.reference import Kernels, filled_taps
 
 _log = logging.getLogger(__name__)
@@ -54,10 +55,12 @@ def makes_image_stem(images: Tensor, weight: Tensor) -> bool:
 def missing(device_type: str = "cpu") -> str | None:
     """Why a kind of device, "cpu" or "cuda", has no kernels of its own here; None if it has.
 
-    Asks for Triton without importing it, so that code being compiled may ask.
+    Code being compiled may ask: then Triton is neither imported nor tried.
     """
-    if device_type == "cuda":
-        return None if _HAS_TRITON else "Triton is not installed"
+    if device_type == "cuda" and not _HAS_TRITON:
+        return "Triton is not installed"
+    if device_type == "cuda" and torch.compiler.is_compiling():
+        return None
     found = _of_device(device_type)
     return found if isinstance(found, str) else None
 
@@ -107,7 +110,25 @@ def _cpu() -> Kernels | str:
 def _triton() -> Kernels | str:
     try:
         from densely.fused.kernels.triton_kernels import TritonKernels
-    except ImportError as error:
-        _log.warning("DenseNets run on GPUs as plain PyTorch, slower than they could: %s", error)
-        return f"Triton is not there: {error}"
-    return TritonKernels()
+
+        kernels = TritonKernels()
+        if torch.cuda.is_available():
+            _try(kernels)
+    except Exception as error:  # as of a compiler that Triton does not find
+        reason = first_line(error)
+        _log.warning("DenseNets run on GPUs as plain PyTorch, slower than they could: %s", reason)
+        return reason
+    return kernels
+
+
+def _try(kernels: Kernels) -> None:
+    """Run the smallest kernel once: a machine may have Triton and not what it needs."""
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; the Triton "
+            "kernels need 8.0 (Ampere) or later"
+        )
+    if not torch.cuda.is_current_stream_capturing():
+        ones = torch.ones(8, device="cuda")
+        kernels.affine(NormVectors(ones, ones, ones, ones, 1e-5, True))

@@ -32,6 +32,10 @@ class Kernels:
         """In which the gradients of all readers of x's channels are summed up."""
         return accumulation_dtype(x)
 
+    def matrix(self, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised matrix on the device of `like`, its rows as far apart as is wise."""
+        return like.new_empty(rows, columns, dtype=dtype)
+
     def affine(self, norm: NormVectors, after: Unfinished | None = None) -> Affine:
         """X * scale + shift = weight * (x - mean) / sqrt(var + eps) + bias.
 
