@@ -19,6 +19,7 @@ from torch import Tensor
 
 from densely.errors import ConfigError
 from densely.fused import backend, kernels, plain
+from densely.fused.kernels.operands import NormVectors
 from densely.fused.kernels.reference import Kernels
 
 #: The interpreter computes what is masked out too.
@@ -123,6 +124,23 @@ def test_float64_is_left_to_the_reference() -> None:
     grad = blocks.gradient(BLOCKS["bottleneck"])
     got = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton")
     assert_same(got, blocks.oracle(x, layers, grad))
+
+
+def test_affines_of_many_norms_are_those_of_each() -> None:
+    make = blocks.Maker(0, dtype=torch.float32)
+    norms = []
+    for channels in (4, 7, 1, 12, 33, 6, 8, 2, 5):
+        vectors = [make.normal(channels).to(DEVICE) for _ in range(3)]
+        norms.append(NormVectors(*vectors, make.uniform(channels).to(DEVICE), 1e-5, True))
+    kernel_set = triton_kernels.TritonKernels()
+    whole = kernel_set.affines(norms)
+    for norm, found in zip(norms, whole, strict=True):
+        alone = kernel_set.affine(norm)
+        for ours, theirs in zip(found[:4], alone[:4], strict=True):
+            assert torch.equal(ours, theirs)
+    assert (
+        whole[1].scale.untyped_storage().data_ptr() == whole[2].scale.untyped_storage().data_ptr()
+    )
 
 
 def test_rows_of_a_block_lie_multiples_of_8_values_apart() -> None:

@@ -8,6 +8,8 @@ float64 is left to the reference, and so are poolings along three axes. A convol
 axes runs through cuDNN between kernels that norm and mask.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -61,23 +63,28 @@ class TritonKernels(Kernels):
 
     def affines(self, norms: list[NormVectors]) -> list[Affine]:
         """As the reference; many at once, as if they were one norm."""
-        sizes = [norm.mean.shape[0] for norm in norms]
         if (
             len(norms) < _MANY_NORMS
             or len({norm.eps for norm in norms}) > 1
-            or any(size % 4 for size in sizes)  # so that each begins where loads are wide
             or any(norm.mean.dtype == torch.float64 for norm in norms)
         ):
             return super().affines(norms)
-        weight, bias, mean, var = (
-            torch.cat([norm[i] for norm in norms])  # type: ignore[misc]
-            for i in range(4)
-        )
-        whole = NormVectors(weight, bias, mean, var, norms[0].eps, True)
-        parts = [torch.split(vector, sizes) for vector in triton_vectors.affine(whole)]
+        sizes = [norm.mean.shape[0] for norm in norms]
+        gaps = [-size % 4 for size in sizes]  # so that each begins where loads are wide
+        filling = norms[0].mean.new_ones(4)
+
+        def of_all(vectors: Iterable[Tensor]) -> Tensor:
+            pairs = zip(vectors, gaps, strict=True)
+            return torch.cat([part for vector, gap in pairs for part in (vector, filling[:gap])])
+
+        weight, bias = of_all(n.weight for n in norms), of_all(n.bias for n in norms)
+        mean, var = of_all(n.mean for n in norms), of_all(n.var for n in norms)
+        whole = triton_vectors.affine(NormVectors(weight, bias, mean, var, norms[0].eps, True))
+        steps = [size + gap for size, gap in zip(sizes, gaps, strict=True)]
+        found = zip(norms, sizes, *(torch.split(v, steps) for v in whole), strict=True)
         return [
-            Affine(scale, shift, norm.mean.float().contiguous(), rstd, norm.training)
-            for norm, scale, shift, rstd in zip(norms, *parts, strict=True)
+            Affine(scale[:n], shift[:n], norm.mean.float().contiguous(), rstd[:n], norm.training)
+            for norm, n, scale, shift, rstd in found
         ]
 
     def finish(self, moments: Unfinished) -> None:
