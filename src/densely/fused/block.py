@@ -38,6 +38,7 @@ from densely.fused.kernels.operands import Affine, Pending, Space, Unfinished
 from densely.fused.kernels.reference import Kernels, accumulation_dtype, two_vectors
 from densely.fused.packing import PackedStep, pack, unpack
 from densely.fused.second_order import gradients_with_gradients
+from densely.fused.zero_sums import is_marked, mark
 
 
 class Outcome(NamedTuple):
@@ -122,9 +123,14 @@ class _DenseBlock(torch.autograd.Function):
                 grad, output[:, : ctx.num_inputs], tensors, ctx.flags, ctx.numbers, ctx.needed
             )
         else:
+            zero_sums = is_marked(grad)
             found = dense_block_backward(
-                grad, output, kept, tensors, ctx.num_inputs, ctx.flags, ctx.numbers, ctx.needed
-            )
+                grad, output, kept, tensors, ctx.num_inputs, ctx.flags, ctx.numbers, ctx.needed,
+                zero_sums,
+            )  # fmt: skip
+            readers = unpack(tensors, ctx.flags, ctx.numbers) if zero_sums else []
+            if ctx.needed[0] and zero_sums and all(layer[0].training for layer in readers):
+                mark(found[0])
         remaining = iter(found)
         grad_x, *grad_tensors = [next(remaining) if need else None for need in ctx.needed]
         return grad_x, None, None, None, *grad_tensors
@@ -211,8 +217,12 @@ def dense_block_backward(
     flags: Sequence[int],
     numbers: Sequence[float],
     needed: Sequence[bool],
+    zero_sums: bool,
 ) -> list[Tensor]:
-    """Gradients of those of (x, *tensors) that need one, in this order."""
+    """Gradients of those of (x, *tensors) that need one, in this order.
+
+    With `zero_sums` each channel of `grad` is known to sum to zero.
+    """
     layers = unpack(tensors, flags, numbers, output.dtype)
     space, kernels = Space(output.shape[0], tuple(output.shape[2:])), chosen(output)
     buffer, direct = space.matrix(output), space.matrix(grad)
@@ -234,7 +244,9 @@ def dense_block_backward(
         return Pending(arriving, buffer[:, columns], None, mean[columns], a[columns], b[columns])
 
     sums_wanted = any(needs(layer[-1], "bias") for layer in layers)
-    column_sums = kernels.column_sums(direct) if sums_wanted else a.new_empty(0)
+    column_sums = a.new_zeros(direct.shape[1] if sums_wanted else 0)
+    if sums_wanted and not zero_sums:
+        column_sums = kernels.column_sums(direct)
     stop = buffer.shape[1]
     layers = layers[_first_needed(layers, needed) :]
     affines = _affines(kernels, layers, (mean, var), inner, buffer.shape[1])
@@ -290,6 +302,7 @@ def _(
     flags: Sequence[int],
     numbers: Sequence[float],
     needed: Sequence[bool],
+    zero_sums: bool,
 ) -> list[Tensor]:
     space = Space(output.shape[0], tuple(output.shape[2:]))
     found = [space.maps(output.new_empty(space.rows, num_inputs))] * needed[0]

@@ -21,6 +21,7 @@ from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import NormVectors, Pooling, Space
 from densely.fused.kernels.reference import two_vectors
 from densely.fused.second_order import gradients_with_gradients
+from densely.fused.zero_sums import is_marked, mark
 
 
 class Moments(NamedTuple):
@@ -110,7 +111,12 @@ class _Reader(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
             found = _differentiable_backward(grad, x, learnt, (mean, var), ctx.setting, ctx.needed)
         else:
-            found = reader_backward(grad, x, [mean, var], choice, learnt, *ctx.setting, ctx.needed)
+            zero_sums = is_marked(grad)
+            found = reader_backward(
+                grad, x, [mean, var], choice, learnt, *ctx.setting, ctx.needed, zero_sums
+            )
+            if ctx.needed[0] and ctx.setting[1]:
+                mark(found[0])
         remaining = iter(found)
         return None, None, None, *(next(remaining) if need else None for need in ctx.needed)
 
@@ -173,8 +179,12 @@ def reader_backward(
     kind: str,
     step: Sequence[int],
     needed: Sequence[bool],
+    zero_sums: bool,
 ) -> list[Tensor]:
-    """Gradients of those of (x, *learnt) that need one, in this order."""
+    """Gradients of those of (x, *learnt) that need one, in this order.
+
+    With `zero_sums` each channel of `grad` is known to sum to zero.
+    """
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix, pooled = space.matrix(x), pooling.pooled(space)
     norm_weight, norm_bias, *conv = learnt
@@ -190,7 +200,11 @@ def reader_backward(
         else:
             found.append(None)
         if len(conv) > 1:
-            found.append(kernels.column_sums(upstream) if needed[4] else None)
+            found.append(None)
+            if needed[4]:
+                found[-1] = (
+                    torch.zeros_like(conv[1]) if zero_sums else kernels.column_sums(upstream)
+                )
         upstream = upstream @ flat
     grad_x, norm = kernels.pool_backward(upstream.contiguous(), choice, matrix, how, pooling, space)
     every = [norm.weight, norm.bias, *found]
@@ -213,6 +227,7 @@ def _(
     kind: str,
     step: Sequence[int],
     needed: Sequence[bool],
+    zero_sums: bool,
 ) -> list[Tensor]:
     space = _space(x)
     grad_x = chosen(x).matrix(space.rows, x.shape[1], x, x.dtype)
