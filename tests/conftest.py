@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,10 +42,26 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name not in ONE_THREAD:
         yield
         return
+    with single_thread():
+        yield
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Run in one thread: the bits of a training go by their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For nets so small that threads cost more than they do, and for bits that are compared."""
+    with single_thread():
+        yield
 
 
 @pytest.fixture
@@ -73,7 +90,8 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from densely import TrainConfig, train
 
     output = str(tmp_path_factory.mktemp("runs"))
-    return train(TrainConfig.from_values({"epochs": 2, "output": output})).run
+    with single_thread():
+        return train(TrainConfig.from_values({"epochs": 2, "output": output})).run
 
 
 @pytest.fixture(scope="session")

@@ -164,6 +164,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(
     assert config["normalize"] is False
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_runs_own_config_file_gives_the_same_network(
     capsys: pytest.CaptureFixture[str], digits_run: Path, tmp_path: Path
 ) -> None:
