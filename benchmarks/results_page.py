@@ -271,6 +271,9 @@ pixels (peers: torchvision), bc DenseNet-BC-100-12 at 32, d2l the chapter's net 
 PyTorch). This card copies {ceilings["copy_tb_per_s"]} TB/s and multiplies
 {ceilings["bf16_tflop_per_s"]:.0f} bfloat16 TFLOP/s. "Out of time" waits for another hour on it.
 
+The kernels have changed since that commit (see the log, 2026-11-26, "Kernels read as machine
+code"): these are the figures of the earlier ones, and those of the present ones wait for a GPU.
+
 {table}"""
 
 
@@ -432,6 +435,7 @@ def page() -> str:
         "Absolute speeds are one machine's on one day; ratios carry over.",
         bench(),
         gpu_speed(),
+        gpu_traffic(),
         gpu_chapter(),
         gpu_correct(),
         chapter(),

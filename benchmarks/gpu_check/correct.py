@@ -3,10 +3,10 @@
 Each is run twice from memory full of NaN, and must give the same bits; the fused code must be what
 ran. Then what is captured in CUDA graphs against the same thing launched kernel by kernel.
 
-In float32 one of some ten million values falls on the other side of ReLU than in float64, here or
-in plain PyTorch, and moves the gradients of its channel a thousand times further than rounding
-does. So there steps see few images, and are drawn anew where the bound is broken: what is wrong is
-so in every draw, and how many there were is kept.
+In float32 a few values fall on the other side of ReLU than in float64, here or in plain PyTorch,
+and each moves the gradients of its channel a thousand times further than rounding does. So there
+steps see few images, and are drawn anew where the bound is broken: what is wrong is so in every
+draw, and how many there were is kept.
 """
 
 import copy
