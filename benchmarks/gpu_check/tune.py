@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_check import tune_stem
 from gpu_check.setting import Setting, in_a_line
 
 LIBRARY = ("library",)
@@ -52,6 +53,10 @@ SPATIAL = (
     Shape("bc block 1", 256, 32, 48, 48, 12, 3, False),
     Shape("d2l block 1", 256, 24, 128, 192, 32, 3, True),
 )
+STEM = (
+    Shape("d2l", 256, 96, 1, 1, 64, 7, False),
+    Shape("121", 256, 224, 3, 3, 64, 7, False),
+)
 
 
 def _candidates(kind: str, shape: Shape) -> Iterator[tuple[Any, ...]]:
@@ -59,7 +64,9 @@ def _candidates(kind: str, shape: Shape) -> Iterator[tuple[Any, ...]]:
     width = max(16, 1 << (shape.outputs - 1).bit_length())
     yield ()
     yield LIBRARY
-    if kind == "pointwise forward":
+    if kind in tune_stem.KINDS:
+        yield from tune_stem.candidates()
+    elif kind == "pointwise forward":
         for rows, channels, warps, stages in (
             (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4), (128, 32, 8, 4), (128, 64, 4, 3),
             (128, 64, 4, 2), (128, 64, 4, 4), (256, 64, 8, 3),
@@ -97,6 +104,7 @@ def _candidates(kind: str, shape: Shape) -> Iterator[tuple[Any, ...]]:
 
 
 KINDS = {
+    **dict.fromkeys(tune_stem.KINDS, STEM),
     "pointwise forward": POINTWISE,
     "pointwise backward": POINTWISE,
     "spatial forward": SPATIAL,
@@ -119,6 +127,7 @@ def run(setting: Setting) -> int:
         pool.map(_compile, [jobs[i::workers] for i in range(workers)], chunksize=1)
     rows: list[dict[str, Any]] = []
     failed = False
+    torch.backends.cudnn.benchmark = True
     for kind, shapes in KINDS.items():
         for shape in shapes:
             print(f"\n{kind}, {shape.name}: us", flush=True)
@@ -166,6 +175,9 @@ def _work(
     from densely.fused.kernels.operands import Affine, Convolution, Pending, Space
     from densely.fused.kernels.triton_tiles import window_of
 
+    if kind in tune_stem.KINDS:
+        size = (shape.batch, shape.side, shape.channels)
+        return tune_stem.work(kind, *size, candidate, candidate == LIBRARY)
     device, dtype = torch.device("cuda"), torch.bfloat16
     torch.manual_seed(0)
     rows, channels, outputs = shape.rows, shape.channels, shape.outputs
