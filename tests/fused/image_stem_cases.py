@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import block_oracle
 import torch
+from block_cases import EVAL, Maker, NormCase, outcome
 from block_oracle import Result, arrays, fresh
-from test_fused_block import EVAL, Maker, NormCase, outcome
 from torch import Tensor
 
 from densely.fused import plain

@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from block_oracle import Result, arrays, change, differences, fresh, named
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_fused_block import (
+from block_cases import (
     EVAL,
     MODES,
     NUMBERS,
@@ -35,6 +32,9 @@ from test_fused_block import (
     outcome,
     storages,
 )
+from block_oracle import Result, arrays, change, differences, fresh, named
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
