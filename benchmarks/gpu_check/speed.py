@@ -86,6 +86,9 @@ def run(setting: Setting) -> int:
                 wanted = _wanted(setting, _compiled(net, compile_mode))
                 _compare(setting, findings, net, "train", wanted)
     _print_table(setting, findings.rows)
+    if not findings.rows:
+        print("nothing measured: none of --variants is one of these --modes and --compile")
+        return 1
     return 1 if any(row["ours"] and "error" in row for row in findings.rows) else 0
 
 

@@ -23,7 +23,7 @@ class StepCase:
 
     Args:
         name: in tables.
-        kind: of step.
+        kind: as `backend.fused_calls` counts it, where kernels make the image stem.
         channels: of its input.
         size: side of its input's maps.
         make: its operands in a mode, from a generator, float32.
@@ -36,11 +36,6 @@ class StepCase:
     size: int
     make: Callable[[torch.Generator, bool], tuple[Any, ...]]
     reads_images: bool = False
-
-    @property
-    def counted_as(self) -> str:
-        """Its kind, as `backend.fused_calls` has it."""
-        return "stem" if self.reads_images else self.kind
 
     @property
     def fused(self) -> Callable[..., Tensor]:

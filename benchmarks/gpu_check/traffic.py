@@ -127,7 +127,9 @@ def _by_ncu(net: CheckedNet, seconds: float) -> dict[str, float]:
     tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if tool is None:
         raise FileNotFoundError("ncu is not installed")
-    command = [tool, "--csv", "--profile-from-start", "off", "--metrics", ",".join(_METRICS)]
+    # Caches as the kernel before has left them, or what it wrote would be counted nowhere.
+    command = [tool, "--csv", "--profile-from-start", "off", "--cache-control", "none"]
+    command += ["--metrics", ",".join(_METRICS)]
     done = subprocess.run(
         [*command, sys.executable, "-m", "gpu_check.traffic", net.name],
         capture_output=True, text=True, check=False, timeout=max(1.0, seconds),

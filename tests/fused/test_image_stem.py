@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from block_cases import EVAL, assert_same, outcome, storages
 from block_oracle import fresh, named
 from image_stem_cases import CASES, Case, build, call, gradient, oracle, run
-from test_fused_block import EVAL, assert_same, outcome, storages
 from torch import Tensor, nn
 
 from densely.fused import backend, image_stem, kernels, plain, restore
@@ -126,22 +126,35 @@ def test_a_net_runs_it_where_the_kernels_are_willing(monkeypatch: pytest.MonkeyP
 
 
 def test_only_16_bits_on_gpus_are_made_again() -> None:
-    weight, many = torch.ones(64, 3, 7, 7), torch.ones(64, 8, 7, 7)
-    assert not kernels.makes_image_stem(images().half(), weight)
-
     class OnGpu(NamedTuple):
-        bytes_each: int
         device: torch.device = torch.device("cuda")
 
-        def element_size(self) -> int:
-            return self.bytes_each
+    weights = {"usual": (64, 3, 7, 7), "wide": (64, 8, 7, 7), "3D": (64, 1, 3, 3, 3)}
+    found = [
+        (kind, dtype)
+        for kind, shape in weights.items()
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        if kernels.makes_image_stem(OnGpu(), dtype, torch.ones(shape))  # type: ignore[arg-type]
+    ]
+    assert found == [("usual", torch.bfloat16), ("usual", torch.float16)]
+    assert not kernels.makes_image_stem(images(), torch.bfloat16, torch.ones(64, 3, 7, 7))
 
-    found = {
-        (size, w.shape[1]): kernels.makes_image_stem(OnGpu(size), w)  # type: ignore[arg-type]
-        for size in (2, 4)
-        for w in (weight, many)
-    }
-    assert [case for case, makes in found.items() if makes] == [(2, 3)]
+
+@pytest.mark.parametrize(
+    ("size", "pad", "error"), [(2, 3, ValueError), (5, 0, RuntimeError), (3, 0, RuntimeError)]
+)
+def test_what_plain_refuses_is_refused(
+    monkeypatch: pytest.MonkeyPatch, size: int, pad: int, error: type[Exception]
+) -> None:
+    """One value a channel for a norm of the batch; images smaller than the window."""
+    case = Case((1, 1, size, size), pad=(pad, pad))
+    tree = build(case, torch.float32)
+    with willing(monkeypatch) as ran:
+        for module in (plain, backend):
+            with pytest.raises(error) as raised:
+                call(module, case, tree)
+            assert "zero" not in str(raised.value)
+    assert "whole" not in ran
 
 
 def test_images_that_ask_for_a_gradient_get_one(monkeypatch: pytest.MonkeyPatch) -> None:

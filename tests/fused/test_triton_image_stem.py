@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from block_cases import EVAL, assert_same, is_no_worse
 from block_oracle import Result, arrays
 from image_stem_cases import CASES, Case, Inputs, build, call, gradient, oracle
-from test_fused_block import EVAL, assert_same, is_no_worse
 from test_triton_kernels import few_programs, run
 from torch import Tensor
 
@@ -38,9 +38,9 @@ def test_in_float16_is_no_further_from_float64_than_plain(name: str) -> None:
     case = CASES[name]
     tree, grad = build(case, torch.float16), gradient(case, torch.float16)
     theirs = by(plain, case, tree, grad, "reference")
-    before = backend.fused_calls["stem"]
+    before = backend.fused_calls["image stem"]
     got = by(backend, case, tree, grad)
-    assert backend.fused_calls["stem"] == before + 1, "did not run fused"
+    assert backend.fused_calls["image stem"] == before + 1, "did not run fused"
     assert is_no_worse(got, theirs, oracle(case, tree, grad), torch.float16) == []
 
 

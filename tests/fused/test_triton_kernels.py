@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import block_cases as blocks
 import numpy as np
 import pytest
-import test_fused_block as blocks
 import test_fused_companions as companions
 import torch
+from block_cases import EVAL, TRAIN, NormCase, StepCase, assert_same, is_no_worse, tensors
 from block_oracle import Result, arrays, change
-from test_fused_block import EVAL, TRAIN, NormCase, StepCase, assert_same, is_no_worse, tensors
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densely.errors import ConfigError
 from densely.fused import backend, kernels, plain
@@ -241,8 +242,9 @@ def test_a_gpu_that_cannot_run_the_kernels_runs_plain_pytorch(
         raise error
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old One")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability if i else (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old One")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
     monkeypatch.setattr(triton_kernels.TritonKernels, "affine", fails)
@@ -253,6 +255,17 @@ def test_a_gpu_that_cannot_run_the_kernels_runs_plain_pytorch(
     assert found in caplog.text
     monkeypatch.setattr(kernels, "_triton", lambda: found)
     assert kernels.missing("cuda") == found
+
+
+def test_the_trial_runs_among_tensors_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler's stand-ins ask for the kernels first; what they find stays for the process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "ones", lambda n, **_: torch.full((n,), 1.0, device=DEVICE))
+    with FakeTensorMode():
+        assert isinstance(kernels._triton.__wrapped__(), triton_kernels.TritonKernels)
 
 
 def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
@@ -269,7 +282,7 @@ def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_step_on_a_cpu_does_not_import_the_kernels_for_gpus() -> None:
     code = """
-import sys, torch, test_fused_block as blocks
+import sys, torch, block_cases as blocks
 from densely.fused import backend
 out = backend.dense_block(*blocks.build(blocks.block(), torch.float32))
 out.sum().backward()

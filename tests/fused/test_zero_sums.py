@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_fused_block import Maker, NormCase, StepCase
+from block_cases import Maker, NormCase, StepCase
 from torch import Tensor
 
 from densely.fused import backend, plain
@@ -76,6 +76,17 @@ def test_a_hook_that_changes_the_gradient_is_seen() -> None:
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-11)
     assert any(grad.abs().max() > 1 for grad in found[1])
+
+
+def test_gradients_without_a_version_are_taken_as_they_come() -> None:
+    net = Net()
+    first = backend.dense_block(net.x, net.blocks[0])
+    with torch.inference_mode():
+        grad = torch.ones(first.shape, dtype=first.dtype)
+        mark(grad)
+        assert not is_marked(grad)
+    first.backward(grad)
+    assert net.blocks[0][0][0].conv.bias.grad.any()  # type: ignore[union-attr]
 
 
 def test_a_mark_is_void_once_the_gradient_changes() -> None:

@@ -65,20 +65,18 @@ def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
 
 def image_stem(images: Tensor, conv: FirstConv, norm: Norm, stride: tuple[int, ...]) -> Tensor:
     """`plain.image_stem`; the convolution by itself where it is not worth being made again."""
-    device = images.device.type
-    x = images
-    if images.is_floating_point() and torch.is_autocast_enabled(device):
-        x = images.to(torch.get_autocast_dtype(device))
+    dtype, device = images.dtype, images.device.type
+    if torch.is_autocast_enabled(device) and dtype in _DTYPES and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     if (
         images.requires_grad
-        or images.dim() != 4
-        or conv.weight.shape[1] != images.shape[1]
-        or not makes_image_stem(x, conv.weight)
-        or obstacle(x, [norm], [conv])
+        or not makes_image_stem(images, dtype, conv.weight)
+        or not _one_or_more(images, conv, norm)
+        or obstacle(x := images.to(dtype), [norm], [conv])
         or _misfit(conv.weight.shape[0], norm, None)
     ):
         return stem(plain.first_convolution(images, conv), norm, stride)
-    _note_fused("stem")
+    _note_fused("image stem")
     return fused_image_stem(x, conv, norm, stride)
 
 
@@ -127,6 +125,18 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]
             if tensor is not None and not _fits(tensor, x, wide if autocast else (x.dtype,)):
                 return f"has a convolution of {tensor.dtype} for {x.dtype}"
     return None
+
+
+def _one_or_more(images: Tensor, conv: FirstConv, norm: Norm) -> bool:
+    """Whether the convolution makes anything, and more than a value a channel for a batch's norm.
+
+    PyTorch's own errors say more.
+    """
+    if images.dim() != 4 or images.shape[1] != conv.weight.shape[1]:
+        return False
+    axes = zip(images.shape[2:], conv.weight.shape[2:], conv.stride, conv.padding, strict=True)
+    high, wide = ((size + 2 * pad - seen) // step + 1 for size, seen, step, pad in axes)
+    return min(high, wide) >= 1 and not (norm.takes_batch and images.shape[0] * high * wide == 1)
 
 
 def _misfit_of_block(channels: int, layers: tuple[Layer, ...]) -> str | None:

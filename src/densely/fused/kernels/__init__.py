@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from densely.errors import ConfigError, first_line
 from densely.fused.kernels.build import BuildError, find_or_build
@@ -40,22 +41,24 @@ def chosen(x: Tensor) -> Kernels:
     return _REFERENCE if isinstance(found, str) else found
 
 
-def makes_image_stem(images: Tensor, weight: Tensor) -> bool:
+def makes_image_stem(images: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:
     """Whether to make the first convolution again where it is read, rather than keep it.
 
-    So on GPUs and in 16 bits, in which products cost less than the memory's traffic, if a window
-    fits into registers. Asks without importing Triton: code being compiled may ask too.
+    `dtype` is the one to compute in. So on GPUs, along two axes and in 16 bits, in which products
+    cost less than the memory's traffic, if a window fits into registers. Asks without importing
+    Triton: code being compiled may ask too.
     """
     triton = images.device.type == "cuda" and _HAS_TRITON
     if _forced:
         triton = _forced[-1].name == "triton"
-    return triton and images.element_size() == 2 and filled_taps(weight) <= _MOST_TAPS
+    planar = weight.dim() == 4
+    return triton and planar and dtype.itemsize == 2 and filled_taps(weight) <= _MOST_TAPS
 
 
 def missing(device_type: str = "cpu") -> str | None:
     """Why a kind of device, "cpu" or "cuda", has no kernels of its own here; None if it has.
 
-    Code being compiled may ask: then Triton is neither imported nor tried.
+    Code being compiled may ask; it does not go into Triton then.
     """
     if device_type == "cuda" and not _HAS_TRITON:
         return "Triton is not installed"
@@ -123,12 +126,16 @@ def _triton() -> Kernels | str:
 
 def _try(kernels: Kernels) -> None:
     """Run the smallest kernel once: a machine may have Triton and not what it needs."""
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
+    devices = range(torch.cuda.device_count())
+    oldest = min(devices, key=torch.cuda.get_device_capability)
+    capability = torch.cuda.get_device_capability(oldest)
+    if capability < (8, 0):
         raise ConfigError(
-            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; the Triton "
-            "kernels need 8.0 (Ampere) or later"
+            f"{torch.cuda.get_device_name(oldest)} has compute capability "
+            f"{capability[0]}.{capability[1]}; the Triton kernels need 8.0 (Ampere) or later"
         )
-    if not torch.cuda.is_current_stream_capturing():
-        ones = torch.ones(8, device="cuda")
-        kernels.affine(NormVectors(ones, ones, ones, ones, 1e-5, True))
+    # A compiler asks for the kernels among tensors that have no memory: here it has to be there.
+    with _disable_current_modes():
+        if not torch.cuda.is_current_stream_capturing():
+            ones = torch.ones(8, device="cuda")
+            kernels.affine(NormVectors(ones, ones, ones, ones, 1e-5, True))
