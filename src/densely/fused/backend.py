@@ -71,9 +71,9 @@ def image_stem(images: Tensor, conv: FirstConv, norm: Norm, stride: tuple[int, .
     if (
         images.requires_grad
         or not makes_image_stem(images, dtype, conv.weight)
-        or not _one_or_more(images, conv, norm)
-        or obstacle(x := images.to(dtype), [norm], [conv])
+        or obstacle(x := images.to(dtype), [norm], [conv])  # first: it knows of exports
         or _misfit(conv.weight.shape[0], norm, None)
+        or not _one_or_more(images, conv, norm)
     ):
         return stem(plain.first_convolution(images, conv), norm, stride)
     _note_fused("image stem")
