@@ -12,7 +12,7 @@ import torch
 from densely.cache import cache_folder
 
 REAL_DATA = os.environ.get("DENSELY_DATA")
-ONE_THREAD = ("comparison", "evaluation", "fused", "models", "weights")
+ONE_THREAD = ("bench", "comparison", "evaluation", "fused", "models", "weights")
 # Compiled once for all tests, in the cache folder of the user, and not in that of each test.
 os.environ.setdefault("DENSELY_KERNELS", str(cache_folder() / "kernels"))
 os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # and its list of fonts

@@ -229,7 +229,7 @@ def _work(
         rest = (x, affine, weight.flatten(1), True, total, None, shape.adds)
         if pending:
             return lambda: triton_pointwise.backward(grad, *rest)
-        return lambda: triton_pointwise.backward(kernels._formed_in_place(grad), *rest)
+        return lambda: triton_pointwise.backward(kernels.form(grad, grad.g), *rest)
     grads = torch.randn(rows, outputs, device=device).to(dtype)
     if library:
         needs = kind == "spatial weight"

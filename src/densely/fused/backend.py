@@ -15,6 +15,7 @@ from torch import Tensor
 from densely.fused import block, companions, plain
 from densely.fused.companions import Moments
 from densely.fused.image_stem import image_stem as fused_image_stem
+from densely.fused.image_stem import made_space
 from densely.fused.kernels import makes_image_stem, missing
 from densely.fused.plain import Conv, FirstConv, Layer, Norm
 
@@ -134,9 +135,8 @@ def _one_or_more(images: Tensor, conv: FirstConv, norm: Norm) -> bool:
     """
     if images.dim() != 4 or images.shape[1] != conv.weight.shape[1]:
         return False
-    axes = zip(images.shape[2:], conv.weight.shape[2:], conv.stride, conv.padding, strict=True)
-    high, wide = ((size + 2 * pad - seen) // step + 1 for size, seen, step, pad in axes)
-    return min(high, wide) >= 1 and not (norm.takes_batch and images.shape[0] * high * wide == 1)
+    made = made_space(images, conv)
+    return min(made.size) >= 1 and not (norm.takes_batch and made.rows == 1)
 
 
 def _misfit_of_block(channels: int, layers: tuple[Layer, ...]) -> str | None:

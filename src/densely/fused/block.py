@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import like, update_running_statistics
+from densely.fused.coefficients import in_places, like, update_running_statistics
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, Pending, Space, Unfinished
 from densely.fused.kernels.reference import Kernels, accumulation_dtype, two_vectors
 from densely.fused.packing import PackedStep, pack, unpack
-from densely.fused.second_order import gradients_with_gradients
+from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 from densely.fused.zero_sums import is_marked, mark
 
 
@@ -118,7 +118,7 @@ class _DenseBlock(torch.autograd.Function):
             return None, None, None, None, *(None for _ in ctx.needed[1:])
         output, *rest = ctx.saved_tensors
         kept, tensors = rest[: ctx.num_kept], rest[ctx.num_kept :]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        if second_order_wanted():
             found = _differentiable_backward(
                 grad, output[:, : ctx.num_inputs], tensors, ctx.flags, ctx.numbers, ctx.needed
             )
@@ -128,11 +128,11 @@ class _DenseBlock(torch.autograd.Function):
                 grad, output, kept, tensors, ctx.num_inputs, ctx.flags, ctx.numbers, ctx.needed,
                 zero_sums,
             )  # fmt: skip
-            readers = unpack(tensors, ctx.flags, ctx.numbers) if zero_sums else []
-            if ctx.needed[0] and zero_sums and all(layer[0].training for layer in readers):
-                mark(found[0])
-        remaining = iter(found)
-        grad_x, *grad_tensors = [next(remaining) if need else None for need in ctx.needed]
+            if ctx.needed[0] and zero_sums:
+                readers = unpack(tensors, ctx.flags, ctx.numbers)
+                if all(layer[0].training for layer in readers):
+                    mark(found[0])
+        grad_x, *grad_tensors = in_places(found, ctx.needed)
         return grad_x, None, None, None, *grad_tensors
 
 

@@ -18,6 +18,12 @@ def parameters(norm: Norm, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def in_places(found: Iterable[Tensor], needed: Iterable[bool]) -> list[Tensor | None]:
+    """The gradients that were found, each where one is needed, and None elsewhere."""
+    remaining = iter(found)
+    return [next(remaining) if need else None for need in needed]
+
+
 def like(gradient: Tensor, parameter: Tensor) -> Tensor:
     """The gradient in the parameter's dtype and memory order, as compilers are told it has."""
     if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():

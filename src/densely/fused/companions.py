@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import like, parameters, update_running_statistics
+from densely.fused.coefficients import in_places, like, parameters, update_running_statistics
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import NormVectors, Pooling, Space
 from densely.fused.kernels.reference import two_vectors
-from densely.fused.second_order import gradients_with_gradients
+from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 from densely.fused.zero_sums import is_marked, mark
 
 
@@ -108,7 +108,7 @@ class _Reader(torch.autograd.Function):
         if grad is None:
             return None, None, None, *(None for _ in ctx.needed)
         x, mean, var, choice, *learnt = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        if second_order_wanted():
             found = _differentiable_backward(grad, x, learnt, (mean, var), ctx.setting, ctx.needed)
         else:
             zero_sums = is_marked(grad)
@@ -117,8 +117,7 @@ class _Reader(torch.autograd.Function):
             )
             if ctx.needed[0] and ctx.setting[1]:
                 mark(found[0])
-        remaining = iter(found)
-        return None, None, None, *(next(remaining) if need else None for need in ctx.needed)
+        return None, None, None, *in_places(found, ctx.needed)
 
 
 @torch.library.custom_op("densely::reader_forward", mutates_args=())

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import like, parameters, update_running_statistics
+from densely.fused.coefficients import in_places, like, parameters, update_running_statistics
 from densely.fused.kernels import chosen
-from densely.fused.kernels.operands import FirstConvolution, NormVectors, Pooling, Space
+from densely.fused.kernels.operands import Affine, FirstConvolution, NormVectors, Pooling, Space
 from densely.fused.kernels.reference import Kernels, accumulation_dtype, two_vectors
-from densely.fused.second_order import gradients_with_gradients
+from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 
 
 def image_stem(
@@ -39,8 +39,9 @@ def image_stem(
         statistics = [norm.running_mean, norm.running_var]
     needed = [tensor.requires_grad for tensor in learnt]
     setting = (norm.eps, list(conv.stride), list(stride))
-    pad_h, pad_w = conv.padding
+    made, (pad_h, pad_w) = made_space(images, conv), conv.padding
     images = F.pad(images, (pad_w, pad_w, pad_h, pad_h))
+    images = images.contiguous(memory_format=torch.channels_last)  # once for both ways
     if torch.is_grad_enabled() and any(needed):
         output, mean, var, *_ = _ImageStem.apply(  # type: ignore[no-untyped-call]
             setting, statistics, needed, images, *learnt
@@ -49,9 +50,15 @@ def image_stem(
         output, mean, var, *_ = image_stem_forward(images, learnt, statistics, *setting, False)
     if norm.takes_batch:
         moved = mean if conv.bias is None else mean + conv.bias.detach()
-        rows = _convolution(images, conv.weight, conv.stride).made.rows
-        update_running_statistics([(norm, moved, var)], rows)
+        update_running_statistics([(norm, moved, var)], made.rows)
     return output  # type: ignore[no-any-return]
+
+
+def made_space(images: Tensor, conv: plain.FirstConv) -> Space:
+    """The space of what the convolution makes of images [N, C, H, W], which may be none."""
+    axes = zip(images.shape[2:], conv.padding, strict=True)
+    padded = Space(images.shape[0], tuple(size + 2 * pad for size, pad in axes))
+    return FirstConvolution(conv.weight, conv.stride, padded).made
 
 
 class _ImageStem(torch.autograd.Function):
@@ -79,7 +86,7 @@ class _ImageStem(torch.autograd.Function):
             return None, None, None, None, *(None for _ in ctx.needed)
         images, mean, var, choice, sums, *rest = ctx.saved_tensors
         statistics, learnt = rest[: ctx.num_statistics], rest[ctx.num_statistics :]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        if second_order_wanted():
             found = _differentiable_backward(
                 grad, images, learnt, statistics, ctx.setting, ctx.needed
             )
@@ -88,8 +95,7 @@ class _ImageStem(torch.autograd.Function):
                 grad, images, [mean, var, choice, sums], learnt, statistics, *ctx.setting,
                 ctx.needed,
             )  # fmt: skip
-        remaining = iter(found)
-        return None, None, None, None, *(next(remaining) if need else None for need in ctx.needed)
+        return None, None, None, None, *in_places(found, ctx.needed)
 
 
 @torch.library.custom_op("densely::image_stem_forward", mutates_args=())
@@ -200,18 +206,14 @@ def _differentiable_backward(
     return gradients_with_gradients(forward, learnt, needed, grad)
 
 
-def _convolution(images: Tensor, weight: Tensor, stride: Sequence[int]) -> FirstConvolution:
-    space = Space(images.shape[0], tuple(images.shape[2:]))
-    return FirstConvolution(weight, tuple(stride), space)
-
-
 def _parts(
     images: Tensor,
     learnt: Sequence[Tensor],
     stride: Sequence[int],
     step: Sequence[int],
 ) -> tuple[FirstConvolution, Pooling, Kernels]:
-    conv = _convolution(images, learnt[2].to(images.dtype), stride)
+    space = Space(images.shape[0], tuple(images.shape[2:]))
+    conv = FirstConvolution(learnt[2].to(images.dtype), tuple(stride), space)
     return conv, Pooling("max", tuple(step)), chosen(images)
 
 
@@ -227,7 +229,7 @@ def _affine(
     statistics: Sequence[Tensor],
     taken: tuple[Tensor, Tensor],
     eps: float,
-) -> Any:
+) -> Affine:
     """Of the convolution without its bias."""
     norm_weight, norm_bias, _, *bias = learnt
     mean, var = statistics or taken

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def second_order_wanted() -> bool:
+    """Whether the backward that runs now is to have gradients itself: under `create_graph`."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def gradients_with_gradients(
     forward: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor]:

@@ -45,10 +45,10 @@ def makes_image_stem(images: Tensor, dtype: torch.dtype, weight: Tensor) -> bool
     """Whether to make the first convolution again where it is read, rather than keep it.
 
     `dtype` is the one to compute in. So on GPUs, along two axes and in 16 bits, in which products
-    cost less than the memory's traffic, if a window fits into registers. Asks without importing
-    Triton: code being compiled may ask too.
+    cost less than the memory's traffic, if a window fits into registers. Code being compiled may
+    ask, as it may ask what is `missing`.
     """
-    triton = images.device.type == "cuda" and _HAS_TRITON
+    triton = images.device.type == "cuda" and missing("cuda") is None
     if _forced:
         triton = _forced[-1].name == "triton"
     planar = weight.dim() == 4

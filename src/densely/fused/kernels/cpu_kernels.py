@@ -214,11 +214,11 @@ class CpuKernels(Kernels):
         )  # fmt: skip
         return out, norm
 
-    def form(self, grad: Tensor | Pending) -> Tensor:
+    def form(self, grad: Tensor | Pending, out: Tensor | None = None) -> Tensor:
         """As the reference."""
         if isinstance(grad, Tensor) or grad.x.dtype == torch.float64:
-            return super().form(grad)
-        out = grad.x.new_empty(grad.x.shape)
+            return super().form(grad, out)
+        out = grad.x.new_empty(grad.x.shape) if out is None else out
         self._ops.form(*grad, out)
         return out
 

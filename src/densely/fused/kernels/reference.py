@@ -182,7 +182,8 @@ class Kernels:
         grads = _two_axes(pooling.pooled(space)).maps(grad)
         g = axes.matrix(_pool_backward(grads, axes.maps(act), pooling))
         norm, g = self.norm_relu_backward(g, act, x, affine)
-        return self.form(input_gradient(g, x, affine, norm)), norm
+        out = self.matrix(x.shape[0], x.shape[1], x, x.dtype)
+        return self.form(input_gradient(g, x, affine, norm), out), norm
 
     def image_sums(self, images: Tensor, conv: FirstConvolution) -> Tensor:
         """An uninitialised tensor for what `image_moments` leaves to `image_backward`; here none.
@@ -232,14 +233,18 @@ class Kernels:
         )  # fmt: skip
         return weight, norm
 
-    def form(self, grad: Tensor | Pending) -> Tensor:
-        """The gradient, in the dtype of the maps."""
+    def form(self, grad: Tensor | Pending, out: Tensor | None = None) -> Tensor:
+        """The gradient, in the dtype of the maps; to `out`, if given, which may be `grad.g`.
+
+        A tensor is formed already, and comes back as it is.
+        """
         if isinstance(grad, Tensor):
             return grad
         value = grad.g if grad.scale is None else grad.g * grad.scale
         if grad.mean is not None and grad.a is not None and grad.b is not None:
             value = value - grad.a - (grad.x - grad.mean) * grad.b
-        return value.to(grad.x.dtype)
+        formed = value.to(grad.x.dtype)
+        return formed if out is None else out.copy_(formed)
 
 
 def input_gradient(g: Tensor, x: Tensor, affine: Affine, norm: NormGradient) -> Pending:

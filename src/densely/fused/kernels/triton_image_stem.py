@@ -68,9 +68,7 @@ def moments(
     """
     tile, made = _launch(conv), conv.made
     outputs, taps = conv.weight.shape[0], conv.weight[0].numel()
-    tiles, blocks = triton.cdiv(made.rows, tile.rows), triton.cdiv(outputs, tile.outputs)
-    part_rows = triton.cdiv(tiles, splits_for(tiles, blocks, tile.programs)) * tile.rows
-    parts = triton.cdiv(made.rows, part_rows)
+    part_rows, parts, blocks = _divided(made.rows, outputs, tile)
     partials = _new(images, parts, 2, outputs)
     of_patches = None if sums is None else _new(images, parts, outputs + 1, taps)
     launch(
@@ -126,9 +124,7 @@ def backward(
     tile = _launch(conv)
     rows, outputs = grad.shape
     taps = conv.weight[0].numel()
-    tiles, blocks = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
-    part_rows = triton.cdiv(tiles, splits_for(tiles, blocks, tile.programs)) * tile.rows
-    parts = triton.cdiv(rows, part_rows)
+    part_rows, parts, blocks = _divided(rows, outputs, tile)
     of_patches, of_grad = _new(images, parts, outputs, taps), _new(images, parts, outputs)
     launch(
         _backward_kernel, (parts, blocks), images,
@@ -145,6 +141,13 @@ def backward(
         OUT=outputs, K=taps, KP=triton.next_power_of_2(taps), PARTS=16, num_warps=4,
     )  # fmt: skip
     return weight.permute(0, 3, 1, 2), norm
+
+
+def _divided(rows: int, outputs: int, tile: _Launch) -> tuple[int, int, int]:
+    """Rows of a part, whole tiles but for the last one's; number of parts, and of output blocks."""
+    tiles, blocks = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
+    part_rows = triton.cdiv(tiles, splits_for(tiles, blocks, tile.programs)) * tile.rows
+    return part_rows, triton.cdiv(rows, part_rows), blocks
 
 
 def _new(images: Tensor, *shape: int) -> Tensor:

@@ -182,7 +182,8 @@ class TritonKernels(Kernels):
         if conv.pointwise:
             flat = conv.weight.flatten(1)
             if isinstance(grad, Pending) and x.shape[1] > triton_pointwise.CHANNELS:
-                grad = self._formed_in_place(grad)
+                # With a scale it comes from `convolve_backward`, for this reader alone.
+                grad = self.form(grad, None if grad.scale is None else grad.g)
             parts, partials = triton_pointwise.backward(grad, x, affine, flat, needs_weight, *to)
             done = triton_vectors.finish_norm(partials, affine, rows, mean_terms, parts)
             found = done.weight
@@ -195,16 +196,6 @@ class TritonKernels(Kernels):
             done = triton_vectors.finish_norm(partials, affine, rows, mean_terms, parts)
             found = None if done.weight is None else done.weight.permute(0, 3, 1, 2)
         return done._replace(weight=None if found is None else found.view(conv.weight.shape))
-
-    def _formed_in_place(self, grad: Pending) -> Tensor:
-        """The gradient, where `grad.g` was if that is for this reader alone.
-
-        With a scale it comes from `convolve_backward`; without, from what a block adds up.
-        """
-        if grad.scale is None:
-            return self.form(grad)
-        triton_elementwise.form(grad, grad.g)
-        return grad.g
 
     def pool(
         self, x: Tensor, affine: Affine, pooling: Pooling, space: Space
@@ -232,10 +223,9 @@ class TritonKernels(Kernels):
         space: Space,
     ) -> tuple[Tensor, NormGradient]:
         """As the reference."""
-        out = self.matrix(x.shape[0], x.shape[1], x, x.dtype)
         if x.dtype == torch.float64 or len(space.size) > 2:
-            found, norm = super().pool_backward(grad, choice, x, affine, pooling, space)
-            return out.copy_(found), norm
+            return super().pool_backward(grad, choice, x, affine, pooling, space)
+        out = self.matrix(x.shape[0], x.shape[1], x, x.dtype)
         norm = triton_pooling.pool_backward(grad, choice, x, affine, pooling, space, out)
         return out, norm
 
@@ -287,11 +277,11 @@ class TritonKernels(Kernels):
             return super().image_backward(*given)
         return triton_image_stem.backward(*given)
 
-    def form(self, grad: Tensor | Pending) -> Tensor:
+    def form(self, grad: Tensor | Pending, out: Tensor | None = None) -> Tensor:
         """As the reference."""
         if isinstance(grad, Tensor) or grad.x.dtype == torch.float64:
-            return super().form(grad)
-        out = grad.x.new_empty(grad.x.shape)
+            return super().form(grad, out)
+        out = grad.x.new_empty(grad.x.shape) if out is None else out
         triton_elementwise.form(grad, out)
         return out
 
