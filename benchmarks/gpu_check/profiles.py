@@ -1,10 +1,15 @@
 """Stage `profile`: which kernels a training step spends its time in, captured and not.
 
-A text file for each network, profile-NET.txt, and the head of it on standard output.
+A text file for each network, profile-NET.txt, and the head of it on standard output. For densely's
+captured step also launches-NET.txt: one step, launch after launch.
 """
 
+import json
+import math
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +82,34 @@ def _profiled(
         for _ in range(steps):
             step(images, labels)
         _wait(setting)
+    if step.captured and title.startswith("densely"):
+        path = setting.out / f"launches-{net.name}.txt"
+        path.write_text(_launches(profiler, steps), encoding="utf-8")
     return _table(setting, f"{title} ({step.captured=})", profiler.key_averages(), steps, wall_ms)
+
+
+def _launches(profiler: profile, steps: int) -> str:
+    """The last step's: when each began, how long it took, and its programs."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    launches = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: float(e["ts"]))
+    launches = launches[-(len(launches) // steps) :]
+    lines = [
+        f"{'at us':>9} {'us':>8} {'grid':>14} {'threads':>8} {'registers':>9} {'shared':>7}  kernel"
+    ]
+    for event in launches:
+        at, facts = float(event["ts"]) - float(launches[0]["ts"]), event["args"]
+        grid = "x".join(str(size) for size in facts.get("grid", ()))
+        threads = math.prod(facts.get("block", ()))
+        lines.append(
+            f"{at:9.1f} {float(event['dur']):8.1f} {grid:>14} {threads:8} "
+            f"{facts.get('registers per thread', ''):>9} {facts.get('shared memory', ''):>7}  "
+            f"{event['name'][:200]}"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _table(setting: Setting, title: str, events: Any, steps: int, wall_ms: float) -> str:

@@ -53,10 +53,7 @@ SPATIAL = (
     Shape("bc block 1", 256, 32, 48, 48, 12, 3, False),
     Shape("d2l block 1", 256, 24, 128, 192, 32, 3, True),
 )
-STEM = (
-    Shape("d2l", 256, 96, 1, 1, 64, 7, False),
-    Shape("121", 256, 224, 3, 3, 64, 7, False),
-)
+STEM = (Shape("d2l", 256, 96, 1, 1, 64, 7, False),)
 
 
 def _candidates(kind: str, shape: Shape) -> Iterator[tuple[Any, ...]]:

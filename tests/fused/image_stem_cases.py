@@ -42,10 +42,10 @@ class Case(NamedTuple):
 #: Every branch: channels, windows of all sorts, outputs of more than a tile, both modes, biases.
 CASES = {
     "grey": Case(),
-    "colour": Case((2, 3, 13, 16), 7),
+    "colour": Case((2, 3, 13, 16), 7, (3, 3), pad=(1, 1)),
     "bias": Case(bias=True),
     "eval": Case(norm=EVAL, bias=True),
-    "colour in eval": Case((2, 3, 11, 11), norm=EVAL),
+    "colour in eval": Case((2, 3, 11, 11), window=(3, 3), pad=(1, 1), norm=EVAL),
     "uneven": Case((3, 2, 14, 9), 6, (5, 3), (1, 2), (2, 1), (1, 2)),
     "unpadded": Case((2, 1, 14, 14), 4, (3, 4), (1, 1), (0, 0), (2, 1)),
     "many outputs": Case((1, 1, 11, 11), 70),

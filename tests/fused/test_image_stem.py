@@ -129,15 +129,15 @@ def test_only_16_bits_on_gpus_are_made_again() -> None:
     class OnGpu(NamedTuple):
         device: torch.device = torch.device("cuda")
 
-    weights = {"usual": (64, 3, 7, 7), "wide": (64, 8, 7, 7), "3D": (64, 1, 3, 3, 3)}
+    weights = {"grey": (64, 1, 7, 7), "colour": (64, 3, 7, 7), "3D": (64, 1, 3, 3, 3)}
     found = [
         (kind, dtype)
         for kind, shape in weights.items()
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
         if kernels.makes_image_stem(OnGpu(), dtype, torch.ones(shape))  # type: ignore[arg-type]
     ]
-    assert found == [("usual", torch.bfloat16), ("usual", torch.float16)]
-    assert not kernels.makes_image_stem(images(), torch.bfloat16, torch.ones(64, 3, 7, 7))
+    assert found == [("grey", torch.bfloat16), ("grey", torch.float16)]
+    assert not kernels.makes_image_stem(images(), torch.bfloat16, torch.ones(64, 1, 7, 7))
 
 
 @pytest.mark.parametrize(

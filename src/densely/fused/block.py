@@ -4,7 +4,8 @@ Forward. One channels-last buffer [rows, C_total] holds the block's input and, b
 layer makes; a layer reads the first C_l columns and writes its own. Mean and variance of a channel
 do not depend on who reads it: they are taken when the channel is born and serve all later layers.
 A batch norm is then x * scale + shift with a layer's own vectors, computed again wherever it is
-needed. Kept for backward: the buffer, the outputs of the 1x1 convolutions, the statistics.
+needed. Kept for backward: the buffer, the outputs of the 1x1 convolutions, the statistics, those
+vectors, and the weights in the dtype of the maps.
 
 Backward. Let N be the rows, xhat = (x - mean) * rstd, and g_l the gradient of layer l's normalised
 input y_l = weight_l * xhat + bias_l, after relu's mask. Batch norm's backward is linear in g_l, so
@@ -24,7 +25,7 @@ summed over readers.
 """
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate, chain, islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +36,8 @@ from densely.fused import plain
 from densely.fused.coefficients import in_places, like, update_running_statistics
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, Pending, Space, Unfinished
-from densely.fused.kernels.reference import Kernels, accumulation_dtype, two_vectors
-from densely.fused.packing import PackedStep, pack, unpack
+from densely.fused.kernels.reference import accumulation_dtype, two_vectors
+from densely.fused.packing import PackedStep, convert, pack, unpack
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 from densely.fused.zero_sums import is_marked, mark
 
@@ -74,7 +75,7 @@ def dense_block(x: Tensor, layers: tuple[plain.Layer, ...]) -> Outcome:
 def _update_running_statistics(
     layers: tuple[plain.Layer, ...], kept: list[Tensor], rows: int
 ) -> None:
-    mean, var, *inner = kept
+    mean, var, _, *inner = kept
     inputs_of_later_steps = iter(inner)
     found = []
     for layer in layers:
@@ -144,14 +145,18 @@ def dense_block_forward(
     numbers: Sequence[float],
     keep: bool,
 ) -> list[Tensor]:
-    """Output [N, C_total, *space]; mean and var [C_total]; for each later step of a layer three.
+    """Output [N, C_total, *space]; mean and var [C_total]; affines; inner results; copies.
 
-    These are the step's input [rows, C] (empty unless `keep`), its mean and its var. Statistics
-    are empty where no norm wants them.
+    The affines of all norms are [3, C of all]: see `_rooms`. Inner results are three for each later
+    step of a layer: its input [rows, C], its mean and its var. The copies are of the convolutions'
+    weights and biases, where these are of another dtype. Statistics are empty where no norm wants
+    them; unless `keep`, so are affines and inputs, and there are no copies.
     """
-    layers = unpack(tensors, flags, numbers, x.dtype)
+    layers = unpack(tensors, flags, numbers)
+    copies = convert(layers, x.dtype)
     space, kernels = Space(x.shape[0], tuple(x.shape[2:])), chosen(x)
-    buffer, mean, var = _allocate(x, layers, space)
+    buffer, mean, var, affines = _allocate(x, layers, space, keep)
+    rooms = iter(_rooms(affines, layers)) if keep else repeat(None)
     channels = x.shape[1]
     of_input = (mean[:channels], var[:channels]) if mean.numel() else None
     kernels.place(space.matrix(x), buffer[:, :channels], of_input)
@@ -177,14 +182,15 @@ def dense_block_forward(
                 out_moments = two_vectors(x, width if following.training else 0)
                 inner += [out if keep else out.new_empty(0, width), *out_moments]
             wanted = out_moments if out_moments[0].numel() else None
-            conv = step.convolution(kernels.affine(step.norm(moments), left), space)
+            affine = kernels.affine(step.norm(moments), left, next(rooms))
+            conv = step.convolution(affine, space)
             left = kernels.convolve(features, conv, out, wanted if step.mask is None else None)
             if step.mask is not None:
                 kernels.place(step.drop(out), out, wanted)
             features, moments = out, out_moments
     if left is not None:
         kernels.finish(left)
-    return [space.maps(buffer), mean, var, *inner]
+    return [space.maps(buffer), mean, var, affines, *inner, *(copies if keep else ())]
 
 
 @dense_block_forward.register_fake
@@ -196,15 +202,16 @@ def _(
     keep: bool,
 ) -> list[Tensor]:
     layers = unpack(tensors, flags, numbers)
+    copies = convert(layers, x.dtype)
     space = Space(x.shape[0], tuple(x.shape[2:]))
-    buffer, mean, var = _allocate(x, layers, space)
+    buffer, mean, var, affines = _allocate(x, layers, space, keep)
     inner: list[Tensor] = []
     for _first, *later in layers:
         for step in later:
             width = step.weight.shape[1]
             inner.append(x.new_empty(space.rows if keep else 0, width))
             inner += two_vectors(x, width if step.training else 0)
-    return [space.maps(buffer), mean, var, *inner]
+    return [space.maps(buffer), mean, var, affines, *inner, *(copies if keep else ())]
 
 
 @torch.library.custom_op("densely::dense_block_backward", mutates_args=())
@@ -223,10 +230,14 @@ def dense_block_backward(
 
     With `zero_sums` each channel of `grad` is known to sum to zero.
     """
-    layers = unpack(tensors, flags, numbers, output.dtype)
+    layers = unpack(tensors, flags, numbers)
+    mean, var, affines, *inner = kept
+    later = 3 * sum(len(layer) - 1 for layer in layers)
+    convert(layers, output.dtype, inner[later:])
+    del inner[later:]
     space, kernels = Space(output.shape[0], tuple(output.shape[2:])), chosen(output)
     buffer, direct = space.matrix(output), space.matrix(grad)
-    mean, var, *inner = kept
+    rooms = _rooms(affines, layers)
     rows, columns = buffer.shape
     total = kernels.matrix(rows, columns, buffer, kernels.total_dtype(buffer))
     a, b = buffer.new_zeros(2, buffer.shape[1], dtype=accumulation_dtype(buffer))
@@ -244,12 +255,12 @@ def dense_block_backward(
         return Pending(arriving, buffer[:, columns], None, mean[columns], a[columns], b[columns])
 
     sums_wanted = any(needs(layer[-1], "bias") for layer in layers)
-    column_sums = a.new_zeros(direct.shape[1] if sums_wanted else 0)
+    column_sums: Tensor | None = None  # for zeros
     if sums_wanted and not zero_sums:
         column_sums = kernels.column_sums(direct)
+    zeros: list[Tensor] = []
     stop = buffer.shape[1]
     layers = layers[_first_needed(layers, needed) :]
-    affines = _affines(kernels, layers, (mean, var), inner, buffer.shape[1])
     for layer in reversed(layers):
         start = stop - layer[-1].weight.shape[0]
         upstream: Tensor | Pending = arrived(slice(start, stop))
@@ -261,16 +272,21 @@ def dense_block_backward(
                 if step.mask is not None or (following and not following[0].training):
                     upstream = kernels.form(upstream)
                     grads[step.places["bias"]] = upstream.sum(0, dtype=a.dtype)
-                elif following:  # the next norm's mean takes the bias off
-                    grads[step.places["bias"]] = step.weight.new_zeros(step.weight.shape[0])
+                elif following or column_sums is None:  # the next norm's mean takes the bias off
+                    zeros.append(a.new_empty(step.weight.shape[0]))
+                    grads[step.places["bias"]] = zeros[-1]
                 else:
                     grads[step.places["bias"]] = column_sums[start:stop].clone()
             if n == 0:
-                features = buffer[:, :start]
+                features, moments = buffer[:, :start], (mean[:start], var[:start])
             else:
-                features = inner[-3]
+                features, *taken = inner[-3:]
+                moments = taken[0], taken[1]
                 del inner[-3:]
-            conv = step.convolution(affines.pop(), space)
+            scale, shift, rstd = rooms.pop()
+            norm_mean = step.norm(moments).mean.to(scale.dtype).contiguous()
+            affine = Affine(scale, shift, norm_mean, rstd, step.training)
+            conv = step.convolution(affine, space)
             given = (upstream, features, conv, needs(step, "weight"))
             if n == 0:
                 base = None if any_reader else direct[:, :start]
@@ -279,6 +295,8 @@ def dense_block_backward(
                 )
                 any_reader = True
                 if sums_wanted and not step.training:
+                    if column_sums is None:
+                        column_sums = a.new_zeros(columns)
                     column_sums[:start] += conv.affine.scale * norm.bias
             else:
                 grad_weight, norm, upstream = kernels.convolve_backward(*given)
@@ -287,6 +305,8 @@ def dense_block_backward(
             if grad_weight is not None:
                 grads[step.places["weight"]] = grad_weight
         stop = start
+    if zeros:
+        torch._foreach_zero_(zeros)
     found = [space.maps(kernels.form(arrived(slice(0, num_inputs))).contiguous())] * needed[0]
     found += [like(grads[i], t) for i, t in enumerate(tensors) if needed[1 + i]]
     return found
@@ -340,39 +360,36 @@ def _differentiable_backward(
     return gradients_with_gradients(forward, (x, *tensors), needed, grad)
 
 
-def _affines(
-    kernels: Kernels,
-    layers: list[list[PackedStep]],
-    moments: tuple[Tensor, Tensor],
-    inner: Sequence[Tensor],
-    channels: int,
-) -> list[Affine]:
-    """Of the norms of the last layers of a block, in their order, from what forward has kept."""
-    channels -= sum(layer[-1].weight.shape[0] for layer in layers)
-    later = [step for layer in layers for step in layer[1:]]
-    kept = iter(inner[len(inner) - 3 * len(later) :])
-    norms = []
-    for first, *others in layers:
-        norms.append(first.norm((moments[0][:channels], moments[1][:channels])))
-        for step in others:
-            _, mean, var = islice(kept, 3)
-            norms.append(step.norm((mean, var)))
-        channels += (others[-1] if others else first).weight.shape[0]
-    return kernels.affines(norms)
-
-
 def _drops(layer: list[PackedStep]) -> bool:
     return any(step.mask is not None for step in layer)
 
 
 def _allocate(
-    x: Tensor, layers: list[list[PackedStep]], space: Space
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The buffer of a block and the statistics of its channels, as yet without values."""
+    x: Tensor, layers: list[list[PackedStep]], space: Space, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A block's buffer, the statistics of its channels and its affines, as yet without values."""
     channels = x.shape[1] + sum(layer[-1].weight.shape[0] for layer in layers)
     trained = any(step.training for layer in layers for step in layer)
     buffer = chosen(x).matrix(space.rows, channels, x, x.dtype)
-    return buffer, *two_vectors(x, channels if trained else 0)
+    length = sum(map(_room, chain(*layers))) if keep else 0
+    affines = x.new_empty(3, length, dtype=accumulation_dtype(x))
+    return buffer, *two_vectors(x, channels if trained else 0), affines
+
+
+def _rooms(affines: Tensor, layers: list[list[PackedStep]]) -> list[Tensor]:
+    """Where scale, shift and rstd of each norm stand among those of all, as [3, C] each."""
+    steps = list(chain(*layers))
+    starts = accumulate((_room(step) for step in steps), initial=0)
+    return [
+        affines[:, start : start + step.weight.shape[1]]
+        for start, step in zip(starts, steps, strict=False)
+    ]
+
+
+def _room(step: PackedStep) -> int:
+    """Values that a norm's vector takes: each begins where loads are wide."""
+    width = step.weight.shape[1]
+    return width + -width % 4
 
 
 def _first_needed(layers: list[list[PackedStep]], needed: Sequence[bool]) -> int:

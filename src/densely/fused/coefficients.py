@@ -1,7 +1,10 @@
 """Parameters beside the fused steps: as they take them, their gradients, what norms learn."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,21 +29,64 @@ def in_places(found: Iterable[Tensor], needed: Iterable[bool]) -> list[Tensor | 
 
 def like(gradient: Tensor, parameter: Tensor) -> Tensor:
     """The gradient in the parameter's dtype and memory order, as compilers are told it has."""
-    if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
+    axes = zip(parameter.shape, gradient.stride(), parameter.stride(), strict=True)
+    same_order = all(size == 1 or one == other for size, one, other in axes)
+    if gradient.dtype != parameter.dtype or not same_order:
+        return torch.empty_like(parameter).copy_(gradient)
+    # Along an axis of one place any stride is the same memory; compilers go by its number.
+    return gradient.as_strided(parameter.shape, parameter.stride())
+
+
+class _Taken(NamedTuple):
+    """What a norm saw of a batch: mean and biased variance [C] of so many rows."""
+
+    norm: Norm
+    mean: Tensor
+    var: Tensor
+    rows: int
+
+
+_waiting: ContextVar[dict[int, _Taken] | None] = ContextVar("waiting", default=None)
 
 
 def update_running_statistics(norms: Iterable[tuple[Norm, Tensor, Tensor]], rows: int) -> None:
     """Let norms in train mode learn batch means and biased variances, as nn.BatchNorm does.
 
-    All learn at once, so no norm may be among them twice.
+    All learn at once, so no norm may be among them twice. Within `learning_together` they wait.
     """
+    found = {
+        id(norm.running_mean): _Taken(norm, mean, var, rows)
+        for norm, mean, var in norms
+        if norm.training and norm.running_mean is not None
+    }
+    waiting = None if torch.compiler.is_compiling() else _waiting.get()
+    if waiting is None:
+        _update(found.values())
+        return
+    if waiting.keys() & found.keys():  # a module that runs twice learns twice, in turn
+        _update(waiting.values())
+        waiting.clear()
+    waiting.update(found)
+
+
+@contextmanager
+def learning_together() -> Iterator[None]:
+    """Let the norms of all steps within learn at its end: some launches instead of some a step."""
+    waiting: dict[int, _Taken] = {}
+    token = _waiting.set(waiting)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+    _update(waiting.values())
+
+
+def _update(found: Iterable[_Taken]) -> None:
     counts: list[Tensor] = []
     by_momentum: dict[float, _Learning] = defaultdict(_Learning)
     with torch.no_grad():
-        for norm, mean, var in norms:
-            if not norm.training or norm.running_mean is None or norm.running_var is None:
+        for norm, mean, var, rows in found:
+            if norm.running_mean is None or norm.running_var is None:
                 continue
             momentum = norm.momentum
             if momentum is None:  # the mean over all batches so far
@@ -51,10 +97,11 @@ def update_running_statistics(norms: Iterable[tuple[Norm, Tensor, Tensor]], rows
             learning.running_vars.append(norm.running_var)
             learning.means.append(mean.to(norm.running_mean.dtype))
             learning.vars.append(var)
+            learning.unbiased.append(rows / (rows - 1))
             if norm.num_batches_tracked is not None:
                 counts.append(norm.num_batches_tracked)
         for momentum, learning in by_momentum.items():
-            unbiased = torch._foreach_mul(learning.vars, rows / (rows - 1))
+            unbiased = torch._foreach_mul(learning.vars, learning.unbiased)
             typed = [
                 new.to(old.dtype) for new, old in zip(unbiased, learning.running_vars, strict=True)
             ]
@@ -72,3 +119,4 @@ class _Learning:
         self.running_vars: list[Tensor] = []
         self.means: list[Tensor] = []
         self.vars: list[Tensor] = []
+        self.unbiased: list[float] = []  # factors of the variances

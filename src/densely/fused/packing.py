@@ -84,9 +84,8 @@ def unpack(
     tensors: Sequence[Tensor],
     flags: Sequence[int],
     numbers: Sequence[float],
-    dtype: torch.dtype | None = None,
 ) -> list[list[PackedStep]]:
-    """The layers, each a list of steps; their convolutions in `dtype`, if one is given."""
+    """The layers, each a list of steps."""
     layers: list[list[PackedStep]] = [[]]
     at = 0
     for i in range(0, len(flags), 2):
@@ -116,13 +115,17 @@ def unpack(
         )
         if flags[i] & _LAST:
             layers.append([])
-    if dtype is not None:
-        _convert(layers[:-1], dtype)
     return layers[:-1]
 
 
-def _convert(layers: list[list[PackedStep]], dtype: torch.dtype) -> None:
-    """Weights and biases of convolutions to another dtype, all at once."""
+def convert(
+    layers: list[list[PackedStep]], dtype: torch.dtype, copies: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Put copies of another dtype in place of the convolutions' weights and biases.
+
+    Returns those copies, which may be given to the next call of the same layers instead of being
+    made again: there are none of what has that dtype already.
+    """
     others = {
         id(t): t
         for layer in layers
@@ -131,9 +134,10 @@ def _convert(layers: list[list[PackedStep]], dtype: torch.dtype) -> None:
         if t is not None and t.dtype != dtype
     }
     if not others:
-        return
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others.values()]
-    torch._foreach_copy_(copies, list(others.values()))
+        return []
+    if copies is None:
+        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others.values()]
+        torch._foreach_copy_(copies, list(others.values()))
     converted = dict(zip(others, copies, strict=True))
     for layer in layers:
         layer[:] = [
@@ -143,6 +147,7 @@ def _convert(layers: list[list[PackedStep]], dtype: torch.dtype) -> None:
             )
             for step in layer
         ]
+    return list(copies)
 
 
 def _dropout_mask(

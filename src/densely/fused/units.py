@@ -5,13 +5,16 @@ what to run; or it meets an obstacle.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from densely.fused import backend, parts
 from densely.fused.calls import Accelerated, note, original_class
+from densely.fused.coefficients import learning_together
 from densely.fused.dialects import Dialect, Kind, known_class
 from densely.fused.heads import Head
 from densely.fused.parts import Obstacle, qualified_name
@@ -204,14 +207,16 @@ def _run_net(
         check(x)
     modules = tuple(features._modules.values())[:-1]
     stem = _read_stem(features) if isinstance(features, Accelerated) else None
-    if isinstance(stem, Stem):
-        note(features, None)
-        x = _run_features(x, modules, stem)
-    else:
-        if stem is not None:
-            note(features, stem)
-        x = _run_in_turn(x, modules)
-    return _run_in_turn(backend.final(x, norm), head)
+    with nullcontext() if torch.compiler.is_compiling() else learning_together():
+        if isinstance(stem, Stem):
+            note(features, None)
+            x = _run_features(x, modules, stem)
+        else:
+            if stem is not None:
+                note(features, stem)
+            x = _run_in_turn(x, modules)
+        x = backend.final(x, norm)
+    return _run_in_turn(x, head)
 
 
 def _run_in_turn(x: Tensor, modules: Iterable[Any]) -> Tensor:

@@ -24,7 +24,7 @@ from densely.fused.kernels.reference import Kernels, filled_taps
 _log = logging.getLogger(__name__)
 _HAS_TRITON = find_spec("triton") is not None
 _REFERENCE = Kernels()
-_MOST_TAPS = 256
+_MOST_TAPS = 64  # with filled lines
 _forced: list[Kernels] = []
 
 
@@ -45,8 +45,9 @@ def makes_image_stem(images: Tensor, dtype: torch.dtype, weight: Tensor) -> bool
     """Whether to make the first convolution again where it is read, rather than keep it.
 
     `dtype` is the one to compute in. So on GPUs, along two axes and in 16 bits, in which products
-    cost less than the memory's traffic, if a window fits into registers. Code being compiled may
-    ask, as it may ask what is `missing`.
+    cost less than the memory's traffic, if a window has few taps: with the 147 of colour images to
+    make it again took longer on an H100 than to read it. Code being compiled may ask, as it may ask
+    what is `missing`.
     """
     triton = images.device.type == "cuda" and missing("cuda") is None
     if _forced:

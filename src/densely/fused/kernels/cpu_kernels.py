@@ -43,12 +43,15 @@ class CpuKernels(Kernels):
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         self._ops = torch.ops.densely_cpu
 
-    def affine(self, norm: NormVectors, after: Unfinished | None = None) -> Affine:
+    def affine(
+        self, norm: NormVectors, after: Unfinished | None = None, out: Tensor | None = None
+    ) -> Affine:
         """As the reference."""
         vectors = norm[:4]
         if any(v.dtype != torch.float32 or v.stride(0) != 1 for v in vectors):
-            return super().affine(norm)
-        scale, shift, rstd = out = norm.mean.new_empty(3, norm.mean.shape[0])
+            return super().affine(norm, after, out)
+        out = norm.mean.new_empty(3, norm.mean.shape[0]) if out is None else out
+        scale, shift, rstd = out
         self._ops.affine(*vectors, norm.eps, out)
         return Affine(scale, shift, norm.mean, rstd, norm.training)
 

@@ -36,21 +36,21 @@ class Kernels:
         """An uninitialised matrix on the device of `like`, its rows as far apart as is wise."""
         return like.new_empty(rows, columns, dtype=dtype)
 
-    def affine(self, norm: NormVectors, after: Unfinished | None = None) -> Affine:
+    def affine(
+        self, norm: NormVectors, after: Unfinished | None = None, out: Tensor | None = None
+    ) -> Affine:
         """X * scale + shift = weight * (x - mean) / sqrt(var + eps) + bias.
 
         `after` are the moments of the norm's last channels, if `convolve` has left them in parts:
-        they are finished first.
+        they are finished first. Scale, shift and rstd are rows of `out` [3, C], if it is given.
         """
         dtype = torch.float64 if norm.mean.dtype == torch.float64 else torch.float32
         weight, bias, mean, var = (v.to(dtype).contiguous() for v in norm[:4])
         rstd = (var + norm.eps).rsqrt()
         scale = weight * rstd
-        return Affine(scale, bias - mean * scale, mean, rstd, norm.training)
-
-    def affines(self, norms: list[NormVectors]) -> list[Affine]:
-        """`affine` of each."""
-        return [self.affine(norm) for norm in norms]
+        vectors = torch.stack((scale, bias - mean * scale, rstd))
+        scale, shift, rstd = vectors if out is None else out.copy_(vectors)
+        return Affine(scale, shift, mean, rstd, norm.training)
 
     def finish(self, moments: Unfinished) -> None:
         """Write moments that `convolve` has left in parts; here it leaves none."""

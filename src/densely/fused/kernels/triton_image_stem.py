@@ -48,10 +48,7 @@ class _Launch(NamedTuple):
 
 def _launch(conv: FirstConvolution) -> _Launch:
     """By registers and spills on Hopper, not by time: see `tests/fused/triton_ahead_steps.py`."""
-    outputs = min(64, max(16, triton.next_power_of_2(conv.weight.shape[0])))
-    if filled_taps(conv.weight) <= 64:
-        return _Launch(32, outputs, 4, 3)
-    return _Launch(32, outputs, 8, 2)
+    return _Launch(32, min(64, max(16, triton.next_power_of_2(conv.weight.shape[0]))), 4, 3)
 
 
 def moments(
@@ -61,7 +58,7 @@ def moments(
 
     Args:
         images: [rows, C], contiguous.
-        conv: all taps of its window stand in registers at once: some 256, with filled lines.
+        conv: all taps of its window stand in registers at once: some 64, with filled lines.
         out: float32.
         sums: float32 [O + 1, kh * kw * C], becomes Q and, as its last row, P; None if nobody wants
             them.

@@ -8,8 +8,6 @@ float64 is left to the reference, and so are poolings along three axes. A convol
 axes runs through cuDNN between kernels that norm and mask.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -35,8 +33,6 @@ from densely.fused.kernels.operands import (
 from densely.fused.kernels.reference import Kernels, convolve_backward
 from densely.fused.kernels.triton_vectors import Finished
 
-_MANY_NORMS = 8  # from which on four concatenations and one launch are faster than a launch each
-
 
 class TritonKernels(Kernels):
     """All steps that Triton kernels run."""
@@ -51,41 +47,17 @@ class TritonKernels(Kernels):
         """As the reference: multiples of 8 values apart, so that loads take 16 bytes."""
         return like.new_empty(rows, columns + -columns % 8, dtype=dtype)[:, :columns]
 
-    def affine(self, norm: NormVectors, after: Unfinished | None = None) -> Affine:
+    def affine(
+        self, norm: NormVectors, after: Unfinished | None = None, out: Tensor | None = None
+    ) -> Affine:
         """As the reference."""
         if norm.mean.dtype == torch.float64:
-            return super().affine(norm)
+            return super().affine(norm, after, out)
         if after is not None and not norm.training:
             self.finish(after)
             after = None
-        scale, shift, rstd = triton_vectors.affine(norm, after)
+        scale, shift, rstd = triton_vectors.affine(norm, after, out)
         return Affine(scale, shift, norm.mean.float().contiguous(), rstd, norm.training)
-
-    def affines(self, norms: list[NormVectors]) -> list[Affine]:
-        """As the reference; many at once, as if they were one norm."""
-        if (
-            len(norms) < _MANY_NORMS
-            or len({norm.eps for norm in norms}) > 1
-            or any(norm.mean.dtype == torch.float64 for norm in norms)
-        ):
-            return super().affines(norms)
-        sizes = [norm.mean.shape[0] for norm in norms]
-        gaps = [-size % 4 for size in sizes]  # so that each begins where loads are wide
-        filling = norms[0].mean.new_ones(4)
-
-        def of_all(vectors: Iterable[Tensor]) -> Tensor:
-            pairs = zip(vectors, gaps, strict=True)
-            return torch.cat([part for vector, gap in pairs for part in (vector, filling[:gap])])
-
-        weight, bias = of_all(n.weight for n in norms), of_all(n.bias for n in norms)
-        mean, var = of_all(n.mean for n in norms), of_all(n.var for n in norms)
-        whole = triton_vectors.affine(NormVectors(weight, bias, mean, var, norms[0].eps, True))
-        steps = [size + gap for size, gap in zip(sizes, gaps, strict=True)]
-        found = zip(norms, sizes, *(torch.split(v, steps) for v in whole), strict=True)
-        return [
-            Affine(scale[:n], shift[:n], norm.mean.float().contiguous(), rstd[:n], norm.training)
-            for norm, n, scale, shift, rstd in found
-        ]
 
     def finish(self, moments: Unfinished) -> None:
         """As the reference."""

@@ -9,6 +9,7 @@ the same gathered gradients against x, normalised again.
 # Kernels are written in Triton's language, which has no types that mypy could follow.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from densely.fused.kernels.triton_tiles import (
     columns,
     exact,
     launch,
+    launch_together,
     loaded_total,
     masked_back,
     normalised,
@@ -117,38 +119,44 @@ def backward(
         parts = splits_for(tiles, across, tile.programs)
         kernel, grid, resident = _resident_kernel, (across, parts), {"STAGES": tile.stages}
     norm_parts = x.new_empty(parts, 2, channels, dtype=torch.float32)
-    launch(
-        kernel, grid, x,
-        grad, x, affine.scale, affine.shift, affine.mean, window.weight, total, base, norm_parts,
-        rows, channels // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
-        total.stride(0) // cols.row_unit, 0 if base is None else base.stride(0) // cols.row_unit,
-        window.height, window.width, **_constants(cols, tile, window, outputs, dilation),
-        ADD=add_scaled, PRECISION=precision(x), **resident,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+
+    def of_input() -> None:
+        launch(
+            kernel, grid, x,
+            grad, x, affine.scale, affine.shift, affine.mean, window.weight, total, base,
+            norm_parts, rows, channels // cols.unit, cols.read // cols.read_unit,
+            x.stride(0) // cols.row_unit, total.stride(0) // cols.row_unit,
+            0 if base is None else base.stride(0) // cols.row_unit, window.height, window.width,
+            **_constants(cols, tile, window, outputs, dilation),
+            ADD=add_scaled, PRECISION=precision(x), **resident,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
     if not needs_weight:
+        of_input()
         return None, norm_parts
-    return _weight_gradient(grad, x, affine, window, dilation), norm_parts
+    weight_parts, of_weight = _weight_gradient(grad, x, affine, window, dilation)
+    launch_together(x, of_input, of_weight)
+    return weight_parts, norm_parts
 
 
 def _weight_gradient(
     grad: Tensor, x: Tensor, affine: Affine, window: Window, dilation: int
-) -> Tensor:
-    """Its parts."""
+) -> tuple[Tensor, Callable[[], None]]:
+    """Its parts, and what makes them."""
     (rows, channels), outputs = x.shape, grad.shape[1]
     tile, cols = _weight_launch(x, outputs, window), columns(x)
     groups = window.kh * (window.kw // tile.together)
     across = groups * triton.cdiv(outputs, tile.outputs), triton.cdiv(channels, tile.channels)
     splits = splits_for(triton.cdiv(rows, tile.rows), across[0] * across[1], tile.programs)
     parts = x.new_empty(splits, *window.weight.shape, dtype=torch.float32)
-    launch(
+    return parts, lambda: launch(
         _weight_kernel, (*across, splits), x,
         grad, x, affine.scale, affine.shift, parts, rows, channels // cols.unit,
         cols.read // cols.read_unit, x.stride(0) // cols.row_unit, window.height, window.width,
         **_constants(cols, tile, window, outputs, dilation), PRECISION=precision(x),
         STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return parts
 
 
 def _constants(

@@ -17,6 +17,7 @@ Source of the combination of moments: Chan, Golub and LeVeque (1979), equation 2
 # Kernels are written in Triton's language, which has no types that mypy could follow.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,16 @@ _WEIGHTS = 128  # of a program
 _GROUP = 64  # parts that the first of two launches puts together
 
 
-def affine(norm: NormVectors, after: Unfinished | None = None) -> list[Tensor]:
+def affine(
+    norm: NormVectors, after: Unfinished | None = None, out: Tensor | None = None
+) -> Sequence[Tensor]:
     """Scale, shift and rstd of a norm; vectors [C] of any floating dtypes to float32.
 
     `after` are moments that are finished by the same launch: those of the norm's last channels.
+    The three are rows of `out`, if it is given.
     """
     columns, vectors = norm.mean.shape[0], [vector.contiguous() for vector in norm[:4]]
-    found = _vectors(3, norm.mean)
+    found = _vectors(3, norm.mean) if out is None else out.unbind()
     partials, tile_rows, tiles, new = None, 0, 0, 0
     if after is not None:
         partials, tile_rows = _grouped(after.partials, after.tile_rows, after.rows)

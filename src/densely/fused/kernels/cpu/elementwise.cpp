@@ -8,8 +8,8 @@ namespace densely {
 void affine(Tensor weight, Tensor bias, Tensor mean, Tensor var, double eps, Tensor out) {
   int64_t columns = out.size(1);
   float* __restrict scale = vector(out);
-  float* __restrict shift = scale + columns;
-  float* __restrict rstd = shift + columns;
+  float* __restrict shift = scale + out.stride(0);
+  float* __restrict rstd = shift + out.stride(0);
   for (int64_t c = 0; c < columns; c++) {
     rstd[c] = 1.0f / std::sqrt(vector(var)[c] + float(eps));
     scale[c] = vector(weight)[c] * rstd[c];
