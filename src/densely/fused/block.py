@@ -15,16 +15,18 @@ what reaches a channel from all of its readers is, with scale_l = weight_l * rst
     a = sum_l scale_l * sum(g_l) / N        b = sum_l scale_l * rstd * sum(g_l * xhat) / N
 
 where `direct` is the gradient of the block's output. The last layer's backward stores direct +
-scale * g, earlier ones add; when a layer's turn comes all readers of its channels have been, and dx
-is formed once. Norms in eval mode have constant statistics and add nothing to a and b. The sum of
-dx over the rows, which a bias of the convolution wants, is that of `direct`: what comes through a
-norm in train mode sums to zero, and through one in eval mode to scale_l * sum(g_l).
+scale * g, or adds to `direct` itself if nobody else holds it (`densely.fused.ownership`); earlier
+ones add. When a layer's turn comes all readers of its channels have been, and dx is formed once.
+Norms in eval mode have constant statistics and add nothing to a and b. The sum of dx over the rows,
+which a bias of the convolution wants, is that of `direct`: what comes through a norm in train mode
+sums to zero, and through one in eval mode to scale_l * sum(g_l).
 
 Source: Huang et al. (2017), section 3; the algebra is that of batch norm (Ioffe and Szegedy, 2015),
 summed over readers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, chain, islice, repeat
 from typing import Any, NamedTuple
 
@@ -37,6 +39,7 @@ from densely.fused.coefficients import in_places, like, update_running_statistic
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, Pending, Space, Unfinished
 from densely.fused.kernels.reference import accumulation_dtype, two_vectors
+from densely.fused.ownership import is_held_by_nobody_else, owners
 from densely.fused.packing import PackedStep, convert, pack, unpack
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 from densely.fused.zero_sums import is_marked, mark
@@ -125,7 +128,10 @@ class _DenseBlock(torch.autograd.Function):
             )
         else:
             zero_sums = is_marked(grad)
-            found = dense_block_backward(
+            run: Callable[..., list[Tensor]] = dense_block_backward
+            if not torch.compiler.is_compiling() and is_held_by_nobody_else(owners(grad)):
+                run = partial(_backward, may_write=True)  # as an operator may not
+            found = run(
                 grad, output, kept, tensors, ctx.num_inputs, ctx.flags, ctx.numbers, ctx.needed,
                 zero_sums,
             )  # fmt: skip
@@ -230,6 +236,24 @@ def dense_block_backward(
 
     With `zero_sums` each channel of `grad` is known to sum to zero.
     """
+    return _backward(
+        grad, output, kept, tensors, num_inputs, flags, numbers, needed, zero_sums, may_write=False
+    )
+
+
+def _backward(
+    grad: Tensor,
+    output: Tensor,
+    kept: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    num_inputs: int,
+    flags: Sequence[int],
+    numbers: Sequence[float],
+    needed: Sequence[bool],
+    zero_sums: bool,
+    may_write: bool,
+) -> list[Tensor]:
+    """`dense_block_backward`; what is summed up may take the memory of `grad` if it `may_write`."""
     layers = unpack(tensors, flags, numbers)
     mean, var, affines, *inner = kept
     later = 3 * sum(len(layer) - 1 for layer in layers)
@@ -239,9 +263,11 @@ def dense_block_backward(
     buffer, direct = space.matrix(output), space.matrix(grad)
     rooms = _rooms(affines, layers)
     rows, columns = buffer.shape
-    total = kernels.matrix(rows, columns, buffer, kernels.total_dtype(buffer))
+    total = kernels.matrix(1, columns, buffer, kernels.total_dtype(buffer))
+    adopted = may_write and (direct.dtype, direct.stride()) == (total.dtype, total.stride())
+    total = direct if adopted else kernels.matrix(rows, columns, buffer, total.dtype)
     a, b = buffer.new_zeros(2, buffer.shape[1], dtype=accumulation_dtype(buffer))
-    any_reader = False
+    any_reader = adopted  # whose gradients are in the total
     grads: dict[int, Tensor] = {}
 
     def needs(step: PackedStep, name: str) -> bool:

@@ -1,0 +1,84 @@
+"""Gradients that nobody else holds, whose memory a backward may therefore write to.
+
+The gradient of a dense block's output is as large as the block, and backward adds to it what layer
+after layer hands back. Where it has been made for this block alone, as by a transition, no copy of
+it is needed: at the largest block that is a quarter of what a training step holds at its peak.
+Autograd does not tell, but counts: whoever else holds the gradient is among its owners, be it a
+hook that has kept it, a view or an array of its memory, or `torch.autograd.grad`, which will return
+it.
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Owners(NamedTuple):
+    """How many hold a tensor, the one that it is a view of, and their memory.
+
+    The first of each pair are names in Python, the second what C++ counts.
+    """
+
+    kind: type  # of a plain tensor, or of one that stands for another
+    of_tensor: tuple[int, int]
+    of_base: tuple[int, int]
+    of_storage: tuple[int, int]
+
+
+def owners(grad: Tensor) -> Owners:
+    """Of a gradient, as an autograd function's backward sees it under one name."""
+    storage: Any = grad.untyped_storage()
+    tensor: Any = grad
+    base: Any = grad._base
+    return Owners(
+        type(grad),
+        (sys.getrefcount(grad), tensor._use_count()),
+        (0, 0) if base is None else (sys.getrefcount(base), base._use_count()),
+        (sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)),
+    )
+
+
+def is_held_by_nobody_else(counted: Owners) -> bool:
+    """Whether these are the owners of a gradient that a backward alone has been given."""
+    return counted in _ALONE
+
+
+class _Probe(torch.autograd.Function):
+    """Counts where nobody else can hold anything."""
+
+    found: Owners
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: None) -> Tensor:
+        _Probe.found = owners(grad)
+        return grad
+
+
+class _Maker(torch.autograd.Function):
+    """Makes a gradient, whole or as a view of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, view: bool) -> Tensor:
+        ctx.view = view
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        made = torch.zeros(2 * len(grad))
+        return made[: len(grad)] if ctx.view else made[: len(grad)].clone(), None
+
+
+def _probed(view: bool) -> Owners:
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        x = torch.ones(2, requires_grad=True)
+        _Maker.apply(_Probe.apply(x), view).sum().backward()  # type: ignore[no-untyped-call]
+    return _Probe.found
+
+
+_ALONE = (_probed(view=False), _probed(view=True))

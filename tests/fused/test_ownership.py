@@ -1,0 +1,127 @@
+"""A gradient's memory is taken where nobody else would see it, and whoever holds it keeps it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from block_cases import Maker, NormCase, StepCase
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from densely.fused import backend, block, plain
+
+#: What a hook on the block's output keeps of the gradient.
+KEEPS: dict[str, Callable[[Tensor], Any]] = {
+    "itself": lambda grad: grad,
+    "a view": lambda grad: grad[0],
+    "detached": lambda grad: grad.detach(),
+    "its memory": lambda grad: (grad.untyped_storage(), grad.shape, grad.stride()),
+    "an array": lambda grad: grad.numpy(),
+    "a capsule": to_dlpack,
+}
+
+
+class Net:
+    """Block and transition, in float32, whose gradient of the block is the transition's alone."""
+
+    def __init__(self) -> None:
+        make = Maker(5, dtype=torch.float32)
+        step = StepCase(3, 3)
+        self.x = make.normal(2, 4, 6, 6).requires_grad_()
+        self.layers = tuple((make.step(step, 4 + 3 * i, 2),) for i in range(2))
+        self.norm, self.conv = make.norm(NormCase(), 10), make.conv(5, 10, (1, 1), True, 1)
+
+    def run(self, module: Any) -> tuple[Tensor, Tensor]:
+        """The block's output, and what is made of it."""
+        middle = module.dense_block(self.x, self.layers)
+        return middle, module.transition(middle, self.norm, self.conv, (2, 2)).square().sum()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each backward of a block may have the gradient's memory."""
+    found: list[bool] = []
+    run = block._backward
+
+    def noted(*args: Any, may_write: bool) -> list[Tensor]:
+        found.append(may_write)
+        return run(*args, may_write=may_write)
+
+    monkeypatch.setattr(block, "_backward", noted)
+    return found
+
+
+def of_plain() -> tuple[Tensor, Tensor]:
+    """Gradients of the block's output and of x."""
+    net = Net()
+    middle, end = net.run(plain)
+    found = torch.autograd.grad(end, [middle, net.x])
+    return found[0], found[1]
+
+
+def as_plain(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_nobody_else_holds_is_taken(taken: list[bool]) -> None:
+    net = Net()
+    net.run(backend)[1].backward()  # type: ignore[no-untyped-call]
+    assert taken == [True]
+    assert net.x.grad is not None
+    assert as_plain(net.x.grad, of_plain()[1])
+
+
+@pytest.mark.parametrize("kind", KEEPS)
+def test_a_hook_keeps_what_it_has_seen(taken: list[bool], kind: str) -> None:
+    net, kept = Net(), []
+    middle, end = net.run(backend)
+    middle.register_hook(lambda grad: kept.append(KEEPS[kind](grad)))  # type: ignore[no-untyped-call]
+    end.backward()  # type: ignore[no-untyped-call]
+    assert taken == [False]
+    expected, of_x = of_plain()
+    assert net.x.grad is not None
+    assert as_plain(net.x.grad, of_x)
+    (found,) = kept
+    if kind == "its memory":
+        memory, shape, strides = found
+        found = torch.empty(0).set_(memory, 0, shape, strides)
+    elif kind == "a capsule":
+        found = from_dlpack(found)
+    assert as_plain(torch.as_tensor(found), expected[0] if kind == "a view" else expected)
+
+
+def test_a_hook_that_has_let_go_keeps_nothing(taken: list[bool]) -> None:
+    net = Net()
+    middle, end = net.run(backend)
+    middle.register_hook(lambda grad: grad.sum() and None)  # type: ignore[no-untyped-call]
+    end.backward()  # type: ignore[no-untyped-call]
+    assert taken == [True]
+
+
+def test_what_is_asked_for_is_returned_unchanged(taken: list[bool]) -> None:
+    net = Net()
+    middle, end = net.run(backend)
+    found = torch.autograd.grad(end, [middle, net.x])
+    assert taken == [False]
+    assert all(map(as_plain, found, of_plain()))
+
+
+def test_a_retained_gradient_is_unchanged(taken: list[bool]) -> None:
+    net = Net()
+    middle, end = net.run(backend)
+    middle.retain_grad()
+    end.backward()  # type: ignore[no-untyped-call]
+    assert middle.grad is not None
+    assert as_plain(middle.grad, of_plain()[0])
+
+
+def test_a_gradient_that_the_caller_gives_is_unchanged(taken: list[bool]) -> None:
+    net = Net()
+    middle, _ = net.run(backend)
+    given = torch.ones_like(middle)
+    middle.backward(given)  # type: ignore[no-untyped-call]
+    middle, _ = net.run(backend)
+    middle.sum().backward()  # type: ignore[no-untyped-call]
+    assert taken == [False, False]
+    assert (given == 1).all()
