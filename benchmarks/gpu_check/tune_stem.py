@@ -11,9 +11,8 @@ KINDS = ("stem moments", "stem pool", "stem backward")
 
 def candidates() -> Iterator[tuple[int, int, int, int]]:
     """Rows, outputs, warps, programs."""
-    for rows, warps in ((16, 4), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
-        for programs in (2, 4):
-            yield rows, 64, warps, programs
+    for rows, warps, programs in ((16, 4, 4), (32, 4, 4), (64, 4, 2), (64, 8, 2), (128, 8, 1)):
+        yield rows, 64, warps, programs
 
 
 def work(

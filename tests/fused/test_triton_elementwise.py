@@ -17,6 +17,7 @@ with pytest.MonkeyPatch.context() as patch:
     pytest.importorskip("triton", reason="needs Triton")
     from densely.fused.kernels import triton_elementwise as elementwise
     from densely.fused.kernels import triton_pooling as pooling
+    from densely.fused.kernels import triton_pooling_backward as pooling_backward
     from densely.fused.kernels import triton_vectors as vectors
 if DEVICE == "cpu" and not hasattr(vectors._affine, "rewriter"):
     pytest.skip("Triton was imported without its interpreter", allow_module_level=True)
@@ -323,7 +324,7 @@ def test_pool(
 
     grad = make.normal(rows, columns, dtype=dtype)
     dx, whole = poisoned(space.rows, columns, columns + 8, dtype)
-    norm = pooling.pool_backward(grad, choice, x, affine, how, space, dx)
+    norm = pooling_backward.pool_backward(grad, choice, x, affine, how, space, dx)
     up = np.where(act > 0, np.einsum("oc,orc->rc", exactly(grad), shares), 0)
     center = exactly(x) - exactly(affine.mean)
     assert_near(norm.bias, up.sum(0))
@@ -359,7 +360,7 @@ def test_many_rows_are_pooled() -> None:
         (up,) = torch.autograd.grad(expected, maps, how.pooled(space).maps(grad).double())
         up = torch.where(maps > 0, up, 0.0)
         dx, _ = poisoned(space.rows, 3, 3)
-        norm = pooling.pool_backward(
+        norm = pooling_backward.pool_backward(
             grad, choice, x, affine._replace(training=False), how, space, dx
         )
         assert_near(norm.bias, exactly(up.sum((0, 2, 3))))

@@ -293,8 +293,7 @@ def test_kernels_compile_for_hopper_and_spill_no_registers() -> None:
     done = in_a_process("triton_ahead_steps.py")
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len({kernel["name"] for kernel in found}) == 18
+    assert len({kernel["name"] for kernel in found}) == 19
     for kernel in found:
         assert kernel["spilled"] == 0, kernel
-        # Two products a tile, whose sums stay in registers, are worth one program a processor.
-        assert kernel["registers"] <= (255 if kernel["name"] == "_moments_kernel" else 168), kernel
+        assert kernel["registers"] <= 168, kernel

@@ -10,6 +10,7 @@ from densely.fused.kernels import (
     triton_elementwise,
     triton_image_stem,
     triton_pooling,
+    triton_pooling_backward,
     triton_vectors,
 )
 from densely.fused.kernels.operands import (
@@ -65,7 +66,7 @@ def steps(batch: int, size: int, channels: int, width: int) -> None:
         largest = pooling.kind == "max"
         triton_pooling.pool(x, affine, pooling, space, out, choice if largest else None)
         for how in (affine, affine._replace(training=False)):
-            triton_pooling.pool_backward(out, choice, x, how, pooling, space, own)
+            triton_pooling_backward.pool_backward(out, choice, x, how, pooling, space, own)
 
 
 def image_stem() -> None:

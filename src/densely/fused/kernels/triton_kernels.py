@@ -16,6 +16,7 @@ from densely.fused.kernels import (
     triton_image_stem,
     triton_pointwise,
     triton_pooling,
+    triton_pooling_backward,
     triton_spatial,
     triton_vectors,
 )
@@ -198,7 +199,7 @@ class TritonKernels(Kernels):
         if x.dtype == torch.float64 or len(space.size) > 2:
             return super().pool_backward(grad, choice, x, affine, pooling, space)
         out = self.matrix(x.shape[0], x.shape[1], x, x.dtype)
-        norm = triton_pooling.pool_backward(grad, choice, x, affine, pooling, space, out)
+        norm = triton_pooling_backward.pool_backward(grad, choice, x, affine, pooling, space, out)
         return out, norm
 
     def image_sums(self, images: Tensor, conv: FirstConvolution) -> Tensor:

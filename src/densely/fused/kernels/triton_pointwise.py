@@ -36,7 +36,10 @@ CHANNELS = 64
 
 
 class _Launch(NamedTuple):
-    """Tile of rows, channels and outputs; warps of a program; loads in flight; programs wanted."""
+    """Tile of rows, channels and outputs; warps of a program; loads in flight; programs wanted.
+
+    `registers` caps those of a thread; None caps nothing.
+    """
 
     rows: int
     channels: int
@@ -44,6 +47,7 @@ class _Launch(NamedTuple):
     warps: int
     stages: int
     programs: int = 0
+    registers: int | None = None
 
 
 def _forward_launch(x: Tensor, outputs: int) -> _Launch:
@@ -154,7 +158,7 @@ def backward(
         0 if base is None else base.stride(0) // cols.row_unit,
         UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, OUT=outputs,
         BM=tile.rows, BC=tile.channels, BO=tile.outputs, ADD=add_scaled, PRECISION=precision(x),
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     if needs_weight and weight_parts is None:
         weight_parts = _weight_gradient(grad, x, affine, outputs)
