@@ -190,23 +190,20 @@ def reader_backward(
     mean, var = statistics
     how = kernels.affine(NormVectors(norm_weight, norm_bias, mean, var, eps, training))
     upstream = pooled.matrix(grad)
-    found: list[Tensor | None] = []
+    to_pooled, read = upstream, None
     if conv:
-        flat = conv[0].flatten(1).to(x.dtype)
-        if needed[3]:
-            read, _ = kernels.pool(matrix, how, pooling, space)
-            found.append((upstream.t() @ read).view_as(conv[0]))
-        else:
-            found.append(None)
-        if len(conv) > 1:
-            found.append(None)
-            if needed[4]:
-                found[-1] = (
-                    torch.zeros_like(conv[1]) if zero_sums else kernels.column_sums(upstream)
-                )
-        upstream = upstream @ flat
-    grad_x, norm = kernels.pool_backward(upstream.contiguous(), choice, matrix, how, pooling, space)
-    every = [norm.weight, norm.bias, *found]
+        to_pooled = upstream @ conv[0].flatten(1).to(x.dtype)
+        read = x.new_empty(pooled.rows, x.shape[1]) if needed[3] else None
+    grad_x, norm = kernels.pool_backward(
+        to_pooled.contiguous(), choice, matrix, how, pooling, space, read
+    )
+    every: list[Tensor | None] = [norm.weight, norm.bias]
+    if conv:
+        every.append(None if read is None else (upstream.t() @ read).view_as(conv[0]))
+    if len(conv) > 1:
+        every.append(None)
+        if needed[4]:
+            every[-1] = torch.zeros_like(conv[1]) if zero_sums else kernels.column_sums(upstream)
     return [space.maps(grad_x)] * needed[0] + [
         like(g, t)
         for g, t, need in zip(every, learnt, needed[1:], strict=True)

@@ -205,10 +205,13 @@ class CpuKernels(Kernels):
         affine: Affine,
         pooling: Pooling,
         space: Space,
+        again: Tensor | None = None,
     ) -> tuple[Tensor, NormGradient]:
         """As the reference."""
         if x.dtype == torch.float64:
-            return super().pool_backward(grad, choice, x, affine, pooling, space)
+            return super().pool_backward(grad, choice, x, affine, pooling, space, again)
+        if again is not None:
+            again.copy_(self.pool(x, affine, pooling, space)[0])
         out = x.new_empty(x.shape)
         norm = NormGradient(*_vectors(2, x))
         self._ops.pool_backward(

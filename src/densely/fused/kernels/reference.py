@@ -172,11 +172,15 @@ class Kernels:
         affine: Affine,
         pooling: Pooling,
         space: Space,
+        again: Tensor | None = None,
     ) -> tuple[Tensor, NormGradient]:
         """Back through `pool`: gradients of x, [rows, C], and of the norm's parameters.
 
-        `choice` is what `pool` has given for it.
+        `choice` is what `pool` has given for it. What it has made goes to `again` [pooled rows, C],
+        if that is given, since x is read anyway.
         """
+        if again is not None:
+            again.copy_(self.pool(x, affine, pooling, space)[0])
         act = self.norm_relu(x, affine)
         axes = _two_axes(space)
         grads = _two_axes(pooling.pooled(space)).maps(grad)

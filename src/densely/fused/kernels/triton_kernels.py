@@ -154,7 +154,7 @@ class TritonKernels(Kernels):
             return done._replace(weight=grad_weight)
         if conv.pointwise:
             flat = conv.weight.flatten(1)
-            if isinstance(grad, Pending) and x.shape[1] > triton_pointwise.CHANNELS:
+            if isinstance(grad, Pending) and triton_pointwise.wants_formed(x, flat.shape[0]):
                 # With a scale it comes from `convolve_backward`, for this reader alone.
                 grad = self.form(grad, None if grad.scale is None else grad.g)
             parts, partials = triton_pointwise.backward(grad, x, affine, flat, needs_weight, *to)
@@ -194,12 +194,15 @@ class TritonKernels(Kernels):
         affine: Affine,
         pooling: Pooling,
         space: Space,
+        again: Tensor | None = None,
     ) -> tuple[Tensor, NormGradient]:
         """As the reference."""
         if x.dtype == torch.float64 or len(space.size) > 2:
-            return super().pool_backward(grad, choice, x, affine, pooling, space)
+            return super().pool_backward(grad, choice, x, affine, pooling, space, again)
         out = self.matrix(x.shape[0], x.shape[1], x, x.dtype)
-        norm = triton_pooling_backward.pool_backward(grad, choice, x, affine, pooling, space, out)
+        norm = triton_pooling_backward.pool_backward(
+            grad, choice, x, affine, pooling, space, out, again
+        )
         return out, norm
 
     def image_sums(self, images: Tensor, conv: FirstConvolution) -> Tensor:

@@ -30,8 +30,7 @@ from densely.fused.kernels.triton_tiles import (
     splits_for,
 )
 
-#: Of x that a program of `backward` works on. Where there are more, several programs read a tile's
-#: output gradients, and forming them once is cheaper than in each.
+#: Of x that a program of `backward` works on.
 CHANNELS = 64
 
 
@@ -56,7 +55,10 @@ def _forward_launch(x: Tensor, outputs: int) -> _Launch:
         return _Launch(64, 16, min(width, 64), 4, 2)
     if x.dtype == torch.float32:
         return _Launch(64, 32, min(width, 64), 4, 3)
-    return _Launch(128 if x.shape[0] >= 128 * 132 * 8 else 64, 64, min(width, 128), 4, 3)
+    rows = x.shape[0]
+    if rows >= 128 * 132 * 32 and width >= 128:
+        return _Launch(64, 32, 128, 4, 4)
+    return _Launch(128 if rows >= 128 * 132 * 8 else 64, 64, min(width, 128), 4, 3)
 
 
 def _backward_launch(x: Tensor, outputs: int) -> _Launch:
@@ -66,6 +68,14 @@ def _backward_launch(x: Tensor, outputs: int) -> _Launch:
     if x.dtype == torch.float32:
         return _Launch(32, CHANNELS, min(width, 128), 8, 2, 1)
     return _Launch(64, CHANNELS, min(width, 128), 4, 2, 2)
+
+
+def wants_formed(x: Tensor, outputs: int) -> bool:
+    """Whether `backward` is faster if a launch before it forms a pending gradient.
+
+    The programs that share a tile of rows form it each for itself, which is cheaper for a few.
+    """
+    return x.shape[1] > CHANNELS * (3 if outputs > 64 else 6)
 
 
 def _weight_launch(x: Tensor) -> _Launch:

@@ -25,6 +25,7 @@ from densely.fused.kernels.triton_pooling import (
     divide,
     geometry,
     place_of,
+    pool,
     tile_of,
     two,
     window_of,
@@ -41,20 +42,25 @@ def pool_backward(
     pooling: Pooling,
     space: Space,
     out: Tensor,
+    again: Tensor | None = None,
 ) -> NormGradient:
     """Back through `pool`: the gradient of x to `out` [rows, C], and those of the norm's weights.
 
-    `grad` is [pooled rows, C], `choice` what `pool` has left for maxima.
+    `grad` is [pooled rows, C], `choice` what `pool` has left for maxima. Averages are made again,
+    to `again` [pooled rows, C], if that is given.
     """
+    in_passing = affine.training and prod(pooling.step) <= UNROLLED
+    if again is not None and not in_passing:
+        pool(x, affine, pooling, space, again, None)
     if pooling.kind == "max":
         assert choice is not None
-        partials = _window_sums(grad, choice, x, affine, pooling, space)
+        partials = _window_sums(grad, choice, x, affine, pooling, space, None)
         norm, terms, _ = finish_norm(partials, affine, x.shape[0])
         _largest_spread(grad, choice, x, affine, pooling, space, terms, out)
         return norm
     if affine.training:
-        if prod(pooling.step) <= UNROLLED:
-            partials = _window_sums(grad, None, x, affine, pooling, space)
+        if in_passing:
+            partials = _window_sums(grad, None, x, affine, pooling, space, again)
         else:
             partials = _average_back(grad, x, affine, pooling, space, None, None, True)
         norm, terms, _ = finish_norm(partials, affine, x.shape[0])
@@ -91,18 +97,25 @@ def _average_back(
 
 
 def _window_sums(
-    grad: Tensor, choice: Tensor | None, x: Tensor, affine: Affine, pooling: Pooling, space: Space
+    grad: Tensor,
+    choice: Tensor | None,
+    x: Tensor,
+    affine: Affine,
+    pooling: Pooling,
+    space: Space,
+    again: Tensor | None,
 ) -> Tensor:
     """Parts of the norm's sums, window by window; a `choice` is that of maxima."""
     rows, columns = grad.shape
-    tiles = tiling(1024, x, grad, grad if choice is None else choice)
+    others = [other for other in (choice, again) if other is not None]
+    tiles = tiling(1024, x, grad, *others)
     tile_rows = tiles.tile_rows(rows, 6)
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
     kernel = window_of(pooling)
     kind: tuple[Any, ...] = (_max_sums, choice)
     if choice is None:
-        kind = (_average_sums, affine.scale, affine.shift)
+        kind = (_average_sums, again, affine.scale, affine.shift)
     launch(
         kind[0], (parts * tiles.blocks,), x,
         grad, *kind[1:], x, affine.mean, partials, rows, columns // tiles.unit,
@@ -211,6 +224,7 @@ def _average_backward(
 )
 def _average_sums(
     grad,  # [rows, C]
+    again,  # [rows, C], becomes the averages; or None
     scale,  # [C]
     shift,  # [C]
     x,  # [images * height * width, C]
@@ -248,17 +262,24 @@ def _average_sums(
         row = (image * height + h * step_h) * width + w * step_w
         at = grad + r.to(tl.int64) * (grad_stride * UNIT) + c
         g = tl.load(at, mask=there, other=0.0).to(tl.float32) * (1.0 / (KERNEL_H * KERNEL_W))
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
         opened = tl.zeros([ROWS, COLUMNS], tl.float32)
         centers = tl.zeros([ROWS, COLUMNS], tl.float32)
         for i in tl.static_range(KERNEL_H):
             for j in tl.static_range(KERNEL_W):
                 at = x + (row + i * width + j).to(tl.int64) * (x_stride * UNIT) + c
                 value = tl.load(at, mask=there, other=0.0)
-                opens = normalised(value, s, t) > 0
+                act = normalised(value, s, t).to(tl.float32)
+                total += act
+                opens = act > 0
                 opened += tl.where(opens, 1.0, 0.0)
                 centers += tl.where(opens, value.to(tl.float32) - m, 0.0)
         sum_g += g * opened
         sum_gx += g * centers
+        if again is not None:
+            total *= 1.0 / (KERNEL_H * KERNEL_W)
+            at = again + r.to(tl.int64) * (columns * UNIT) + c
+            tl.store(at, total.to(again.dtype.element_ty), mask=there)
     to = partials + tile.to(tl.int64) * (2 * columns * UNIT) + c
     tl.store(to, tl.sum(sum_g, axis=0)[None, :], mask=inside)
     tl.store(to + columns * UNIT, tl.sum(sum_gx, axis=0)[None, :], mask=inside)

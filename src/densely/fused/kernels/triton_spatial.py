@@ -60,10 +60,14 @@ def _forward_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
     if x.dtype == torch.float32:
         return _Launch(64, 32, min(width, 32), 4, 2, together)
     width = min(width, 64)
-    many = x.shape[0] >= 128 * 132
+    many, few = x.shape[0] >= 128 * 132, x.shape[0] <= 32 * 132
+    channels = 32 if 0 < x.shape[1] % 64 <= 32 else 64  # fewer that are not there
+    if few:
+        return _Launch(32, channels, width, 4, 3, together)
     rows = 128 if many and not (together > 1 and width > 32) else 64
+    stages = 4 if many and channels == 32 else 3
     odd = x.stride(0) % 2  # addresses take more registers then
-    return _Launch(rows, 64, width, 8 if many else 4, 3, together, None if odd else 128)
+    return _Launch(rows, channels, width, 8 if many else 4, stages, together, None if odd else 128)
 
 
 def forward(

@@ -73,8 +73,10 @@ def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
         return _Launch(32, 64, min(width, 32), 8, 2, together, 2)
     width = min(width, 64)
     together = window.kw if window.kw * width <= 256 else 1
-    wide = triton.next_power_of_2(together) * width > 128
-    return _Launch(64, 64 if wide or x.shape[1] <= 64 else 128, width, 8, 3, together, 2)
+    side = triton.next_power_of_2(together) * width
+    if side <= 64 and x.shape[1] <= 64:
+        return _Launch(64, 64, width, 4, 3, together, 4)
+    return _Launch(64, 64 if side > 128 or x.shape[1] <= 64 else 128, width, 8, 3, together, 2)
 
 
 def backward(

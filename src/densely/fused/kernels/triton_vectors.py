@@ -8,7 +8,7 @@ nothing is atomic, so sums have a fixed order. Here the parts are put together.
 - Parts of a norm's sums, float32 [parts, 2, C]: sum(g) and sum(g * (x - mean)).
 - Parts of a weight's gradient, float32 [splits, *shape].
 
-A program takes 8 columns, which is a sector of memory, and up to 512 parts at once; thousands of
+A program takes 8 columns, which is a sector of memory, and up to 1024 parts at once; thousands of
 parts are first put together in groups by more programs than the columns alone would give work to.
 
 Source of the combination of moments: Chan, Golub and LeVeque (1979), equation 2.1.
@@ -29,7 +29,7 @@ from densely.fused.kernels.operands import Affine, NormGradient, NormVectors, Un
 from densely.fused.kernels.triton_tiles import launch
 
 _COLUMNS = 8  # of a program: 32 bytes
-_PARTS = 512  # of a program's turn
+_PARTS = 1024  # of a program's turn
 _MANY = 2048  # parts, from which on two launches are faster than one
 _BLOCK = 256  # columns of a program, where no parts are to be added up
 _WEIGHTS = 128  # of a program
@@ -130,7 +130,7 @@ def finish_norm(
         partials, parts = grouped, groups
     made = _vectors(2 if mean_terms or not affine.training else 4, partials)
     terms = (mean_terms or (made[2], made[3])) if affine.training else None
-    taken = min(_PARTS, triton.next_power_of_2(parts))
+    taken = min(_PARTS // 2, triton.next_power_of_2(parts))
     weight, weights = None, 0
     if weight_parts is not None:
         weight = weight_parts.new_empty(weight_parts.shape[1:])
@@ -155,7 +155,7 @@ def _vectors(number: int, like: Tensor) -> list[Tensor]:
 
 def _warps(parts: int) -> int:
     """About 16 values a thread."""
-    return max(1, min(8, parts * _COLUMNS // 512))
+    return max(1, parts * _COLUMNS // 512)
 
 
 @triton.jit
