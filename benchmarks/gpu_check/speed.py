@@ -77,19 +77,32 @@ def run(setting: Setting) -> int:
         if not setting.smoke:
             findings.facts["ceilings"] = _ceilings(setting.device)
             print(f"ceilings: {findings.facts['ceilings']}", flush=True)
-        for mode in setting.modes:
-            for net in setting.nets:
-                _compare(setting, findings, net, mode, _wanted(setting, _variants(net, mode)))
-        for compile_mode in setting.compile_modes:
-            _print_table(setting, findings.rows)  # compiling may be cut off
-            for net in setting.nets:
-                wanted = _wanted(setting, _compiled(net, compile_mode))
-                _compare(setting, findings, net, "train", wanted)
-    _print_table(setting, findings.rows)
+        for mode, net, variants in _groups(setting):
+            _compare(setting, findings, net, mode, variants)
+            if net is setting.nets[-1]:
+                _print_table(setting, findings.rows)  # what comes may be cut off
     if not findings.rows:
         print("nothing measured: none of --variants is one of these --modes and --compile")
         return 1
     return 1 if any(row["ours"] and "error" in row for row in findings.rows) else 0
+
+
+def _groups(setting: Setting) -> Iterator[tuple[str, CheckedNet, Sequence[Variant]]]:
+    """What is measured in turns: each kind apart, or all of a net that are asked for by name."""
+    for mode in setting.modes:
+        compiled = setting.compile_modes if mode == "train" else ()
+        kinds: list[Callable[[CheckedNet], Iterator[Variant]]] = [
+            partial(_variants, mode=mode),
+            *(partial(_compiled, mode=each) for each in compiled),
+        ]
+        if setting.variants:
+            for net in setting.nets:
+                every = {v.name: v for kind in kinds for v in kind(net)}
+                yield mode, net, [v for name, v in every.items() if name in setting.variants]
+            continue
+        for kind in kinds:
+            for net in setting.nets:
+                yield mode, net, list(kind(net))
 
 
 def _variants(net: CheckedNet, mode: str) -> Iterator[Variant]:
@@ -123,10 +136,6 @@ def names(compile_modes: Sequence[str]) -> list[str]:
     net = NETS["d2l"]
     compiled = [v for mode in compile_modes if mode for v in _compiled(net, mode)]
     return list(dict.fromkeys(v.name for v in [*_variants(net, "train"), *compiled]))
-
-
-def _wanted(setting: Setting, variants: Iterator[Variant]) -> list[Variant]:
-    return [v for v in variants if not setting.variants or v.name in setting.variants]
 
 
 def peer_of(net: CheckedNet) -> Callable[[], nn.Module]:

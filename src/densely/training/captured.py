@@ -77,10 +77,13 @@ class TrainingStep:
             logits = self.model(images)
         logits = logits.float()
         loss = self.loss(logits, labels)
+        self._count(logits.detach(), loss.detach(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.loss_sum += loss.detach().double() * len(labels)
-        self.correct += (logits.detach().argmax(dim=1) == labels).sum()
+
+    def _count(self, logits: Tensor, loss: Tensor, labels: Tensor) -> None:
+        self.loss_sum += loss.double() * len(labels)
+        self.correct += (logits.argmax(dim=1) == labels).sum()
 
 
 def training_step(
@@ -156,6 +159,7 @@ class _CapturedStep(TrainingStep):
         self._device_rates = [
             torch.tensor(rate, dtype=torch.float32, device=runtime.device) for rate in self._rates
         ]
+        self._counting = torch.cuda.Stream(runtime.device)  # type: ignore[no-untyped-call]
         self._add_momentum()
         # Detached: a graph of autograd that lives on would tie the weights to this stream.
         kept = [(tensor, tensor.detach().clone()) for tensor in self._changed_by_steps()]
@@ -187,6 +191,18 @@ class _CapturedStep(TrainingStep):
         # Gradients are set to None first, so those of the last run are made by the graph. Without
         # the cache: a copy of a weight made before the capture would be replayed stale.
         self._run(self._images, self._labels, self.runtime.autocast(cache=False))
+
+    def _run(
+        self, images: Tensor, labels: Tensor, autocast: AbstractContextManager[object]
+    ) -> None:
+        super()._run(images, labels, autocast)
+        torch.cuda.current_stream().wait_stream(self._counting)
+
+    def _count(self, logits: Tensor, loss: Tensor, labels: Tensor) -> None:
+        # Some small launches, for which backward need not wait.
+        self._counting.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._counting):
+            super()._count(logits, loss, labels)
 
     def _add_momentum(self) -> None:
         """Make the momentum that the first step would make, so that the graph's is no first one.
