@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--compile", default="default,max-autotune", help="modes; empty for none")
     parser.add_argument("--modes", default="train,inference", help="of `speed`")
     parser.add_argument("--variants", default="", help="of `speed`: these alone, by their names")
+    parser.add_argument("--kinds", default="", help="of `tune`: some of them, by their names")
     parser.add_argument("--smoke", action="store_true", help="tiny nets on the CPU: a dry run")
     options = parser.parse_args()
     if unknown := set(options.nets.split(",")) - set(NETS):
@@ -39,6 +40,8 @@ def main() -> int:
     known = speed.names(options.compile.split(","))
     if unknown := set(variants) - set(known):
         parser.error(f"--variants: {', '.join(unknown)} not among {', '.join(known)}")
+    if unknown := set(filter(None, options.kinds.split(","))) - set(tune.KINDS):
+        parser.error(f"--kinds: {', '.join(unknown)} not among {', '.join(tune.KINDS)}")
     if not (options.smoke or options.stage == "traffic" or torch.cuda.is_available()):
         parser.error("no CUDA GPU is here; --smoke is a dry run on the CPU")
     if options.smoke:
@@ -53,6 +56,7 @@ def main() -> int:
             compile_modes=tuple(filter(None, options.compile.split(","))),
             modes=tuple(options.modes.split(",")),
             variants=variants,
+            kinds=tuple(filter(None, options.kinds.split(","))),
             budget_s=options.budget,
             smoke=options.smoke,
         )

@@ -94,6 +94,7 @@ class Setting:
     compile_modes: tuple[str, ...]
     modes: tuple[str, ...]
     variants: tuple[str, ...]
+    kinds: tuple[str, ...]
     budget_s: float
     smoke: bool
     began: float = field(default_factory=time.monotonic)
