@@ -208,33 +208,6 @@ def _patches(
 
 
 @triton.jit
-def _patches_of(
-    x, row, last, stride_h, stride_w, made_h, made_w, height, WIDTH: tl.constexpr, C: tl.constexpr,
-    TAPS: tl.constexpr, LINE: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-):  # fmt: skip
-    """What the convolution sees for the rows of its result before `last`: [KP, rows]."""
-    image, h, v = _place(row, made_h, made_w)
-    return _patches(
-        x, image, h * stride_h, v * stride_w, row < last, height, WIDTH, C, TAPS, LINE, K, KP
-    )
-
-
-@triton.jit
-def _patches_at(
-    x, place, image, h, v, exists, stride_h, stride_w, made_h, made_w, step_h, step_w, height,
-    WIDTH: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, LINE: tl.constexpr, K: tl.constexpr,
-    KP: tl.constexpr,
-):  # fmt: skip
-    """What the convolution sees for a place of the windows of pooling, and where there is one."""
-    line, column = h * step_h + place // 3 - 1, v * step_w + place % 3 - 1
-    there = exists & (line >= 0) & (line < made_h) & (column >= 0) & (column < made_w)
-    patches = _patches(
-        x, image, line * stride_h, column * stride_w, there, height, WIDTH, C, TAPS, LINE, K, KP
-    )
-    return patches, there
-
-
-@triton.jit
 def _weights(
     weight, outputs, OUT: tl.constexpr, TAPS: tl.constexpr, LINE: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr,
@@ -268,15 +241,12 @@ def _moments_kernel(
     turn = 0.0
     mean, m2 = tl.zeros([BO, BM], tl.float32), tl.zeros([BO, BM], tl.float32)
     products, alone = tl.zeros([BO, KP], tl.float32), tl.zeros([KP, BM], tl.float32)
-    ahead = first + tl.arange(0, BM)
-    patch = _patches_of(
-        x, ahead, last, stride_h, stride_w, made_h, made_w, height, WIDTH, C, TAPS, LINE, K, KP
-    )
-    for _start in range(first, last, BM):  # Welford's update, for each thread's own rows
-        exists = ahead < last
-        ahead += BM
-        following = _patches_of(  # on its way while this one is worked on
-            x, ahead, last, stride_h, stride_w, made_h, made_w, height, WIDTH, C, TAPS, LINE, K, KP
+    for start in range(first, last, BM):  # Welford's update, for each thread's own rows
+        row = start + tl.arange(0, BM)
+        exists = row < last
+        image, h, v = _place(row, made_h, made_w)
+        patch = _patches(
+            x, image, h * stride_h, v * stride_w, exists, height, WIDTH, C, TAPS, LINE, K, KP
         )
         y = tl.dot(w, patch, input_precision=PRECISION)
         turn += 1.0
@@ -287,7 +257,6 @@ def _moments_kernel(
             across = tl.trans(patch)
             products = tl.dot(y.to(patch.dtype), across, products, input_precision=PRECISION)
             alone += patch.to(tl.float32)
-        patch = following
     total = last - first
     count = (total // BM + (tl.arange(0, BM) < total % BM)).to(tl.float32)
     whole = tl.sum(mean * count[None, :], axis=1) / total.to(tl.float32)
@@ -349,14 +318,12 @@ def _pool_kernel(
     image, h, v = _place(row, pooled_h, pooled_w)
     best = tl.full([BO, BM], float("-inf"), tl.float32)
     which = tl.zeros([BO, BM], tl.int32)
-    patch, there = _patches_at(
-        x, 0, image, h, v, exists, stride_h, stride_w, made_h, made_w, step_h, step_w, height,
-        WIDTH, C, TAPS, LINE, K, KP,
-    )  # fmt: skip
     for place in range(9):
-        following, then_there = _patches_at(
-            x, place + 1, image, h, v, exists & (place < 8), stride_h, stride_w, made_h, made_w,
-            step_h, step_w, height, WIDTH, C, TAPS, LINE, K, KP,
+        line, column = h * step_h + place // 3 - 1, v * step_w + place % 3 - 1
+        there = exists & (line >= 0) & (line < made_h) & (column >= 0) & (column < made_w)
+        patch = _patches(
+            x, image, line * stride_h, column * stride_w, there, height, WIDTH, C, TAPS, LINE, K,
+            KP,
         )  # fmt: skip
         y = tl.dot(w, patch, input_precision=PRECISION)
         value = tl.fma(y, tl.broadcast_to(s, y.shape), tl.broadcast_to(b, y.shape))
@@ -366,7 +333,6 @@ def _pool_kernel(
         wins = more.to(tl.int32, bitcast=True) != best.to(tl.int32, bitcast=True)
         which = tl.where(wins, place, which)
         best = more
-        patch, there = following, then_there
     which = tl.where(best <= 0, 255, which)  # NaN keeps its place
     best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
     mask = inside[:, None] & exists[None, :]
@@ -402,18 +368,15 @@ def _backward_kernel(
         which = tl.load(choice + at, mask=mask, other=255).to(tl.int32)
         g = tl.load(grad + at, mask=mask, other=0.0)
         total += tl.where(which < 255, g.to(tl.float32), 0.0)
-        patch, _there = _patches_at(
-            x, 0, image, h, v, exists, stride_h, stride_w, made_h, made_w, step_h, step_w, height,
-            WIDTH, C, TAPS, LINE, K, KP,
-        )  # fmt: skip
         for place in range(9):
-            following, _there = _patches_at(
-                x, place + 1, image, h, v, exists & (place < 8), stride_h, stride_w, made_h, made_w,
-                step_h, step_w, height, WIDTH, C, TAPS, LINE, K, KP,
+            line, column = h * step_h + place // 3 - 1, v * step_w + place % 3 - 1
+            there = exists & (line >= 0) & (line < made_h) & (column >= 0) & (column < made_w)
+            patch = _patches(
+                x, image, line * stride_h, column * stride_w, there, height, WIDTH, C, TAPS, LINE,
+                K, KP,
             )  # fmt: skip
             won = tl.where(which == place, g, 0.0).to(x.dtype.element_ty)
             products = tl.dot(won, tl.trans(patch), products, input_precision=PRECISION)
-            patch = following
     _down, _along, number, there = _tap(TAPS, LINE, K, KP)
     to = of_patches + part.to(tl.int64) * (OUT * K) + outputs[:, None] * K + number[None, :]
     tl.store(to, products, mask=inside[:, None] & there[None, :])

@@ -1,9 +1,10 @@
 """Convolution over a window behind a norm and relu, in Triton: forward.
 
 A window of kh x 3 places is kh shifts by image rows, times 3 shifts within a row. A program reads
-its rows once for each of the kh, normalises them, and multiplies them with the weights of all 3:
-products, each for its place in the window, which at the end are moved by a row of the tile against
-each other and added up. So x is normalised kh times, not kh * 3 times.
+its rows once for each of the kh, normalises them, and multiplies them with the weights of all 3 at
+a time: products side by side, each for its place in the window, which then are moved by a row of
+the tile against each other and added up. So x is normalised kh times, not kh * 3 times, and a
+product is as wide as tensor cores like it.
 
 The price is a rim of rows that a program makes only for its neighbours within the tile: a tile of
 BM rows gives BM - 2 * rim outputs. Where dilation makes the rim too large, and for other windows,
@@ -110,8 +111,8 @@ def forward(
         x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
         out.stride(0), window.height, window.width, UNIT=cols.unit, READ_UNIT=cols.read_unit,
         ROW_UNIT=cols.row_unit, OUT=outputs, KH=window.kh, KW=window.kw, DILATION=dilation,
-        RIM=rim, TOGETHER=tile.together, BM=tile.rows, BC=tile.channels, BO=tile.outputs,
-        PRECISION=precision(x),
+        RIM=rim, TOGETHER=tile.together, SIDE=4 if tile.together > 1 else 1,
+        BM=tile.rows, BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return None if parts is None else (parts, tile_rows)
@@ -131,8 +132,8 @@ def _forward_kernel(
     x, scale, shift, weight, bias, out, parts, rows, c_units, read_units, x_units, out_row, height,
     width, UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, RIM: tl.constexpr,
-    TOGETHER: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TOGETHER: tl.constexpr, SIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    BO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = KH * (KW // TOGETHER)  # shifts of x
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
@@ -143,11 +144,10 @@ def _forward_kernel(
     inside = (places >= 0) & (places < rows)
     at_w = places % width
     at_h = (places // width) % height
-    outputs = first + tl.arange(0, BO)
-    out_mask = outputs < OUT
-    acc = tl.zeros((BM, BO), tl.float32)
-    if TOGETHER > 1:
-        left, right_of = tl.zeros((BM, BO), tl.float32), tl.zeros((BM, BO), tl.float32)
+    # Columns of the products: side by side for each kw of a group, O of them and some empty ones.
+    side = tl.arange(0, SIDE * BO) // BO
+    outputs = first + tl.arange(0, SIDE * BO) % BO
+    acc = tl.zeros((BM, SIDE * BO), tl.float32)
     for step in range(0, GROUPS * tl.cdiv(C, BC)):
         group = step % GROUPS
         cols = (step // GROUPS) * BC + tl.arange(0, BC)
@@ -165,19 +165,21 @@ def _forward_kernel(
         act = normalised(values, scales[None, :], shifts[None, :])
         # Zero padding comes after norm and relu; columns beyond C may hold anything.
         act = tl.where(row_mask[:, None] & (cols < C)[None, :], act, 0.0)
-        w_at = weight + ((outputs * KH + kh) * KW + kw)[None, :] * C + cols[:, None]
-        w_mask = out_mask[None, :] & (cols < C)[:, None]
-        if TOGETHER > 1:
-            w = tl.load(w_at, mask=w_mask, other=0.0)
-            left = tl.dot(act, w, left, input_precision=PRECISION)
-            w = tl.load(w_at + 2 * C, mask=w_mask, other=0.0)
-            right_of = tl.dot(act, w, right_of, input_precision=PRECISION)
-            w_at += C
-        w = tl.load(w_at, mask=w_mask, other=0.0)
+        tap = (outputs * KH + kh) * KW + kw + side
+        w = tl.load(weight + tap[None, :] * C + cols[:, None],
+                    mask=((outputs < OUT) & (side < TOGETHER))[None, :] & (cols < C)[:, None],
+                    other=0.0)  # fmt: skip
         acc = tl.dot(act, w, acc, input_precision=PRECISION)
     if TOGETHER > 1:
+        # Only the outer two move. The layout of products has all kw of an output in one thread.
+        pairs = tl.reshape(tl.permute(tl.reshape(acc, (BM, 4, BO)), (0, 2, 1)), (BM, BO, 2, 2))
+        even, odd = tl.split(pairs)
+        left, right_of = tl.split(even)
+        acc, _none = tl.split(odd)
         acc += _moved(left, -DILATION, at_w, width, BM, BO)
         acc += _moved(right_of, DILATION, at_w, width, BM, BO)
+    outputs = first + tl.arange(0, BO)
+    out_mask = outputs < OUT
     if bias is not None:
         acc += tl.load(bias + outputs, mask=out_mask, other=0.0).to(tl.float32)[None, :]
     result = acc.to(out.dtype.element_ty)
