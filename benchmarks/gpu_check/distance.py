@@ -108,6 +108,8 @@ def _kind(name: str) -> str:
     parts = name.removeprefix("gradient of ").split(".")
     if name.startswith("gradient of ") and len(parts) > 1:
         module = parts[-2].rstrip("0123456789")
+        if module == "classifier":  # ten numbers of a bias alone are noise
+            return "grad classifier"
         return f"grad {module}.{parts[-1]}"
     return name if name.startswith("gradient of ") else parts[-1]
 
