@@ -61,39 +61,22 @@ def _candidates(kind: str, shape: Shape) -> Iterator[tuple[Any, ...]]:
     yield LIBRARY
     if kind in tune_stem.KINDS:
         yield from tune_stem.candidates()
-    elif kind == "pointwise forward":
-        for rows, channels, warps, stages in (
-            (64, 64, 4, 3), (64, 32, 4, 4), (128, 32, 8, 4), (128, 64, 4, 3),
-            (128, 64, 8, 1), (128, 64, 4, 1), (64, 64, 4, 1),
-        ):  # fmt: skip
-            yield rows, channels, width, warps, stages
-    elif kind == "pointwise backward":
+        return
+    from densely.fused.kernels import triton_pointwise, triton_spatial
+    from densely.fused.kernels import triton_spatial_backward as back
+
+    if kind == "pointwise backward":
         yield PENDING
-        for rows, channels, warps, stages, programs, registers in (
-            (64, 64, 4, 3, 2, None), (64, 64, 4, 1, 2, None), (64, 64, 4, 1, 3, 168),
-            (64, 64, 8, 1, 2, 128), (32, 64, 4, 1, 4, 128), (32, 64, 4, 3, 3, 168),
-        ):  # fmt: skip
-            yield rows, channels, width, warps, stages, programs, registers
-    elif kind == "spatial forward":
-        for rows, channels, warps, stages, together, registers in (
-            (64, 64, 4, 3, 3, None), (64, 32, 4, 3, 3, None), (128, 32, 8, 4, 3, 128),
-            (128, 64, 8, 1, 3, 128), (64, 64, 4, 1, 3, 128), (128, 32, 8, 1, 3, 128),
-            (64, 32, 4, 1, 3, 128), (128, 128, 8, 1, 3, 128), (128, 64, 8, 2, 3, 128),
-        ):  # fmt: skip
-            yield rows, channels, width, warps, stages, together, registers
-    elif kind == "spatial input":
-        for rows, channels, warps, stages, programs in (
-            (32, 64, 4, 2, 2), (32, 64, 4, 1, 2), (64, 64, 4, 1, 2), (64, 64, 8, 1, 2),
-            (64, 64, 4, 1, 0), (64, 64, 8, 1, 0), (64, 128, 8, 1, 0), (128, 64, 8, 1, 0),
-            (32, 128, 8, 1, 1),
-        ):  # fmt: skip
-            yield rows, channels, width, warps, stages, 3, programs
-    else:
-        for rows, channels, warps, stages, programs in (
-            (64, 64, 4, 3, 4), (64, 64, 4, 1, 4), (64, 128, 8, 1, 2), (64, 128, 8, 1, 3),
-            (32, 128, 8, 1, 3),
-        ):  # fmt: skip
-            yield rows, channels, width, warps, stages, 3, programs
+    tried: tuple[tuple[int | None, ...], ...] = {
+        "pointwise forward": triton_pointwise.FORWARDS,
+        "pointwise backward": triton_pointwise.BACKWARDS,
+        "spatial forward": triton_spatial.FORWARDS,
+        "spatial input": back.INPUTS,
+        "spatial weight": back.WEIGHTS,
+    }[kind]
+    together = (3,) if kind.startswith("spatial") else ()
+    for rows, channels, warps, stages, *rest in tried:
+        yield rows, channels, width, warps, stages, *together, *rest
 
 
 KINDS = {

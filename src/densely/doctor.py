@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from densely.cache import cache_folder
 from densely.data.fashion_mnist import complete_folder
 from densely.data.locations import VARIABLE
@@ -34,8 +36,17 @@ def _block_code(device_type: str) -> str:
     why = missing(device_type)
     if why:
         return f"plain PyTorch kernels: {why}"
-    made = "Triton kernels" if device_type == "cuda" else "kernels compiled for this CPU"
-    return f"fused, with {made}"
+    if device_type == "cuda":
+        return f"fused, with Triton kernels, launched {_launches()}"
+    return "fused, with kernels compiled for this CPU"
+
+
+def _launches() -> str:
+    from densely.fused.kernels.triton_launches import read_table, table_path
+
+    path = table_path(torch.cuda.get_device_name())
+    known = len(read_table(path))
+    return f"as measured for {known} steps: {path}" if known else "by rule (densely bench --tune)"
 
 
 def _state(folder: str | None) -> str:

@@ -30,7 +30,7 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
     pytest.importorskip("triton", reason="needs Triton")
-    from densely.fused.kernels import triton_kernels, triton_tiles
+    from densely.fused.kernels import triton_kernels, triton_launches, triton_tiles
 if DEVICE == "cpu" and not hasattr(triton_tiles.normalised, "rewriter"):
     pytest.skip("Triton was imported without its interpreter", allow_module_level=True)
 
@@ -125,6 +125,35 @@ def test_float64_is_left_to_the_reference() -> None:
     grad = blocks.gradient(BLOCKS["bottleneck"])
     got = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton")
     assert_same(got, blocks.oracle(x, layers, grad))
+
+
+class LaterOnes:
+    """A tuner to which each launch that is tried seems the fastest: the one of that number."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.kinds = number, set[str]()
+
+    def choose(self, step: Any, usual: Any, others: Any, run: Any, added_to: Any) -> Any:
+        self.kinds.add(step.kind)
+        found = list(others)
+        return found[min(self.number, len(found) - 1)]
+
+
+@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("kind", ["plain", "bottleneck"])
+def test_what_may_be_tried_in_place_of_the_usual_launches_is_right(kind: str, number: int) -> None:
+    case = BLOCKS[kind]
+    tree = blocks.Inputs(*blocks.build(case, torch.float16))
+    grad = blocks.gradient(case, torch.float16)
+    theirs = run(plain.dense_block, tree, grad, "reference")
+    tuner = LaterOnes(number)
+    with triton_launches.tuning(tuner):
+        got = run(backend.dense_block, tree, grad, "triton")
+    steps = {"spatial forward", "spatial input", "spatial weight"}
+    steps |= {"pointwise forward", "pointwise backward"} if kind == "bottleneck" else set()
+    assert tuner.kinds == steps
+    exact = blocks.oracle(*blocks.build(case), blocks.gradient(case))
+    assert is_no_worse(got, theirs, exact, torch.float16) == []
 
 
 def test_an_affine_goes_to_the_memory_it_is_given() -> None:

@@ -39,6 +39,12 @@ class BenchConfig:
     peak_memory: bool = _option(
         True, _WHAT, "also peak memory: on a CPU in a fresh process for each variant"
     )
+    tune: bool = _option(
+        False,
+        _WHAT,
+        "measure no peers: find the fastest launches of the Triton kernels on this GPU, in some "
+        "minutes, and keep them in the cache for all that densely runs on it",
+    )
     batch: int | None = _option(
         None,
         _HOW,

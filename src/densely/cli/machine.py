@@ -17,6 +17,9 @@ def bench(parser: Parser, arguments: list[str]) -> None:
     Each network runs as densely and as its peers run it: torchvision, timm and MONAI, or a plain
     PyTorch net, as shipped and tuned. All have one turn before any has the next; ratios are taken
     round by round. A peer that is not installed is a named gap. Run nothing beside it.
+
+    `--tune` is for GPUs other than an H100, which the kernels' launches were made for: it measures
+    others in place on the training step of each --net, and keeps the fastest.
     """
     from densely.bench.config import BenchConfig
 
@@ -25,6 +28,12 @@ def bench(parser: Parser, arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
     names = [field.name for field in dataclasses.fields(BenchConfig)]
     config = BenchConfig(**{name: getattr(chosen, name) for name in names})
+
+    if config.tune:
+        from densely.bench.tune import run_tune
+
+        run_tune(config)
+        return
 
     from densely.bench.run import run_bench
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Pending
+from densely.fused.kernels.triton_launches import Step, fastest
 from densely.fused.kernels.triton_tiles import (
     arriving,
     columns,
@@ -47,6 +48,19 @@ class _Launch(NamedTuple):
     stages: int
     programs: int = 0
     registers: int | None = None
+
+
+#: Rows, channels, warps and stages that `densely bench --tune` tries.
+FORWARDS = (
+    (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4), (128, 32, 8, 4), (128, 64, 4, 3),
+    (64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 8, 3),
+)  # fmt: skip
+#: Rows, channels, warps, stages, programs and registers.
+BACKWARDS = (
+    (64, 64, 4, 2, 2, None), (64, 64, 4, 3, 2, None), (64, 64, 4, 1, 3, 168),
+    (64, 64, 8, 2, 2, 128), (32, 64, 4, 2, 3, 168), (32, 64, 4, 3, 3, 168),
+    (64, 128, 8, 2, 1, None), (32, 128, 8, 2, 2, 128),
+)  # fmt: skip
 
 
 def _forward_launch(x: Tensor, outputs: int) -> _Launch:
@@ -107,20 +121,26 @@ def forward(
         and the rows of a tile.
     """
     rows, outputs = out.shape
-    tile = _forward_launch(x, outputs)
     cols, weight = columns(x), weight.contiguous()
-    tiles = triton.cdiv(rows, tile.rows)
-    parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
-    launch(
-        _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
-        x, affine.scale, affine.shift, weight, bias, out, parts, rows,
-        x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
-        out.stride(0), UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit,
-        BEYOND=cols.read > x.shape[1], EVEN=rows % tile.rows == 0, OUT=outputs, BM=tile.rows,
-        BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return None if parts is None else (parts, tile.rows)
+
+    def run(tile: _Launch) -> tuple[Tensor, int] | None:
+        tiles = triton.cdiv(rows, tile.rows)
+        parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
+        launch(
+            _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
+            x, affine.scale, affine.shift, weight, bias, out, parts, rows,
+            x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
+            out.stride(0), UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit,
+            BEYOND=cols.read > x.shape[1], EVEN=rows % tile.rows == 0, OUT=outputs, BM=tile.rows,
+            BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return None if parts is None else (parts, tile.rows)
+
+    usual = _forward_launch(x, outputs)
+    others = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in FORWARDS)
+    step = Step("pointwise forward", x, outputs)
+    return run(fastest(step, usual, others, lambda tile: (run(tile), out)[1]))
 
 
 def backward(
@@ -150,26 +170,36 @@ def backward(
         g * (x - mean) over sets of rows that together are all rows.
     """
     (rows, channels), outputs = x.shape, weight.shape[0]
-    tile = _backward_launch(x, outputs)
     cols, weight = columns(x, total, base), weight.contiguous()
     grads = arriving(grad)
-    tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
-    splits = splits_for(tiles, across, tile.programs)
-    norm_parts = x.new_empty(splits, 2, channels, dtype=torch.float32)
-    in_passing = needs_weight and outputs <= tile.outputs
-    weight_parts = (
-        x.new_empty(splits, outputs, channels, dtype=torch.float32) if in_passing else None
+
+    def run(tile: _Launch) -> tuple[Tensor | None, Tensor]:
+        tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
+        splits = splits_for(tiles, across, tile.programs)
+        norm_parts = x.new_empty(splits, 2, channels, dtype=torch.float32)
+        in_passing = needs_weight and outputs <= tile.outputs
+        weight_parts = (
+            x.new_empty(splits, outputs, channels, dtype=torch.float32) if in_passing else None
+        )
+        launch(
+            _backward_kernel, (across, splits), x,
+            *grads, x, affine.scale, affine.shift, affine.mean, weight, total, base,
+            weight_parts, norm_parts, rows, channels // cols.unit, cols.read // cols.read_unit,
+            *grads.rows, x.stride(0) // cols.row_unit, total.stride(0) // cols.row_unit,
+            0 if base is None else base.stride(0) // cols.row_unit,
+            UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, OUT=outputs,
+            BM=tile.rows, BC=tile.channels, BO=tile.outputs, ADD=add_scaled,
+            PRECISION=precision(x), STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
+        return weight_parts, norm_parts
+
+    usual = _backward_launch(x, outputs)
+    others = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in BACKWARDS)
+    step = Step("pointwise backward", x, outputs, (needs_weight, add_scaled, grads.gx is not None))
+    weight_parts, norm_parts = run(
+        fastest(step, usual, others, lambda tile: (run(tile), total)[1], total)
     )
-    launch(
-        _backward_kernel, (across, splits), x,
-        *grads, x, affine.scale, affine.shift, affine.mean, weight, total, base,
-        weight_parts, norm_parts, rows, channels // cols.unit, cols.read // cols.read_unit,
-        *grads.rows, x.stride(0) // cols.row_unit, total.stride(0) // cols.row_unit,
-        0 if base is None else base.stride(0) // cols.row_unit,
-        UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, OUT=outputs,
-        BM=tile.rows, BC=tile.channels, BO=tile.outputs, ADD=add_scaled, PRECISION=precision(x),
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
     if needs_weight and weight_parts is None:
         weight_parts = _weight_gradient(grad, x, affine, outputs)
     return weight_parts, norm_parts

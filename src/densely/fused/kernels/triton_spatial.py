@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Space
+from densely.fused.kernels.triton_launches import Step, fastest
 from densely.fused.kernels.triton_spatial_backward import backward
 from densely.fused.kernels.triton_tiles import (
     Window,
@@ -50,6 +51,14 @@ class _Launch(NamedTuple):
     stages: int
     together: int
     registers: int | None = None
+
+
+#: Rows, channels, warps, stages and registers that `densely bench --tune` tries.
+FORWARDS = (
+    (128, 64, 8, 3, 128), (64, 64, 4, 3, 128), (128, 32, 8, 4, 128), (64, 32, 4, 3, None),
+    (32, 64, 4, 3, None), (32, 128, 4, 3, None), (64, 64, 4, 1, 128), (128, 64, 8, 1, 128),
+    (128, 128, 8, 1, 128),
+)  # fmt: skip
 
 
 def _forward_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
@@ -99,23 +108,33 @@ def forward(
     """
     window = window_of(weight, dilation, space)
     rows, outputs = out.shape
-    tile = _forward_launch(x, outputs, window)
     cols = columns(x)
-    rim = window.rim if tile.together > 1 else 0
-    tile_rows = tile.rows - 2 * rim
-    tiles = triton.cdiv(rows, tile_rows)
-    parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
-    launch(
-        _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
-        x, affine.scale, affine.shift, window.weight, bias, out, parts, rows,
-        x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
-        out.stride(0), window.height, window.width, UNIT=cols.unit, READ_UNIT=cols.read_unit,
-        ROW_UNIT=cols.row_unit, OUT=outputs, KH=window.kh, KW=window.kw, DILATION=dilation,
-        RIM=rim, TOGETHER=tile.together, SIDE=4 if tile.together > 1 else 1,
-        BM=tile.rows, BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
-    return None if parts is None else (parts, tile_rows)
+
+    def run(tile: _Launch) -> tuple[Tensor, int] | None:
+        rim = window.rim if tile.together > 1 else 0
+        tile_rows = tile.rows - 2 * rim
+        tiles = triton.cdiv(rows, tile_rows)
+        parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
+        launch(
+            _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
+            x, affine.scale, affine.shift, window.weight, bias, out, parts, rows,
+            x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
+            out.stride(0), window.height, window.width, UNIT=cols.unit, READ_UNIT=cols.read_unit,
+            ROW_UNIT=cols.row_unit, OUT=outputs, KH=window.kh, KW=window.kw, DILATION=dilation,
+            RIM=rim, TOGETHER=tile.together, SIDE=4 if tile.together > 1 else 1,
+            BM=tile.rows, BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
+        return None if parts is None else (parts, tile_rows)
+
+    usual = _forward_launch(x, outputs, window)
+    others = (
+        _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
+        for tile in FORWARDS
+        if tile[0] > 2 * window.rim
+    )
+    step = Step("spatial forward", x, outputs, (window.kh, window.kw, dilation))
+    return run(fastest(step, usual, others, lambda tile: (run(tile), out)[1]))
 
 
 @triton.jit

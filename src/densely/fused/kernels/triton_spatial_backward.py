@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Space
+from densely.fused.kernels.triton_launches import Step, fastest
 from densely.fused.kernels.triton_tiles import (
     Columns,
     Window,
@@ -45,6 +46,17 @@ class _Launch(NamedTuple):
     stages: int
     together: int
     programs: int = 0
+
+
+#: Rows, channels, warps, stages and programs that `densely bench --tune` tries.
+INPUTS = (
+    (64, 64, 4, 2, 0), (64, 128, 8, 2, 0), (128, 64, 8, 2, 0), (32, 64, 4, 2, 0), (64, 32, 4, 2, 0),
+    (32, 64, 4, 2, 2), (32, 128, 8, 3, 1), (64, 64, 4, 1, 2), (64, 128, 8, 1, 0),
+)  # fmt: skip
+WEIGHTS = (
+    (64, 128, 8, 3, 2), (64, 64, 8, 3, 2), (64, 64, 4, 3, 4), (64, 64, 4, 1, 4), (32, 128, 8, 3, 2),
+    (64, 128, 8, 3, 1), (128, 64, 8, 3, 2),
+)  # fmt: skip
 
 
 def _input_launch(x: Tensor, outputs: int, window: Window, add_scaled: bool) -> _Launch:
@@ -111,19 +123,17 @@ def backward(
     """
     (rows, channels), outputs = x.shape, weight.shape[0]
     window = window_of(weight, dilation, space)
-    tile = _input_launch(x, outputs, window, add_scaled)
     cols = columns(x, total, base)
-    tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
-    resident: dict[str, int] = {}
-    parts = tiles
-    kernel, grid = _input_kernel, (across * tiles, 1)
-    if tile.programs:
-        parts = splits_for(tiles, across, tile.programs)
-        kernel, grid, resident = _resident_kernel, (across, parts), {"STAGES": tile.stages}
-    norm_parts = x.new_empty(parts, 2, channels, dtype=torch.float32)
 
-    def of_input() -> None:
-        launch(
+    def of_input(tile: _Launch) -> tuple[Tensor, Callable[[], None]]:
+        tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
+        kernel, grid, parts = _input_kernel, (across * tiles, 1), tiles
+        resident: dict[str, int] = {}
+        if tile.programs:
+            parts = splits_for(tiles, across, tile.programs)
+            kernel, grid, resident = _resident_kernel, (across, parts), {"STAGES": tile.stages}
+        norm_parts = x.new_empty(parts, 2, channels, dtype=torch.float32)
+        return norm_parts, lambda: launch(
             kernel, grid, x,
             grad, x, affine.scale, affine.shift, affine.mean, window.weight, total, base,
             norm_parts, rows, channels // cols.unit, cols.read // cols.read_unit,
@@ -134,11 +144,20 @@ def backward(
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
+    usual = _input_launch(x, outputs, window, add_scaled)
+    others = (
+        _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
+        for tile in INPUTS
+        if not tile[4] or (window.kh in (1, 3) and usual.together == window.kw)
+    )
+    step = Step("spatial input", x, outputs, (window.kh, window.kw, dilation, add_scaled))
+    tile = fastest(step, usual, others, lambda tile: (of_input(tile)[1](), total)[1], total)
+    norm_parts, run_input = of_input(tile)
     if not needs_weight:
-        of_input()
+        run_input()
         return None, norm_parts
-    weight_parts, of_weight = _weight_gradient(grad, x, affine, window, dilation)
-    launch_together(x, of_input, of_weight)
+    weight_parts, run_weight = _weight_gradient(grad, x, affine, window, dilation)
+    launch_together(x, run_input, run_weight)
     return weight_parts, norm_parts
 
 
@@ -147,18 +166,32 @@ def _weight_gradient(
 ) -> tuple[Tensor, Callable[[], None]]:
     """Its parts, and what makes them."""
     (rows, channels), outputs = x.shape, grad.shape[1]
-    tile, cols = _weight_launch(x, outputs, window), columns(x)
-    groups = window.kh * (window.kw // tile.together)
-    across = groups * triton.cdiv(outputs, tile.outputs), triton.cdiv(channels, tile.channels)
-    splits = splits_for(triton.cdiv(rows, tile.rows), across[0] * across[1], tile.programs)
-    parts = x.new_empty(splits, *window.weight.shape, dtype=torch.float32)
-    return parts, lambda: launch(
-        _weight_kernel, (*across, splits), x,
-        grad, x, affine.scale, affine.shift, parts, rows, channels // cols.unit,
-        cols.read // cols.read_unit, x.stride(0) // cols.row_unit, window.height, window.width,
-        **_constants(cols, tile, window, outputs, dilation), PRECISION=precision(x),
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    cols = columns(x)
+
+    def prepared(tile: _Launch) -> tuple[Tensor, Callable[[], None]]:
+        groups = window.kh * (window.kw // tile.together)
+        across = groups * triton.cdiv(outputs, tile.outputs), triton.cdiv(channels, tile.channels)
+        splits = splits_for(triton.cdiv(rows, tile.rows), across[0] * across[1], tile.programs)
+        parts = x.new_empty(splits, *window.weight.shape, dtype=torch.float32)
+        return parts, lambda: launch(
+            _weight_kernel, (*across, splits), x,
+            grad, x, affine.scale, affine.shift, parts, rows, channels // cols.unit,
+            cols.read // cols.read_unit, x.stride(0) // cols.row_unit, window.height, window.width,
+            **_constants(cols, tile, window, outputs, dilation), PRECISION=precision(x),
+            STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def made(tile: _Launch) -> Tensor:
+        parts, run = prepared(tile)
+        run()
+        return parts.sum(0)  # as they are to be added up, which takes longer for more of them
+
+    usual = _weight_launch(x, outputs, window)
+    others = (
+        _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4]) for tile in WEIGHTS
+    )
+    step = Step("spatial weight", x, outputs, (window.kh, window.kw, dilation))
+    return prepared(fastest(step, usual, others, made))
 
 
 def _constants(
