@@ -256,11 +256,11 @@ def gpu_speed_now() -> str:
     return f"""## On a GPU: {env["device_name"]}
 
 A training step as one CUDA graph. Command: `bash benchmarks/gpu_check.sh OUTDIR speed --modes train
---compile '' --variants "densely captured"`, of commit cb55a5a, launches one by one; the peers by the
-same command on such a card 35 minutes before, and the compiled one a day before: so
-ratios are of medians, not turn by turn. Captured plain PyTorch takes the same time within 1% in all
-of these calls. torch {env["versions"]["torch"]}, Triton {now["triton"]}, Python {env["python"]};
-batch {now["batch"]}, bfloat16 under autocast, SGD with momentum. This card copies
+--compile '' --variants "densely captured"`, of commit cb55a5a, launches one by one; the peers by
+the same command on such a card 35 minutes before, and the compiled one a day before: so ratios are
+of medians, not turn by turn. Captured plain PyTorch takes the same time within 1% in all of these
+calls. torch {env["versions"]["torch"]}, Triton {now["triton"]}, Python {env["python"]}; batch
+{now["batch"]}, bfloat16 under autocast, SGD with momentum. This card copies
 {ceilings["copy_tb_per_s"]} TB/s and multiplies {ceilings["bf16_tflop_per_s"]:.0f} bfloat16 TFLOP/s.
 
 {table}
