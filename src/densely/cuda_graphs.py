@@ -3,10 +3,16 @@
 Source: PyTorch's notes on CUDA semantics, "CUDA Graphs".
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from densely.errors import first_line
+from densely.fused.kernels import compiling_ahead
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -15,7 +21,7 @@ WARM_UP = 3
 
 
 def record_graph(
-    work: Callable[[], T], device: torch.device, pool: Any = None
+    work: Callable[[], T], device: torch.device, pool: Any = None, put_back: bool = False
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what some work does on a GPU; before, it is run `WARM_UP` times for real.
 
@@ -28,6 +34,9 @@ def record_graph(
         pool: memory that graphs share, of `torch.cuda.graph_pool_handle`: such graphs may not run
             at the same time, and what one has returned is overwritten by another. None for memory
             of its own.
+        put_back: whether all that the work changes will be put back. Then it first runs once while
+            densely's kernels are compiled, many at once, and not launched: what comes of that is
+            anything.
 
     Returns:
         The graph, and what the recorded work has returned: tensors that each replay fills anew.
@@ -42,6 +51,8 @@ def record_graph(
             torch.backends.cudnn.benchmark = True
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
+                if put_back:
+                    _compile_kernels_of(work)
                 for _ in range(WARM_UP):
                     work()
             here.wait_stream(aside)
@@ -53,3 +64,14 @@ def record_graph(
             torch.cuda.set_stream(here)  # which a capture that fails does not do
             torch.cuda.set_rng_state(random_state, device)
     return graph, result
+
+
+def _compile_kernels_of(work: Callable[[], object]) -> None:
+    ahead = compiling_ahead()
+    if ahead is None:
+        return
+    try:
+        with ahead:
+            work()
+    except Exception as error:  # of numbers that are none; what is wrong is so in the next run too
+        _log.debug("kernels are compiled one after another: %s", first_line(error))

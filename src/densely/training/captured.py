@@ -165,7 +165,7 @@ class _CapturedStep(TrainingStep):
         kept = [(tensor, tensor.detach().clone()) for tensor in self._changed_by_steps()]
         try:
             with _RatesOnDevice(optimizer, self._device_rates):
-                self._graph, _ = record_graph(self._one_run, runtime.device)
+                self._graph, _ = record_graph(self._one_run, runtime.device, put_back=True)
         finally:
             with torch.no_grad():
                 for tensor, value in kept:

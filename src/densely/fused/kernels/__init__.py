@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -67,6 +67,18 @@ def missing(device_type: str = "cpu") -> str | None:
         return None
     found = _of_device(device_type)
     return found if isinstance(found, str) else None
+
+
+def compiling_ahead() -> AbstractContextManager[None] | None:
+    """Within it the kernels for GPUs are compiled, many at once, and none is launched.
+
+    None where there are none, or where they can only be compiled one after another.
+    """
+    if missing("cuda") is not None:
+        return None
+    from densely.fused.kernels import triton_tiles
+
+    return triton_tiles.compiled_ahead() if triton_tiles.COMPILES_AHEAD else None
 
 
 @contextmanager

@@ -12,7 +12,10 @@ whether an integer divides by 16, so strides come in units: `stride // unit`, wi
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -184,11 +187,37 @@ def exact(x: Tensor) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
     """Run a kernel on x's device."""
-    if x.is_cuda:
+    if _compiling_ahead:
+        kernel.warmup(*args, grid=grid, **options)
+    elif x.is_cuda:
         with torch.cuda.device(x.device):
             kernel[grid](*args, **options)
     else:
         kernel[grid](*args, **options)
+
+
+#: Whether this Triton can compile many kernels at once; those before 3.5 cannot.
+COMPILES_AHEAD = hasattr(triton, "AsyncCompileMode")
+_compiling_ahead: list[bool] = []
+
+
+@contextmanager
+def compiled_ahead() -> Iterator[None]:
+    """Compile the kernels that would be launched within, as many at once as there are processors.
+
+    Nothing is launched, so what they would have written holds anything. Compilers leave Python's
+    lock alone, but for a twentieth of the time, so threads are enough. What fails to compile fails
+    again when it is to be launched.
+    """
+    workers = ThreadPoolExecutor(os.cpu_count())
+    mode = triton.AsyncCompileMode(workers, ignore_errors=True)
+    # Backward too in this thread, which is the one that Triton asks how to compile.
+    with workers, torch.autograd.set_multithreading_enabled(False), mode:
+        _compiling_ahead.append(True)
+        try:
+            yield
+        finally:
+            _compiling_ahead.pop()
 
 
 def launch_together(x: Tensor, one: Callable[[], None], other: Callable[[], None]) -> None:
