@@ -137,6 +137,7 @@ class Findings:
             "smoke": setting.smoke,
             "environment": environment(setting.runtime) | {"command": None},
             "triton": _triton_version(),
+            "launches_measured_here": _known_launches(),
             **facts,
         }
         self.rows: list[dict[str, Any]] = []
@@ -159,6 +160,15 @@ def _triton_version() -> str:
         return version("triton")
     except PackageNotFoundError:
         return "not installed"
+
+
+def _known_launches() -> int:
+    """Those that `densely bench --tune` has left for this GPU, in place of the rule's."""
+    if not torch.cuda.is_available() or kernels.missing("cuda"):
+        return 0
+    from densely.fused.kernels.triton_launches import read_table, table_path
+
+    return len(read_table(table_path(torch.cuda.get_device_name())))
 
 
 def in_a_line(error: BaseException) -> str:

@@ -73,12 +73,15 @@ def test_the_fastest_that_is_right_is_chosen(times: dict[int, float], chosen: in
     tuner = Tuner(of_milliseconds(times, ran), names.append)
     others = [Launch(rows, 4) for rows in (64, 32, 16, 8)]
     for _ in range(2):
-        found = tuner.choose(STEP, Launch(64, 4), iter(others), run, total)
+        found = tuner.choose(STEP, Launch(64, 4), iter(others), run, lambda made: [made], total)
         assert found == Launch(chosen, 4)
     assert (total == 5).all(), "what is added to was not put back"
     assert names == [STEP.key]
     assert tuner.gains[STEP.key] == (2.0, times[chosen])
     assert tuner.launches == ({} if chosen == 64 else {STEP.key: [32, 4]})
+    known: dict[str, list[int | None]] = {STEP.key: [16, 1], "another step": [2]}
+    kept = {"another step": [2]}
+    assert tuner.added_to(known) == kept | tuner.launches, "an earlier choice outlives its time"
 
 
 def test_steps_are_told_apart_and_batches_that_differ_little_are_not() -> None:
@@ -117,7 +120,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def chosen() -> Launch:
-    return launches.fastest(on_gpu(), Launch(64, 4), [], lambda _: torch.empty(0))
+    return launches.fastest(on_gpu(), Launch(64, 4), [], lambda _: None, lambda _: [])
 
 
 def test_a_table_is_gone_by_from_the_next_launch_on(table: Path) -> None:
@@ -172,7 +175,7 @@ def test_each_step_of_a_net_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
         return 1.0
 
     with kernels.use("triton"), Progress() as progress:
-        tuner = tune.tune_net(NETS["bc_100_12"], "cpu", 2, measure, progress, processes=0)
+        tuner = tune.tune_net(NETS["bc_100_12"], "cpu", 2, measure, progress)
     kinds = [key.split(" float32")[0] for key in tuner.gains]
     assert [kinds.count(kind) for kind in sorted(set(kinds))] == [2] * 5
     assert len(measured) > 4 * len(kinds), "others were not measured"

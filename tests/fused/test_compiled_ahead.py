@@ -75,6 +75,16 @@ def test_both_ways_are_compiled_at_once_and_not_launched(fails: bool) -> None:
     assert kernel.launched == 2
 
 
+def test_what_others_launch_meanwhile_is_launched() -> None:
+    ours, theirs = Kernel(), Kernel()
+    with triton_tiles.compiled_ahead():
+        other = threading.Thread(target=step, args=(theirs,))
+        other.start()
+        other.join()
+        step(ours)
+    assert (ours.launched, theirs.launched) == (0, 2)
+
+
 def test_work_that_fails_on_what_kernels_have_not_written_is_no_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

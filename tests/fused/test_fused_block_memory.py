@@ -101,6 +101,27 @@ def test_gradients_from_what_was_moved_away_and_back(
     assert_same(got, oracle(x, layers, grad), near)
 
 
+def test_a_weight_that_steps_share_may_come_back_as_two() -> None:
+    """Its copies of another dtype are kept by their places, not by the weight's identity."""
+    case = SHAPED["bottleneck"]
+    found = []
+    for module in (plain, backend):
+        tree = fresh(Inputs(*build(case, torch.float32)))
+        first, *others = tree.layers
+        shared = first[1].conv.weight
+        layers = (first, *((a, b._replace(conv=b.conv._replace(weight=shared))) for a, b in others))
+        with (
+            torch.autograd.graph.saved_tensors_hooks(Tensor.clone, Tensor.clone),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            out = module.dense_block(tree.x.bfloat16(), layers)
+        (out.float() * gradient(case, torch.float32)).sum().backward()
+        found.append(shared.grad)
+    expected, got = found
+    assert got is not None
+    assert torch.linalg.vector_norm(got - expected) < 0.02 * torch.linalg.vector_norm(expected)
+
+
 @every_kind
 def test_checkpointed_as_plain(dtype: torch.dtype, name: str, near: float) -> None:
     case = KEPT["dropout"]

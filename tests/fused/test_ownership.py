@@ -3,13 +3,37 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from block_cases import Maker, NormCase, StepCase
+from block_cases import (
+    EVAL,
+    Inputs,
+    Maker,
+    NormCase,
+    StepCase,
+    assert_same,
+    every_kind,
+    fused,
+    gradient,
+    oracle,
+    outcome,
+)
+from block_cases import block as block_of
+from block_cases import build as build_block
+from block_oracle import fresh
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from densely.fused import backend, block, plain
+from densely.fused import backend, block, kernels, plain
+from densely.fused.kernels.operands import Space
+
+CASES = {
+    "bottleneck": block_of(),
+    "plain": block_of(width=None),
+    "bias": block_of(bias=True),
+    "eval": block_of(norm=EVAL, bias=True),
+}
 
 #: What a hook on the block's output keeps of the gradient.
 KEEPS: dict[str, Callable[[Tensor], Any]] = {
@@ -105,6 +129,57 @@ def test_what_is_asked_for_is_returned_unchanged(taken: list[bool]) -> None:
     found = torch.autograd.grad(end, [middle, net.x])
     assert taken == [False]
     assert all(map(as_plain, found, of_plain()))
+
+
+class FromArray(torch.autograd.Function):
+    """A gradient in the memory of a NumPy array, whose owners nobody counts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, array: np.ndarray) -> Tensor:
+        ctx.array = array
+        return (x * torch.from_numpy(array)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.from_numpy(ctx.array), None
+
+
+def test_memory_that_is_not_pytorchs_own_is_left_alone(taken: list[bool]) -> None:
+    net = Net()
+    middle, _ = net.run(backend)
+    array = np.ones(middle.movedim(1, -1).shape, np.float32)
+    FromArray.apply(middle.movedim(1, -1), array).backward()  # type: ignore[no-untyped-call]
+    assert taken == [False]
+    assert (array == 1).all()
+
+
+def test_a_gradient_may_be_changed_in_place() -> None:
+    net = Net()
+    step = net.layers[0][0]
+    _, end = net.run(backend)
+    found = torch.autograd.grad(end, [net.x, step.conv.weight, step.norm.weight, net.conv.weight])
+    for grad in found:
+        grad.add_(torch.ones_like(grad, requires_grad=True)).sum().backward()
+
+
+@every_kind
+@pytest.mark.parametrize("kind", CASES)
+def test_what_is_added_to_the_gradient_itself_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str, near: float, kind: str
+) -> None:
+    monkeypatch.setattr(block, "owners", lambda _: block.sole_owners()[0])
+    tree = fresh(Inputs(*build_block(CASES[kind], dtype)))
+    grad = gradient(CASES[kind], dtype)
+    expected = oracle(*tree, grad)
+    with fused(name):
+        out = backend.dense_block(*tree)
+        space = Space(out.shape[0], tuple(out.shape[2:]))
+        room = kernels.chosen(out).matrix(space.rows, out.shape[1], out, out.dtype)
+        given = space.maps(room.copy_(space.matrix(grad)))
+        found = outcome(out, tree, given)
+    assert_same(found, expected, near)
+    if kernels.chosen(out).total_dtype(out) == dtype:
+        assert not torch.equal(given, grad), "it has not been added to"
 
 
 def test_a_retained_gradient_is_unchanged(taken: list[bool]) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densely.errors import ConfigError
-from densely.fused import backend, kernels, plain
-from densely.fused.kernels.operands import NormVectors
+from densely.fused import backend, block, kernels, plain
+from densely.fused.kernels.operands import NormVectors, Space
 from densely.fused.kernels.reference import Kernels
 
 #: The interpreter computes what is masked out too.
@@ -133,7 +133,7 @@ class LaterOnes:
     def __init__(self, number: int) -> None:
         self.number, self.kinds = number, set[str]()
 
-    def choose(self, step: Any, usual: Any, others: Any, run: Any, added_to: Any) -> Any:
+    def choose(self, step: Any, usual: Any, others: Any, run: Any, *_: Any) -> Any:
         self.kinds.add(step.kind)
         found = list(others)
         return found[min(self.number, len(found) - 1)]
@@ -154,6 +154,23 @@ def test_what_may_be_tried_in_place_of_the_usual_launches_is_right(kind: str, nu
     assert tuner.kinds == steps
     exact = blocks.oracle(*blocks.build(case), blocks.gradient(case))
     assert is_no_worse(got, theirs, exact, torch.float16) == []
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "plain", "eval", "biases", "both modes"])
+def test_the_gradients_own_memory_may_be_added_to(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With rows as far apart as in what a transition hands back."""
+    case = BLOCKS[kind]
+    tree = blocks.Inputs(*blocks.build(case, torch.float32))
+    grad = blocks.gradient(case, torch.float32)
+    space = Space(grad.shape[0], tuple(grad.shape[2:]))
+    room = triton_kernels.TritonKernels().matrix(space.rows, grad.shape[1], grad, grad.dtype)
+    given = space.maps(room.to(DEVICE).copy_(space.matrix(grad)))
+    monkeypatch.setattr(block, "owners", lambda _: block.sole_owners()[0])
+    got = run(backend.dense_block, tree, given, "triton")
+    assert_same(got, blocks.oracle(*tree, grad), 1e-4)
+    assert not torch.equal(given.cpu(), grad), "it has not been added to"
 
 
 def test_an_affine_goes_to_the_memory_it_is_given() -> None:

@@ -1,15 +1,14 @@
 """`densely bench --tune`: the fastest launches of the Triton kernels on this very GPU.
 
 A training step runs once, and each launch that may be chosen is measured in its place, on its own
-operands, beside others. One that makes something else than the usual one is out. Before that,
-processes for themselves compile what will be tried, as many at once as there are processors: it is
-Triton's cache that they leave.
+operands, beside others. One that makes something else than the usual one is out. Before that the
+step runs without launching anything, while all that will be tried is compiled, many at once.
 """
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -24,17 +23,18 @@ from densely.bench.progress import Progress
 from densely.bench.trial import Trial, make_trial
 from densely.bench.variants import variants
 from densely.errors import ConfigError
-from densely.fused.kernels import missing
+from densely.fused.kernels import compiling_ahead, missing
 from densely.runtime import choose_runtime
 
+#: As `densely.fused.kernels.triton_launches` has them.
+Launches = dict[str, list[int | None]]
 L = TypeVar("L", bound=tuple[Any, ...])
+R = TypeVar("R")
 
 #: Times of a launch within this share of the usual one's are noise, and the usual one stays.
 NOISE = 0.03
 #: Of the length of what the usual launch makes: sums in another order, rounded to 16 bits.
 APART = 0.01
-#: Launches that are tried for a step, at most; as many processes compile.
-MOST = 9
 
 
 class Named(Protocol):
@@ -67,7 +67,7 @@ class Tuner:
     def __init__(
         self, measure: Callable[[Callable[[], object]], float], begin: Callable[[str], None]
     ) -> None:
-        self.launches: dict[str, list[int | None]] = {}
+        self.launches: Launches = {}
         self.gains: dict[str, Gain] = {}
         self._measure, self._begin = measure, begin
 
@@ -76,44 +76,49 @@ class Tuner:
         step: Named,
         usual: L,
         others: Iterable[L],
-        run: Callable[[L], Tensor],
+        run: Callable[[L], R],
+        made: Callable[[R], Sequence[Tensor]],
         added_to: Tensor | None,
     ) -> L:
         """As `triton_launches.Tuner` has it."""
         if step.key not in self.gains:
             self._begin(step.key)
-            self._find(step.key, usual, others, run, added_to)
+            before = None if added_to is None else added_to.clone()
+
+            def results(launch: L) -> list[Tensor]:
+                if added_to is not None and before is not None:
+                    added_to.copy_(before)
+                return [found.float() for found in made(run(launch))]
+
+            self._find(step.key, usual, others, run, results)
+            if added_to is not None and before is not None:
+                added_to.copy_(before)
         launch: Any = type(usual)
         return launch(*self.launches.get(step.key, usual))  # type: ignore[no-any-return]
+
+    def added_to(self, known: Launches) -> Launches:
+        """Launches that were known, and what is known of the steps measured now in their place."""
+        others = {key: launch for key, launch in known.items() if key not in self.gains}
+        return others | self.launches
 
     def _find(
         self,
         key: str,
         usual: L,
         others: Iterable[L],
-        run: Callable[[L], Tensor],
-        added_to: Tensor | None,
+        run: Callable[[L], object],
+        results: Callable[[L], list[Tensor]],
     ) -> None:
-        before = None if added_to is None else added_to.clone()
-
-        def made(launch: L) -> Tensor:
-            if added_to is not None and before is not None:
-                added_to.copy_(before)
-            return run(launch).float()
-
-        expected = made(usual).clone()
+        expected = [found.clone() for found in results(usual)]
         times: dict[L, float] = {usual: self._measure(lambda: run(usual))}
         for other in others:
             if other in times:
                 continue
             try:
-                if _apart(made(other), expected) > APART:
-                    continue
-                times[other] = self._measure(lambda other=other: run(other))  # type: ignore[misc]
+                if max(map(_apart, results(other), expected)) <= APART:
+                    times[other] = self._measure(partial(run, other))
             except Exception:  # more registers or memory than this GPU has
                 continue
-        if added_to is not None and before is not None:
-            added_to.copy_(before)
         fastest = min(times, key=lambda launch: times[launch])
         if times[fastest] < (1 - NOISE) * times[usual]:
             self.launches[key] = list(fastest)
@@ -122,33 +127,32 @@ class Tuner:
         self.gains[key] = Gain(times[usual], times[fastest])
 
 
-class _Each:
-    """Tries the launch of one number in each step, so that it is compiled, and goes by the usual.
+class _All:
+    """Counts steps, and runs each by all of its launches if these are compiled so; no tuner.
 
     Attributes:
         keys: of all steps.
     """
 
-    def __init__(self, number: int | None = None) -> None:
+    def __init__(self, compiles: bool) -> None:
         self.keys: set[str] = set()
-        self._number = number
+        self._compiles = compiles
 
     def choose(
         self,
         step: Named,
         usual: L,
         others: Iterable[L],
-        run: Callable[[L], Tensor],
+        run: Callable[[L], R],
+        _made: Callable[[R], Sequence[Tensor]],
         _added_to: Tensor | None,
     ) -> L:
         """As `triton_launches.Tuner` has it."""
-        if step.key not in self.keys and self._number is not None:
-            for other in list(others)[self._number : self._number + 1]:
-                try:
+        if step.key not in self.keys:
+            self.keys.add(step.key)
+            for other in others if self._compiles else ():
+                with suppress(Exception):  # it fails again when it is to be measured
                     run(other)
-                except Exception:  # it fails again when it is to be measured
-                    break
-        self.keys.add(step.key)
         return usual
 
 
@@ -179,7 +183,7 @@ def run_tune(config: BenchConfig) -> Path:
             batch = config.batch or net.batch("cuda")
             before = _step_ms(net, config.device, batch, measure)
             tuner = tune_net(net, config.device, batch, measure, progress)
-            write_table(path, read_table(path) | tuner.launches)
+            write_table(path, tuner.added_to(read_table(path)))
             after = _step_ms(net, config.device, batch, measure)
             usual, chosen = (sum(times) for times in zip(*tuner.gains.values(), strict=True))
             table.add_row(
@@ -200,7 +204,6 @@ def tune_net(
     batch: int,
     measure: Callable[[Callable[[], object]], float],
     progress: Progress,
-    processes: int | None = None,
 ) -> Tuner:
     """Measure the launches of a training step.
 
@@ -210,23 +213,17 @@ def tune_net(
         batch: images of the step.
         measure: see `Tuner`.
         progress: is told about each step.
-        processes: that compile; None for one a processor, 0 for none.
     """
     from densely.fused.kernels.triton_launches import tuning
 
     trial = _trial(net, device, batch)
-    counting = _Each()
-    with tuning(counting):
+    ahead = compiling_ahead()
+    every = _All(compiles=ahead is not None)
+    progress.stage(f"{net.name}: compiling what will be tried", 1)
+    progress.turn("kernels")
+    with ahead or nullcontext(), tuning(every):
         trial.loss().backward()  # type: ignore[no-untyped-call]
-    wanted = min(MOST, os.cpu_count() or 1) if processes is None else processes
-    if wanted:
-        progress.stage(f"{net.name}: compiling what will be tried", 1)
-        progress.turn("kernels")
-        with ProcessPoolExecutor(wanted, mp_context=get_context("spawn")) as pool:
-            compiling = [pool.submit(_compile, net, device, batch, i) for i in range(MOST)]
-            for one in compiling:
-                one.exception()  # as of memory: what is missing is compiled when it is measured
-    progress.stage(f"{net.name}: launches", len(counting.keys))
+    progress.stage(f"{net.name}: launches", len(every.keys))
     tuner = Tuner(measure, progress.turn)
     with tuning(tuner):
         trial.loss().backward()  # type: ignore[no-untyped-call]
@@ -236,13 +233,6 @@ def tune_net(
 def _trial(net: Net, device: str, batch: int) -> Trial:
     """Densely's own way to train the net, kernel after kernel."""
     return make_trial(variants(net, device)[0], net, "train", batch)
-
-
-def _compile(net: Net, device: str, batch: int, number: int) -> None:
-    from densely.fused.kernels.triton_launches import tuning
-
-    with tuning(_Each(number)):
-        _trial(net, device, batch).loss().backward()  # type: ignore[no-untyped-call]
 
 
 def _step_ms(
@@ -256,8 +246,7 @@ def _step_ms(
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """Distance by the length of what is expected; infinite if there is a NaN in one alone."""
+    """Distance by the length of what is expected; infinite where that is no number."""
     distance = torch.linalg.vector_norm(found - expected)
-    length = torch.linalg.vector_norm(expected)
-    share = float(distance / length.clamp_min(1e-30))
-    return share if share == share else float("inf")
+    share = float(distance / torch.linalg.vector_norm(expected).clamp_min(1e-30))
+    return math.inf if math.isnan(share) else share

@@ -39,7 +39,7 @@ from densely.fused.coefficients import in_places, like, update_running_statistic
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, Pending, Space, Unfinished
 from densely.fused.kernels.reference import accumulation_dtype, two_vectors
-from densely.fused.ownership import is_held_by_nobody_else, owners
+from densely.fused.ownership import owners, sole_owners
 from densely.fused.packing import PackedStep, convert, pack, unpack
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 from densely.fused.zero_sums import is_marked, mark
@@ -112,6 +112,7 @@ class _DenseBlock(torch.autograd.Function):
         ctx.save_for_backward(output, *kept, *tensors)
         ctx.num_kept, ctx.num_inputs = len(kept), x.shape[1]
         ctx.flags, ctx.numbers, ctx.needed = flags, numbers, needed
+        ctx.sole_owners = () if torch.compiler.is_compiling() else sole_owners()
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         return output, *kept
@@ -129,7 +130,8 @@ class _DenseBlock(torch.autograd.Function):
         else:
             zero_sums = is_marked(grad)
             run: Callable[..., list[Tensor]] = dense_block_backward
-            if not torch.compiler.is_compiling() and is_held_by_nobody_else(owners(grad)):
+            counted = owners(grad) if ctx.sole_owners else None
+            if counted is not None and counted in ctx.sole_owners:
                 run = partial(_backward, may_write=True)  # as an operator may not
             found = run(
                 grad, output, kept, tensors, ctx.num_inputs, ctx.flags, ctx.numbers, ctx.needed,
@@ -333,7 +335,8 @@ def _backward(
         stop = start
     if zeros:
         torch._foreach_zero_(zeros)
-    found = [space.maps(kernels.form(arrived(slice(0, num_inputs))).contiguous())] * needed[0]
+    to_x = kernels.form(arrived(slice(0, num_inputs))).contiguous()
+    found = [space.maps(to_x).detach()] * needed[0]  # no view, as in `like`
     found += [like(grads[i], t) for i, t in enumerate(tensors) if needed[1 + i]]
     return found
 

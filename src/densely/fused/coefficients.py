@@ -33,8 +33,10 @@ def like(gradient: Tensor, parameter: Tensor) -> Tensor:
     same_order = all(size == 1 or one == other for size, one, other in axes)
     if gradient.dtype != parameter.dtype or not same_order:
         return torch.empty_like(parameter).copy_(gradient)
-    # Along an axis of one place any stride is the same memory; compilers go by its number.
-    return gradient.as_strided(parameter.shape, parameter.stride())
+    if gradient.stride() != parameter.stride():
+        # Along an axis of one place any stride is the same memory; compilers go by its number.
+        gradient = gradient.as_strided(parameter.shape, parameter.stride())
+    return gradient.detach()  # no view, which nobody could change in place
 
 
 class _Taken(NamedTuple):
@@ -71,14 +73,18 @@ def update_running_statistics(norms: Iterable[tuple[Norm, Tensor, Tensor]], rows
 
 @contextmanager
 def learning_together() -> Iterator[None]:
-    """Let the norms of all steps within learn at its end: some launches instead of some a step."""
+    """Let the norms of all steps within learn at its end: some launches instead of some a step.
+
+    They do so where that end is an exception too. Who looks at a norm in between, as from a hook,
+    sees what it had learnt before.
+    """
     waiting: dict[int, _Taken] = {}
     token = _waiting.set(waiting)
     try:
         yield
     finally:
         _waiting.reset(token)
-    _update(waiting.values())
+        _update(waiting.values())
 
 
 def _update(found: Iterable[_Taken]) -> None:

@@ -204,7 +204,7 @@ def reader_backward(
         every.append(None)
         if needed[4]:
             every[-1] = torch.zeros_like(conv[1]) if zero_sums else kernels.column_sums(upstream)
-    return [space.maps(grad_x)] * needed[0] + [
+    return [space.maps(grad_x).detach()] * needed[0] + [
         like(g, t)
         for g, t, need in zip(every, learnt, needed[1:], strict=True)
         if need and g is not None

@@ -5,14 +5,16 @@ after layer hands back. Where it has been made for this block alone, as by a tra
 it is needed: at the largest block that is a quarter of what a training step holds at its peak.
 Autograd does not tell, but counts: whoever else holds the gradient is among its owners, be it a
 hook that has kept it, a view or an array of its memory, or `torch.autograd.grad`, which will return
-it.
+it. Memory that is not PyTorch's own, as an array's, may have owners that nobody counts.
 """
 
+import functools
 import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Owners(NamedTuple):
@@ -25,30 +27,42 @@ class Owners(NamedTuple):
     of_tensor: tuple[int, int]
     of_base: tuple[int, int]
     of_storage: tuple[int, int]
+    own_memory: bool
 
 
-def owners(grad: Tensor) -> Owners:
-    """Of a gradient, as an autograd function's backward sees it under one name."""
-    storage: Any = grad.untyped_storage()
-    tensor: Any = grad
-    base: Any = grad._base
-    return Owners(
-        type(grad),
-        (sys.getrefcount(grad), tensor._use_count()),
-        (0, 0) if base is None else (sys.getrefcount(base), base._use_count()),
-        (sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)),
-    )
+def owners(grad: Tensor) -> Owners | None:
+    """Of a gradient, as an autograd function's backward sees it under one name.
+
+    None where they cannot be counted: this asks what PyTorch promises nobody.
+    """
+    try:
+        storage: Any = grad.untyped_storage()
+        tensor: Any = grad
+        base: Any = grad._base
+        return Owners(
+            type(grad),
+            (sys.getrefcount(grad), tensor._use_count()),
+            (0, 0) if base is None else (sys.getrefcount(base), base._use_count()),
+            (sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)),
+            storage.resizable(),
+        )
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return None
 
 
-def is_held_by_nobody_else(counted: Owners) -> bool:
-    """Whether these are the owners of a gradient that a backward alone has been given."""
-    return counted in _ALONE
+@functools.cache
+def sole_owners() -> tuple[Owners | None, ...]:
+    """Those of a gradient that a backward alone has been given: of a whole tensor, or of a view.
+
+    Not to be asked for within a backward, since it runs one.
+    """
+    return tuple(_probed(view) for view in (False, True))
 
 
 class _Probe(torch.autograd.Function):
     """Counts where nobody else can hold anything."""
 
-    found: Owners
+    found: Owners | None
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -74,11 +88,9 @@ class _Maker(torch.autograd.Function):
         return made[: len(grad)] if ctx.view else made[: len(grad)].clone(), None
 
 
-def _probed(view: bool) -> Owners:
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+def _probed(view: bool) -> Owners | None:
+    alone = _disable_current_modes()  # as of a compiler, whose tensors have other owners
+    with alone, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         x = torch.ones(2, requires_grad=True)
         _Maker.apply(_Probe.apply(x), view).sum().backward()  # type: ignore[no-untyped-call]
     return _Probe.found
-
-
-_ALONE = (_probed(view=False), _probed(view=True))

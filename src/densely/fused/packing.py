@@ -124,29 +124,29 @@ def convert(
     """Put copies of another dtype in place of the convolutions' weights and biases.
 
     Returns those copies, which may be given to the next call of the same layers instead of being
-    made again: there are none of what has that dtype already.
+    made again: there are none of what has that dtype already, and as many of a weight that several
+    steps share.
     """
-    others = {
-        id(t): t
+    others = [
+        tensor
         for layer in layers
         for step in layer
-        for t in (step.weight, step.bias)
-        if t is not None and t.dtype != dtype
-    }
+        for tensor in (step.weight, step.bias)
+        if tensor is not None and tensor.dtype != dtype
+    ]
     if not others:
         return []
     if copies is None:
-        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others.values()]
-        torch._foreach_copy_(copies, list(others.values()))
-    converted = dict(zip(others, copies, strict=True))
+        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
+        torch._foreach_copy_(copies, others)
+    remaining = iter(copies)
     for layer in layers:
-        layer[:] = [
-            step._replace(
-                weight=converted.get(id(step.weight), step.weight),
-                bias=converted.get(id(step.bias), step.bias),
-            )
-            for step in layer
-        ]
+        for i, step in enumerate(layer):
+            if step.weight.dtype != dtype:
+                step = step._replace(weight=next(remaining))
+            if step.bias is not None and step.bias.dtype != dtype:
+                step = step._replace(bias=next(remaining))
+            layer[i] = step
     return list(copies)
 
 

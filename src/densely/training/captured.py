@@ -163,14 +163,18 @@ class _CapturedStep(TrainingStep):
         self._add_momentum()
         # Detached: a graph of autograd that lives on would tie the weights to this stream.
         kept = [(tensor, tensor.detach().clone()) for tensor in self._changed_by_steps()]
-        try:
-            with _RatesOnDevice(optimizer, self._device_rates):
-                self._graph, _ = record_graph(self._one_run, runtime.device, put_back=True)
-        finally:
+
+        def put_back() -> None:
             with torch.no_grad():
                 for tensor, value in kept:
                     tensor.copy_(value)
             self.reset()
+
+        try:
+            with _RatesOnDevice(optimizer, self._device_rates):
+                self._graph, _ = record_graph(self._one_run, runtime.device, put_back=put_back)
+        finally:
+            put_back()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         if any(
@@ -196,11 +200,11 @@ class _CapturedStep(TrainingStep):
         self, images: Tensor, labels: Tensor, autocast: AbstractContextManager[object]
     ) -> None:
         super()._run(images, labels, autocast)
-        torch.cuda.current_stream().wait_stream(self._counting)
+        torch.cuda.current_stream(self.runtime.device).wait_stream(self._counting)
 
     def _count(self, logits: Tensor, loss: Tensor, labels: Tensor) -> None:
         # Some small launches, for which backward need not wait.
-        self._counting.wait_stream(torch.cuda.current_stream())
+        self._counting.wait_stream(torch.cuda.current_stream(self.runtime.device))
         with torch.cuda.stream(self._counting):
             super()._count(logits, loss, labels)
 

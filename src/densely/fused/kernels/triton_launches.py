@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from densely.cache import cache_folder
 from densely.errors import first_line
+from densely.fused.kernels.triton_tiles import precision
 from densely.whole_file import write_whole
 
 _log = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=tuple[Any, ...])
+R = TypeVar("R")
 
 #: Values of a launch as JSON has them.
 Launches = dict[str, list[int | None]]
@@ -54,6 +56,7 @@ class Step(NamedTuple):
         more = "".join(f" {number}" for number in self.more)
         even = "even" if self.x.stride(0) % 8 == 0 else "odd"
         dtype = str(self.x.dtype).removeprefix("torch.")
+        dtype += " tf32" if precision(self.x) == "tf32" else ""
         rows_up_to = 1 << max(0, rows - 1).bit_length()
         return f"{self.kind} {dtype} {rows_up_to} {columns} {even} {self.outputs}{more}"
 
@@ -66,7 +69,8 @@ class Tuner(Protocol):
         step: Step,
         usual: L,
         others: Iterable[L],
-        run: Callable[[L], Tensor],
+        run: Callable[[L], R],
+        made: Callable[[R], Sequence[Tensor]],
         added_to: Tensor | None,
     ) -> L:
         """The launch to go by: see `fastest`."""
@@ -89,7 +93,8 @@ def fastest(
     step: Step,
     usual: L,
     others: Iterable[L],
-    run: Callable[[L], Tensor],
+    run: Callable[[L], R],
+    made: Callable[[R], Sequence[Tensor]],
     added_to: Tensor | None = None,
 ) -> L:
     """The launch that is known to be the fastest for a step, or the usual one.
@@ -98,11 +103,13 @@ def fastest(
         step: what is to be launched.
         usual: as the rule has it.
         others: to be tried in its place by a tuner.
-        run: launches the step and gives what it has made, for a tuner.
+        run: launches the step, for a tuner; sums that it leaves in parts, as many as a launch
+            likes, are added up, which takes its time too.
+        made: all that the step has made, from what `run` gives.
         added_to: what each run adds to.
     """
     if _tuners:
-        return _tuners[-1].choose(step, usual, others, run, added_to)
+        return _tuners[-1].choose(step, usual, others, run, made, added_to)
     if not step.x.is_cuda:
         return usual
     known = _table(step.x.device).get(step.key)
@@ -110,6 +117,18 @@ def fastest(
         return usual
     launch: Any = type(usual)
     return launch(*known)  # type: ignore[no-any-return]
+
+
+def moments_of(taken: tuple[Tensor, int] | None, rows: int) -> list[Tensor]:
+    """Mean and variance of each column from those of tiles of rows, as a forward gives them."""
+    if taken is None:
+        return []
+    parts, tile_rows = taken
+    firsts = torch.arange(len(parts), device=parts.device)[:, None] * tile_rows
+    counts = (rows - firsts).clamp_max(tile_rows)
+    means, seconds = parts.unbind(1)
+    mean = (counts * means).sum(0) / rows
+    return [mean, (seconds + counts * (means - mean).square()).sum(0) / rows]
 
 
 def table_path(gpu: str) -> Path:

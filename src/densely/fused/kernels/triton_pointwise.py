@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Pending
-from densely.fused.kernels.triton_launches import Step, fastest
+from densely.fused.kernels.triton_launches import Step, fastest, moments_of
 from densely.fused.kernels.triton_tiles import (
     arriving,
     columns,
@@ -140,7 +140,11 @@ def forward(
     usual = _forward_launch(x, outputs)
     others = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in FORWARDS)
     step = Step("pointwise forward", x, outputs)
-    return run(fastest(step, usual, others, lambda tile: (run(tile), out)[1]))
+
+    def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
+        return [out, *moments_of(taken, rows)]
+
+    return run(fastest(step, usual, others, run, made))
 
 
 def backward(
@@ -197,9 +201,12 @@ def backward(
     usual = _backward_launch(x, outputs)
     others = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in BACKWARDS)
     step = Step("pointwise backward", x, outputs, (needs_weight, add_scaled, grads.gx is not None))
-    weight_parts, norm_parts = run(
-        fastest(step, usual, others, lambda tile: (run(tile), total)[1], total)
-    )
+
+    def summed(tile: _Launch) -> list[Tensor]:
+        return [parts.sum(0) for parts in run(tile) if parts is not None]
+
+    tile = fastest(step, usual, others, summed, lambda sums: [total, *sums], total)
+    weight_parts, norm_parts = run(tile)
     if needs_weight and weight_parts is None:
         weight_parts = _weight_gradient(grad, x, affine, outputs)
     return weight_parts, norm_parts

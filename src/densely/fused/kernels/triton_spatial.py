@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Space
-from densely.fused.kernels.triton_launches import Step, fastest
+from densely.fused.kernels.triton_launches import Step, fastest, moments_of
 from densely.fused.kernels.triton_spatial_backward import backward
 from densely.fused.kernels.triton_tiles import (
     Window,
@@ -134,7 +134,11 @@ def forward(
         if tile[0] > 2 * window.rim
     )
     step = Step("spatial forward", x, outputs, (window.kh, window.kw, dilation))
-    return run(fastest(step, usual, others, lambda tile: (run(tile), out)[1]))
+
+    def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
+        return [out, *moments_of(taken, rows)]
+
+    return run(fastest(step, usual, others, run, made))
 
 
 @triton.jit

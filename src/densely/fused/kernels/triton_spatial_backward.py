@@ -151,7 +151,13 @@ def backward(
         if not tile[4] or (window.kh in (1, 3) and usual.together == window.kw)
     )
     step = Step("spatial input", x, outputs, (window.kh, window.kw, dilation, add_scaled))
-    tile = fastest(step, usual, others, lambda tile: (of_input(tile)[1](), total)[1], total)
+
+    def summed(tile: _Launch) -> Tensor:
+        parts, run = of_input(tile)
+        run()
+        return parts.sum(0)
+
+    tile = fastest(step, usual, others, summed, lambda sums: [total, sums], total)
     norm_parts, run_input = of_input(tile)
     if not needs_weight:
         run_input()
@@ -181,17 +187,17 @@ def _weight_gradient(
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def made(tile: _Launch) -> Tensor:
+    def summed(tile: _Launch) -> Tensor:
         parts, run = prepared(tile)
         run()
-        return parts.sum(0)  # as they are to be added up, which takes longer for more of them
+        return parts.sum(0)
 
     usual = _weight_launch(x, outputs, window)
     others = (
         _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4]) for tile in WEIGHTS
     )
     step = Step("spatial weight", x, outputs, (window.kh, window.kw, dilation))
-    return prepared(fastest(step, usual, others, made))
+    return prepared(fastest(step, usual, others, summed, lambda sums: [sums]))
 
 
 def _constants(

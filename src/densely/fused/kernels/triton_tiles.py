@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -187,7 +188,7 @@ def exact(x: Tensor) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
     """Run a kernel on x's device."""
-    if _compiling_ahead:
+    if _compiling_ahead.get():
         kernel.warmup(*args, grid=grid, **options)
     elif x.is_cuda:
         with torch.cuda.device(x.device):
@@ -198,7 +199,7 @@ def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options:
 
 #: Whether this Triton can compile many kernels at once; those before 3.5 cannot.
 COMPILES_AHEAD = hasattr(triton, "AsyncCompileMode")
-_compiling_ahead: list[bool] = []
+_compiling_ahead: ContextVar[bool] = ContextVar("compiling_ahead", default=False)
 
 
 @contextmanager
@@ -213,11 +214,11 @@ def compiled_ahead() -> Iterator[None]:
     mode = triton.AsyncCompileMode(workers, ignore_errors=True)
     # Backward too in this thread, which is the one that Triton asks how to compile.
     with workers, torch.autograd.set_multithreading_enabled(False), mode:
-        _compiling_ahead.append(True)
+        token = _compiling_ahead.set(True)
         try:
             yield
         finally:
-            _compiling_ahead.pop()
+            _compiling_ahead.reset(token)
 
 
 def launch_together(x: Tensor, one: Callable[[], None], other: Callable[[], None]) -> None:
