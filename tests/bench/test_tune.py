@@ -25,7 +25,12 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
     pytest.importorskip("triton", reason="needs Triton")
     from densely.fused.kernels import triton_launches as launches
-    from densely.fused.kernels import triton_tiles
+    from densely.fused.kernels import (
+        triton_pointwise,
+        triton_spatial,
+        triton_spatial_backward,
+        triton_tiles,
+    )
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU"),
@@ -157,6 +162,13 @@ def test_each_step_of_a_net_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
     """In Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton_tiles, "MULTIPROCESSORS", 2)
+    for module, names in (
+        (triton_pointwise, ("FORWARDS", "BACKWARDS")),
+        (triton_spatial, ("FORWARDS",)),
+        (triton_spatial_backward, ("INPUTS", "WEIGHTS")),
+    ):
+        for name in names:  # all of them are tried in tests/fused/test_triton_kernels.py
+            monkeypatch.setattr(module, name, getattr(module, name)[:2])
     runtime = choose_runtime("cpu", "float32")
     model = build_model(
         "densenet_bc_100_12",
@@ -178,7 +190,7 @@ def test_each_step_of_a_net_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
         tuner = tune.tune_net(NETS["bc_100_12"], "cpu", 2, measure, progress)
     kinds = [key.split(" float32")[0] for key in tuner.gains]
     assert [kinds.count(kind) for kind in sorted(set(kinds))] == [2] * 5
-    assert len(measured) > 4 * len(kinds), "others were not measured"
+    assert len(measured) > 2 * len(kinds), "others were not measured"
     assert not tuner.launches
 
 
