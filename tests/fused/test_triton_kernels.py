@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import block_cases as blocks
+import companion_cases as companions
 import numpy as np
 import pytest
-import test_fused_companions as companions
 import torch
 from block_cases import EVAL, TRAIN, NormCase, StepCase, assert_same, is_no_worse, tensors
 from block_oracle import Result, arrays, change
