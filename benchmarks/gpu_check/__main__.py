@@ -40,7 +40,8 @@ def main() -> int:
     known = speed.names(options.compile.split(","))
     if unknown := set(variants) - set(known):
         parser.error(f"--variants: {', '.join(unknown)} not among {', '.join(known)}")
-    if unknown := set(filter(None, options.kinds.split(","))) - set(tune.KINDS):
+    kinds = tuple(filter(None, options.kinds.split(",")))
+    if unknown := set(kinds) - set(tune.KINDS):
         parser.error(f"--kinds: {', '.join(unknown)} not among {', '.join(tune.KINDS)}")
     if not (options.smoke or options.stage == "traffic" or torch.cuda.is_available()):
         parser.error("no CUDA GPU is here; --smoke is a dry run on the CPU")
@@ -56,7 +57,7 @@ def main() -> int:
             compile_modes=tuple(filter(None, options.compile.split(","))),
             modes=tuple(options.modes.split(",")),
             variants=variants,
-            kinds=tuple(filter(None, options.kinds.split(","))),
+            kinds=kinds,
             budget_s=options.budget,
             smoke=options.smoke,
         )

@@ -137,7 +137,7 @@ class Findings:
             "smoke": setting.smoke,
             "environment": environment(setting.runtime) | {"command": None},
             "triton": _triton_version(),
-            "launches_measured_here": _known_launches(),
+            "launches_measured_here": _known_launches(setting.device),
             **facts,
         }
         self.rows: list[dict[str, Any]] = []
@@ -162,13 +162,13 @@ def _triton_version() -> str:
         return "not installed"
 
 
-def _known_launches() -> int:
+def _known_launches(device: torch.device) -> int:
     """Those that `densely bench --tune` has left for this GPU, in place of the rule's."""
-    if not torch.cuda.is_available() or kernels.missing("cuda"):
+    if device.type != "cuda" or kernels.missing("cuda"):
         return 0
-    from densely.fused.kernels.triton_launches import read_table, table_path
+    from densely.fused.kernels.triton_launches import table_of
 
-    return len(read_table(table_path(torch.cuda.get_device_name())))
+    return len(table_of(device))
 
 
 def in_a_line(error: BaseException) -> str:

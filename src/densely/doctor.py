@@ -23,7 +23,7 @@ def diagnosis(device: str = "auto") -> dict[str, object]:
     facts["keeps freed memory"] = (
         "yes, while training or evaluating (glibc)" if can_keep_freed_memory() else "no (not glibc)"
     )
-    facts["dense blocks"] = _block_code(runtime.device.type)
+    facts["dense blocks"] = _block_code(runtime.device)
     facts["data is looked for in"] = [
         "--data-dir, if given",
         f"{VARIABLE}: {_state(os.environ.get(VARIABLE))}",
@@ -32,21 +32,22 @@ def diagnosis(device: str = "auto") -> dict[str, object]:
     return facts
 
 
-def _block_code(device_type: str) -> str:
-    why = missing(device_type)
+def _block_code(device: torch.device) -> str:
+    why = missing(device.type)
     if why:
         return f"plain PyTorch kernels: {why}"
-    if device_type == "cuda":
-        return f"fused, with Triton kernels, launched {_launches()}"
+    if device.type == "cuda":
+        return f"fused, with Triton kernels, launched {_launches(device)}"
     return "fused, with kernels compiled for this CPU"
 
 
-def _launches() -> str:
-    from densely.fused.kernels.triton_launches import read_table, table_path
+def _launches(gpu: torch.device) -> str:
+    from densely.fused.kernels.triton_launches import table_of, table_path
 
-    path = table_path(torch.cuda.get_device_name())
-    known = len(read_table(path))
-    return f"as measured for {known} steps: {path}" if known else "by rule (densely bench --tune)"
+    if known := len(table_of(gpu)):
+        path = table_path(torch.cuda.get_device_name(gpu))
+        return f"as measured for {known} steps: {path}"
+    return "by rule (densely bench --tune)"
 
 
 def _state(folder: str | None) -> str:

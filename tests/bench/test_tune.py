@@ -118,7 +118,7 @@ def on_gpu() -> launches.Step:
 def table(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where that of this process's GPU would be."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    launches._table.cache_clear()
+    launches.table_of.cache_clear()
     path = launches.table_path("NVIDIA H100 80GB HBM3")
     assert path.name == "nvidia-h100-80gb-hbm3.json"
     return path

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -26,8 +26,9 @@ from densely.errors import ConfigError
 from densely.fused.kernels import compiling_ahead, missing
 from densely.runtime import choose_runtime
 
-#: As `densely.fused.kernels.triton_launches` has them.
-Launches = dict[str, list[int | None]]
+if TYPE_CHECKING:  # which imports Triton
+    from densely.fused.kernels.triton_launches import Launches, Step
+
 L = TypeVar("L", bound=tuple[Any, ...])
 R = TypeVar("R")
 
@@ -35,14 +36,6 @@ R = TypeVar("R")
 NOISE = 0.03
 #: Of the length of what the usual launch makes: sums in another order, rounded to 16 bits.
 APART = 0.01
-
-
-class Named(Protocol):
-    """What tuners ask of a step: see `densely.fused.kernels.triton_launches`."""
-
-    @property
-    def key(self) -> str:
-        """Names it in tables."""
 
 
 class Gain(NamedTuple):
@@ -73,7 +66,7 @@ class Tuner:
 
     def choose(
         self,
-        step: Named,
+        step: "Step",
         usual: L,
         others: Iterable[L],
         run: Callable[[L], R],
@@ -96,7 +89,7 @@ class Tuner:
         launch: Any = type(usual)
         return launch(*self.launches.get(step.key, usual))  # type: ignore[no-any-return]
 
-    def added_to(self, known: Launches) -> Launches:
+    def added_to(self, known: "Launches") -> "Launches":
         """Launches that were known, and what is known of the steps measured now in their place."""
         others = {key: launch for key, launch in known.items() if key not in self.gains}
         return others | self.launches
@@ -140,7 +133,7 @@ class _All:
 
     def choose(
         self,
-        step: Named,
+        step: "Step",
         usual: L,
         others: Iterable[L],
         run: Callable[[L], R],

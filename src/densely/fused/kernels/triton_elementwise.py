@@ -134,6 +134,14 @@ def masked(g, x, scale, shift):
 
 
 @triton.jit
+def store_sums(partials, tile, C, c, inside, sum_g, sum_gx):
+    """A program's part of the norm's sums, [tiles, 2, C]: see `triton_vectors`."""
+    to = partials + tile.to(tl.int64) * (2 * C) + c
+    tl.store(to, tl.sum(sum_g, axis=0)[None, :], mask=inside)
+    tl.store(to + C, tl.sum(sum_gx, axis=0)[None, :], mask=inside)
+
+
+@triton.jit
 def _tile(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Number of a program's tile of rows, its columns, which of them there are."""
     blocks = tl.cdiv(columns, COLUMNS)  # of one tile side by side, as its rows lie in memory
@@ -253,9 +261,7 @@ def _norm_relu_backward(
             up = old.to(tl.float32) + s * up
         to = total + r * (total_stride * UNIT) + c
         tl.store(to, up.to(total.dtype.element_ty), mask=valid)
-    to = partials + tile.to(tl.int64) * (2 * columns * UNIT) + c
-    tl.store(to, tl.sum(sum_g, axis=0)[None, :], mask=inside)
-    tl.store(to + columns * UNIT, tl.sum(sum_gx, axis=0)[None, :], mask=inside)
+    store_sums(partials, tile, columns * UNIT, c, inside, sum_g, sum_gx)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "g_stride", "x_stride", "out_stride"])

@@ -110,9 +110,8 @@ def fastest(
     """
     if _tuners:
         return _tuners[-1].choose(step, usual, others, run, made, added_to)
-    if not step.x.is_cuda:
-        return usual
-    known = _table(step.x.device).get(step.key)
+    table = table_of(step.x.device) if step.x.is_cuda else {}
+    known = table.get(step.key) if table else None
     if known is None or len(known) != len(usual):
         return usual
     launch: Any = type(usual)
@@ -161,7 +160,7 @@ def write_table(path: Path, launches: Launches) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"kernels": fingerprint(), "launches": launches}
     write_whole(path, json.dumps(document, indent=1) + "\n")
-    _table.cache_clear()
+    table_of.cache_clear()
 
 
 @functools.cache
@@ -179,5 +178,6 @@ def _is_launch(values: object) -> bool:
 
 
 @functools.cache
-def _table(device: torch.device) -> Launches:
+def table_of(device: torch.device) -> Launches:
+    """The launches measured on a GPU, as they are when they are first asked for."""
     return read_table(table_path(torch.cuda.get_device_name(device)))

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, NormGradient, Pooling, Space
-from densely.fused.kernels.triton_elementwise import masked, tiling
+from densely.fused.kernels.triton_elementwise import masked, store_sums, tiling
 from densely.fused.kernels.triton_pooling import (
     GEOMETRY,
     UNROLLED,
@@ -214,9 +214,7 @@ def _average_backward(
             to = out + r * (out_stride * UNIT) + c
             tl.store(to, g.to(out.dtype.element_ty), mask=valid)
     if partials is not None:
-        to = partials + tile.to(tl.int64) * (2 * columns * UNIT) + c
-        tl.store(to, tl.sum(sum_g, axis=0)[None, :], mask=inside)
-        tl.store(to + columns * UNIT, tl.sum(sum_gx, axis=0)[None, :], mask=inside)
+        store_sums(partials, tile, columns * UNIT, c, inside, sum_g, sum_gx)
 
 
 @triton.jit(
@@ -280,9 +278,7 @@ def _average_sums(
             total *= 1.0 / (KERNEL_H * KERNEL_W)
             at = again + r.to(tl.int64) * (columns * UNIT) + c
             tl.store(at, total.to(again.dtype.element_ty), mask=there)
-    to = partials + tile.to(tl.int64) * (2 * columns * UNIT) + c
-    tl.store(to, tl.sum(sum_g, axis=0)[None, :], mask=inside)
-    tl.store(to + columns * UNIT, tl.sum(sum_gx, axis=0)[None, :], mask=inside)
+    store_sums(partials, tile, columns * UNIT, c, inside, sum_g, sum_gx)
 
 
 @triton.jit(
@@ -338,9 +334,7 @@ def _max_sums(
                 center = tl.where(which == i * KERNEL_W + j, value, center)
         sum_g += g
         sum_gx += tl.where(which < 255, g * (center - m), 0.0)
-    to = partials + tile.to(tl.int64) * (2 * columns * UNIT) + c
-    tl.store(to, tl.sum(sum_g, axis=0)[None, :], mask=inside)
-    tl.store(to + columns * UNIT, tl.sum(sum_gx, axis=0)[None, :], mask=inside)
+    store_sums(partials, tile, columns * UNIT, c, inside, sum_g, sum_gx)
 
 
 @triton.jit(

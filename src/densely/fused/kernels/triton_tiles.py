@@ -207,7 +207,7 @@ def compiled_ahead() -> Iterator[None]:
     """Compile the kernels that would be launched within, as many at once as there are processors.
 
     Nothing is launched, so what they would have written holds anything. Compilers leave Python's
-    lock alone, but for a twentieth of the time, so threads are enough. What fails to compile fails
+    lock alone for most of the time, so threads are enough. What fails to compile fails
     again when it is to be launched.
     """
     workers = ThreadPoolExecutor(os.cpu_count())
