@@ -32,6 +32,8 @@ from gpu_check.steps import Outcome, StepCase
 T = TypeVar("T")
 
 BATCH = 32
+#: Of the maps of a step in 16 bits: of fewer a handful on ReLU's other side would decide.
+LEAST_ROWS = 4096
 BATCH_FLOAT32, DRAWS_FLOAT32 = 2, 4
 MODES = ("train", "eval")
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.float64: "f64"}
@@ -125,7 +127,8 @@ def _checked(what: dict[str, Any], check: Callable[[], dict[str, Any]]) -> dict[
 def _check_step(
     setting: Setting, case: StepCase, dtype: torch.dtype, training: bool
 ) -> dict[str, Any]:
-    batch = BATCH_FLOAT32 if dtype == torch.float32 else BATCH
+    batch = max(BATCH, LEAST_ROWS // case.size**2)
+    batch = BATCH_FLOAT32 if dtype == torch.float32 else batch
     device, batch = setting.device, 4 if setting.smoke else batch
     generator = torch.Generator(device)
     generator.seed()  # other numbers each time

@@ -89,6 +89,21 @@ def test_the_fastest_that_is_right_is_chosen(times: dict[int, float], chosen: in
     assert tuner.added_to(known) == kept | tuner.launches, "an earlier choice outlives its time"
 
 
+def test_a_disturbed_first_measurement_makes_no_other_launch_look_fast() -> None:
+    taken = iter([9.0, 3.0, 2.0])
+
+    def measure(work: Callable[[], object]) -> float:
+        work()
+        return next(taken)
+
+    tuner, made = Tuner(measure, lambda _name: None), torch.ones(3)
+    found = tuner.choose(
+        STEP, Launch(64, 4), iter([Launch(32, 4)]), lambda _: made, lambda made: [made], None
+    )
+    assert found == Launch(64, 4)
+    assert tuner.gains[STEP.key] == (2.0, 2.0)
+
+
 def test_steps_are_told_apart_and_batches_that_differ_little_are_not() -> None:
     x = torch.empty(1000, 24)[:, :12]
     step = launches.Step("spatial input", x, 5, (3, 3, 1))

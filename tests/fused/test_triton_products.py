@@ -196,6 +196,8 @@ SPATIAL = [
     (2, (3, 3), 96, 32, (3, 3), 1, F16, 32, False, "add", True),
     (1, (11, 13), 16, 48, (3, 3), 1, F16, 0, False, "store", True),
     (1, (4, 70), 8, 32, (1, 3), 3, F16, 0, True, "add", True),
+    (2, (8, 16), 40, 32, (3, 3), 1, F16, 0, False, "base", True),
+    (1, (7, 9), 64, 16, (3, 3), 1, F16, 8, True, "add", True),
 ]
 
 
@@ -289,7 +291,8 @@ def test_backward_gives_the_same_bits_each_time() -> None:
 def test_kernels_fit_into_the_registers_of_an_h100() -> None:
     """Compiled ahead, in a process whose Triton compiles: hardly anything is spilled.
 
-    Backward's tile spills a few values and is the fastest on an H100 all the same (docs/log.md).
+    Backward's tile spills a few values, forward's two, to let two programs share a processor, and
+    they are the fastest on an H100 all the same (docs/log.md).
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = Path(__file__).parent / "triton_ahead.py"
@@ -300,5 +303,5 @@ def test_kernels_fit_into_the_registers_of_an_h100() -> None:
     for line in lines:
         kernel = json.loads(line)
         if "odd" not in kernel["call"]:  # rows that lie askew cost addresses
-            assert kernel["spilled"] <= 96 * ("backward" in kernel["name"]), line
+            assert kernel["spilled"] <= (96 if "backward" in kernel["name"] else 8), line
         assert kernel["shared"] <= 227 * 1024, line

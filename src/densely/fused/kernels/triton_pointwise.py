@@ -29,6 +29,7 @@ from densely.fused.kernels.triton_tiles import (
     normalised,
     precision,
     splits_for,
+    wide,
 )
 
 #: Of x that a program of `backward` works on.
@@ -58,8 +59,8 @@ FORWARDS = (
 #: Rows, channels, warps, stages, programs and registers.
 BACKWARDS = (
     (64, 64, 4, 2, 2, None), (64, 64, 4, 3, 2, None), (64, 64, 4, 1, 3, 168),
-    (64, 64, 8, 2, 2, 128), (32, 64, 4, 2, 3, 168), (32, 64, 4, 3, 3, 168),
-    (64, 128, 8, 2, 1, None), (32, 128, 8, 2, 2, 128),
+    (32, 64, 4, 3, 2, None), (32, 64, 4, 2, 3, 168), (64, 128, 8, 2, 1, None),
+    (64, 128, 8, 3, 1, None), (128, 64, 8, 3, 1, None),
 )  # fmt: skip
 
 
@@ -72,16 +73,23 @@ def _forward_launch(x: Tensor, outputs: int) -> _Launch:
     rows = x.shape[0]
     if rows >= 128 * 132 * 32 and width >= 128:
         return _Launch(64, 32, 128, 4, 4)
+    if rows >= 128 * 132 and width <= 64:
+        return _Launch(64, 64, width, 4, 1)
     return _Launch(128 if rows >= 128 * 132 * 8 else 64, 64, min(width, 128), 4, 3)
 
 
-def _backward_launch(x: Tensor, outputs: int) -> _Launch:
+def _backward_launch(x: Tensor, outputs: int, pending: bool) -> _Launch:
     width = max(16, triton.next_power_of_2(outputs))
     if exact(x):
         return _Launch(32, 32, 16, 4, 2, 4)
     if x.dtype == torch.float32:
         return _Launch(32, CHANNELS, min(width, 128), 8, 2, 1)
-    return _Launch(64, CHANNELS, min(width, 128), 4, 2, 2)
+    if not pending or width <= 64:
+        return _Launch(64, CHANNELS, min(width, 128), 4, 3, 2)
+    # What a pending gradient is formed from takes the memory of a turn that is loaded ahead.
+    if CHANNELS < x.shape[1] <= 2 * CHANNELS:
+        return _Launch(64, 2 * CHANNELS, 128, 8, 2, 1)
+    return _Launch(64, CHANNELS, 128, 4, 2, 2)
 
 
 def wants_formed(x: Tensor, outputs: int) -> bool:
@@ -89,7 +97,7 @@ def wants_formed(x: Tensor, outputs: int) -> bool:
 
     The programs that share a tile of rows form it each for itself, which is cheaper for a few.
     """
-    return x.shape[1] > CHANNELS * (3 if outputs > 64 else 6)
+    return x.shape[1] > CHANNELS * (2 if outputs > 64 else 6)
 
 
 def _weight_launch(x: Tensor) -> _Launch:
@@ -192,13 +200,13 @@ def backward(
             *grads.rows, x.stride(0) // cols.row_unit, total.stride(0) // cols.row_unit,
             0 if base is None else base.stride(0) // cols.row_unit,
             UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit, OUT=outputs,
-            BM=tile.rows, BC=tile.channels, BO=tile.outputs, ADD=add_scaled,
-            PRECISION=precision(x), STAGES=tile.stages,
+            EVEN=rows % tile.rows == 0, BM=tile.rows, BC=tile.channels, BO=tile.outputs,
+            ADD=add_scaled, PRECISION=precision(x),
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         return weight_parts, norm_parts
 
-    usual = _backward_launch(x, outputs)
+    usual = _backward_launch(x, outputs, grads.gx is not None)
     others = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in BACKWARDS)
     step = Step("pointwise backward", x, outputs, (needs_weight, add_scaled, grads.gx is not None))
 
@@ -305,8 +313,8 @@ def _backward_kernel(
     g, gx, g_scale, g_mean, g_a, g_b, x, scale, shift, mean, weight, total, base, weight_parts,
     norm_parts, rows, c_units, read_units, g_row, gx_row, x_units, total_units, base_units,
     UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, OUT: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     WHOLE: tl.constexpr = OUT <= BO
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
@@ -322,37 +330,39 @@ def _backward_kernel(
     sum_g, sum_gx = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     if weight_parts is not None:
         grad_w = tl.zeros((BC, BO), tl.float32)
-    for tile in tl.range(split, tl.cdiv(rows, BM), tl.num_programs(1), num_stages=STAGES):
-        places = tile * BM + tl.arange(0, BM)
-        row_mask, places = places < rows, places.to(tl.int64)
-        values = tl.load(x + places[None, :] * x_row + cols[:, None],
+    index = tl.arange(0, BM)
+    # With its stages named here, a loop would also load ahead what no product waits for, and keep
+    # it in registers, where it is moved as soon as it is there.
+    for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(1)):
+        row_mask, first = (tile * BM + index < rows) | EVEN, wide(tile) * BM
+        values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         mask = row_mask[None, :] & col_mask[:, None]
-        before = loaded_total(total, base, places, total_units * ROW_UNIT, base_units * ROW_UNIT,
-                              cols, mask, ADD)  # fmt: skip
+        before = loaded_total(total, base, first, index, total_units * ROW_UNIT,
+                              base_units * ROW_UNIT, cols, mask, ADD)  # fmt: skip
         if WHOLE:
-            grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row,
+            grad = formed(g, gx, g_scale, g_mean, g_a, g_b, first, index, row_mask, g_row, gx_row,
                           outputs, outputs < OUT)  # fmt: skip
             back = tl.dot(w, tl.trans(grad), input_precision=PRECISION)
         else:
             back = tl.zeros((BC, BM), tl.float32)
             for start in range(0, OUT, BO):
                 some = start + outputs
-                grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row,
-                              some, some < OUT)  # fmt: skip
+                grad = formed(g, gx, g_scale, g_mean, g_a, g_b, first, index, row_mask, g_row,
+                              gx_row, some, some < OUT)  # fmt: skip
                 w = tl.load(weight + some[None, :] * C + cols[:, None],
                             mask=(some < OUT)[None, :] & col_mask[:, None], other=0.0)  # fmt: skip
                 back = tl.dot(w, tl.trans(grad), back, input_precision=PRECISION)
         act, more_g, more_gx = masked_back(
-            back, values, scales, shifts, means, before, total, places, total_units * ROW_UNIT,
-            cols, mask, ADD,
+            back, values, scales, shifts, means, before, total, first, index,
+            total_units * ROW_UNIT, cols, mask, ADD,
         )  # fmt: skip
         sum_g += more_g
         sum_gx += more_gx
         if weight_parts is not None:
-            # Without effect, for grad is zero there. But a product of what comes from one load
-            # alone gets a layout of its own, and x would no more be loaded ahead.
-            act = tl.where(row_mask[None, :], act, 0.0)
+            # Without effect. But a product of what comes from one load alone gets a layout of its
+            # own, and x would no more be loaded ahead.
+            act = tl.where(first >= 0, act, 0.0)
             grad_w = tl.dot(act, grad, grad_w, input_precision=PRECISION)
     at = norm_parts + split.to(tl.int64) * 2 * C + cols
     tl.store(at, sum_g, mask=col_mask)
@@ -376,13 +386,13 @@ def _weight_kernel(
     scales = tl.load(scale + cols, mask=cols < C, other=0.0)
     shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
     grad_w = tl.zeros((BC, BO), tl.float32)
+    index = tl.arange(0, BM)
     for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(2)):
-        places = tile * BM + tl.arange(0, BM)
-        row_mask, places = places < rows, places.to(tl.int64)
-        values = tl.load(x + places[None, :] * x_row + cols[:, None],
+        row_mask, first = tile * BM + index < rows, wide(tile) * BM
+        values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
-        grad = formed(g, gx, g_scale, g_mean, g_a, g_b, places, row_mask, g_row, gx_row, outputs,
-                      outputs < OUT)  # fmt: skip
+        grad = formed(g, gx, g_scale, g_mean, g_a, g_b, first, index, row_mask, g_row, gx_row,
+                      outputs, outputs < OUT)  # fmt: skip
         act = normalised(values, scales[:, None], shifts[:, None])
         grad_w = tl.dot(act, grad, grad_w, input_precision=PRECISION)
     at = parts + (split.to(tl.int64) * OUT + outputs[None, :]) * C + cols[:, None]

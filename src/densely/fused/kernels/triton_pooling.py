@@ -15,7 +15,7 @@ from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Pooling, Space
 from densely.fused.kernels.triton_elementwise import tiling
-from densely.fused.kernels.triton_tiles import launch, normalised
+from densely.fused.kernels.triton_tiles import divide, launch, normalised, place_of
 
 UNROLLED = 9  # places of a window that are all in flight at once; of larger ones 32 are
 
@@ -61,23 +61,6 @@ def window_of(pooling: Pooling) -> tuple[int, ...]:
 def geometry(pooling: Pooling, space: Space) -> tuple[int, ...]:
     """Sizes of the input and of the output, and steps, along height and width."""
     return (*two(space.size), *two(pooling.pooled(space).size), *two(pooling.step))
-
-
-@triton.jit
-def divide(number, divisor):
-    """The quotient of numbers below a million, rounded down, for a fraction of the price."""
-    return ((number.to(tl.float32) + 0.5) * (1.0 / divisor)).to(tl.int32)
-
-
-@triton.jit
-def place_of(first, offset, height, width):
-    """Image, line and place in the line of the rows first + offset."""
-    w = first % width + offset
-    line = first // width
-    lines = divide(w, width)
-    h = line % height + lines
-    images = divide(h, height)
-    return line // height + images, h - images * height, w - lines * width
 
 
 @triton.jit

@@ -22,15 +22,13 @@ from densely.fused.kernels.triton_elementwise import masked, store_sums, tiling
 from densely.fused.kernels.triton_pooling import (
     GEOMETRY,
     UNROLLED,
-    divide,
     geometry,
-    place_of,
     pool,
     tile_of,
     two,
     window_of,
 )
-from densely.fused.kernels.triton_tiles import launch, normalised
+from densely.fused.kernels.triton_tiles import divide, launch, normalised, place_of
 from densely.fused.kernels.triton_vectors import finish_norm
 
 

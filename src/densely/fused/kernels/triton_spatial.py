@@ -30,7 +30,9 @@ from densely.fused.kernels.triton_tiles import (
     exact,
     launch,
     normalised,
+    place_of,
     precision,
+    shared_memory,
     store_moments,
     window_of,
 )
@@ -55,9 +57,9 @@ class _Launch(NamedTuple):
 
 #: Rows, channels, warps, stages and registers that `densely bench --tune` tries.
 FORWARDS = (
-    (128, 64, 8, 3, 128), (64, 64, 4, 3, 128), (128, 32, 8, 4, 128), (64, 32, 4, 3, None),
-    (32, 64, 4, 3, None), (32, 128, 4, 3, None), (64, 64, 4, 1, 128), (128, 64, 8, 1, 128),
-    (128, 128, 8, 1, 128),
+    (128, 32, 8, 2, 128), (128, 32, 8, 3, 128), (128, 64, 8, 1, 128), (256, 32, 8, 2, None),
+    (64, 32, 4, 2, 128), (64, 32, 4, 2, None), (64, 64, 4, 2, None), (64, 64, 4, 1, 128),
+    (32, 32, 4, 2, None), (32, 64, 4, 2, None), (32, 64, 4, 1, None),
 )  # fmt: skip
 
 
@@ -68,15 +70,26 @@ def _forward_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
     together = 3 if window.kw == 3 and window.rim <= 8 else 1
     if x.dtype == torch.float32:
         return _Launch(64, 32, min(width, 32), 4, 2, together)
-    width = min(width, 64)
-    many, few = x.shape[0] >= 128 * 132, x.shape[0] <= 32 * 132
-    channels = 32 if 0 < x.shape[1] % 64 <= 32 else 64  # fewer that are not there
-    if few:
-        return _Launch(32, channels, width, 4, 3, together)
-    rows = 128 if many and not (together > 1 and width > 32) else 64
-    stages = 4 if many and channels == 32 else 3
+    rows, width = x.shape[0], min(width, 64)
+    many = rows >= 320 * 132
     odd = x.stride(0) % 2  # addresses take more registers then
-    return _Launch(rows, channels, width, 8 if many else 4, stages, together, None if odd else 128)
+    if width == 64:  # of the weights of all image rows too much for `_turn`
+        channels = 32 if 0 < x.shape[1] % 64 <= 32 else 64  # fewer that are not there
+        return _Launch(64, channels, 64, 8 if many else 4, 3, together, None if odd else 128)
+    if rows <= 72 * 132:
+        return _Launch(32, 32, width, 4, 2, together)
+    if x.shape[1] <= 64 and width == 16:
+        return _Launch(64, 64, width, 4, 1, together)
+    tall, warps = (128, 8) if many else (64, 4)
+    return _Launch(tall, 32, width, warps, 2, together, None if odd else 128)
+
+
+def _turn(x: Tensor, tile: _Launch, window: Window) -> int:
+    """Image rows of the window that a turn of the loop takes: all, where two programs have room."""
+    if tile.together == 1:
+        return 1
+    values = tile.stages * window.kh * tile.channels * (tile.rows + 4 * tile.outputs)
+    return window.kh if 2 * values * x.element_size() <= shared_memory(x.device) else 1
 
 
 def forward(
@@ -120,9 +133,10 @@ def forward(
             x, affine.scale, affine.shift, window.weight, bias, out, parts, rows,
             x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
             out.stride(0), window.height, window.width, UNIT=cols.unit, READ_UNIT=cols.read_unit,
-            ROW_UNIT=cols.row_unit, OUT=outputs, KH=window.kh, KW=window.kw, DILATION=dilation,
-            RIM=rim, TOGETHER=tile.together, SIDE=4 if tile.together > 1 else 1,
-            BM=tile.rows, BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
+            ROW_UNIT=cols.row_unit, BEYOND=cols.read > x.shape[1], OUT=outputs, KH=window.kh,
+            KW=window.kw, DILATION=dilation, RIM=rim, TOGETHER=tile.together,
+            TURN=_turn(x, tile, window), SIDE=4 if tile.together > 1 else 1, BM=tile.rows,
+            BC=tile.channels, BO=tile.outputs, PRECISION=precision(x),
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         return None if parts is None else (parts, tile_rows)
@@ -153,46 +167,50 @@ def _moved(tile, by: tl.constexpr, at_w, width, BM: tl.constexpr, BO: tl.constex
 @triton.jit(do_not_specialize=["rows", "c_units", "read_units", "x_units", "height", "width"])
 def _forward_kernel(
     x, scale, shift, weight, bias, out, parts, rows, c_units, read_units, x_units, out_row, height,
-    width, UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, OUT: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, RIM: tl.constexpr,
-    TOGETHER: tl.constexpr, SIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    BO: tl.constexpr, PRECISION: tl.constexpr,
+    width, UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr,
+    BEYOND: tl.constexpr, OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    DILATION: tl.constexpr, RIM: tl.constexpr, TOGETHER: tl.constexpr, TURN: tl.constexpr,
+    SIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = KH * (KW // TOGETHER)  # shifts of x
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
     ACROSS: tl.constexpr = (OUT + BO - 1) // BO
     tile, first = tl.program_id(0) // ACROSS, (tl.program_id(0) % ACROSS) * BO
-    start = tile * (BM - 2 * RIM)
-    places = start - RIM + tl.arange(0, BM)
+    start, index = tile * (BM - 2 * RIM), tl.arange(0, BM)
+    places = start - RIM + index
     inside = (places >= 0) & (places < rows)
-    at_w = places % width
-    at_h = (places // width) % height
+    _image, at_h, at_w = place_of(start - RIM, index, height, width)
     # Columns of the products: side by side for each kw of a group, O of them and some empty ones.
     side = tl.arange(0, SIDE * BO) // BO
     outputs = first + tl.arange(0, SIDE * BO) % BO
+    out_there = (outputs < OUT) & (side < TOGETHER)
     acc = tl.zeros((BM, SIDE * BO), tl.float32)
-    for step in range(0, GROUPS * tl.cdiv(C, BC)):
-        group = step % GROUPS
-        cols = (step // GROUPS) * BC + tl.arange(0, BC)
-        kh = group // (KW // TOGETHER)
-        kw = (group % (KW // TOGETHER)) * TOGETHER
-        down = (kh - KH // 2) * DILATION
-        right = 0 if TOGETHER > 1 else (kw - KW // 2) * DILATION
-        row_mask = inside & (at_h + down >= 0) & (at_h + down < height)
-        row_mask &= (at_w + right >= 0) & (at_w + right < width)
-        source = places.to(tl.int64) + (down * width + right)
-        values = tl.load(x + source[:, None] * x_row + cols[None, :],
-                         mask=row_mask[:, None] & (cols < read)[None, :], other=0.0)  # fmt: skip
+    for step in range(0, GROUPS // TURN * tl.cdiv(C, BC)):
+        cols = (step // (GROUPS // TURN)) * BC + tl.arange(0, BC)
         scales = tl.load(scale + cols, mask=cols < C, other=0.0)
         shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
-        act = normalised(values, scales[None, :], shifts[None, :])
-        # Zero padding comes after norm and relu; columns beyond C may hold anything.
-        act = tl.where(row_mask[:, None] & (cols < C)[None, :], act, 0.0)
-        tap = (outputs * KH + kh) * KW + kw + side
-        w = tl.load(weight + tap[None, :] * C + cols[:, None],
-                    mask=((outputs < OUT) & (side < TOGETHER))[None, :] & (cols < C)[:, None],
-                    other=0.0)  # fmt: skip
-        acc = tl.dot(act, w, acc, input_precision=PRECISION)
+        at_x = index[:, None] * x_row + cols[None, :]
+        for part in tl.static_range(TURN):
+            group = step % (GROUPS // TURN) * TURN + part
+            kh = group // (KW // TOGETHER)
+            kw = (group % (KW // TOGETHER)) * TOGETHER
+            down = (kh - KH // 2) * DILATION
+            right = 0 if TOGETHER > 1 else (kw - KW // 2) * DILATION
+            row_mask = inside & (at_h + down >= 0) & (at_h + down < height)
+            row_mask &= (at_w + right >= 0) & (at_w + right < width)
+            source = (start - RIM + down * width + right).to(tl.int64) * x_row
+            values = tl.load(x + source + at_x, mask=row_mask[:, None] & (cols < read)[None, :],
+                             other=0.0)  # fmt: skip
+            # Zero padding comes after norm and relu: beside the maps x and the shift are zero.
+            there = row_mask.to(tl.float32)[:, None]
+            act = normalised(values, scales[None, :], shifts[None, :] * there)
+            if BEYOND:  # columns beyond C may hold anything
+                act = tl.where((cols < C)[None, :], act, 0.0)
+            tap = (outputs * KH + kh) * KW + kw + side
+            w = tl.load(weight + (tap[None, :] * C + cols[:, None]),
+                        mask=out_there[None, :] & (cols < C)[:, None], other=0.0)  # fmt: skip
+            acc = tl.dot(act, w, acc, input_precision=PRECISION)
     if TOGETHER > 1:
         # Only the outer two move. The layout of products has all kw of an output in one thread.
         pairs = tl.reshape(tl.permute(tl.reshape(acc, (BM, 4, BO)), (0, 2, 1)), (BM, BO, 2, 2))
@@ -206,7 +224,6 @@ def _forward_kernel(
     if bias is not None:
         acc += tl.load(bias + outputs, mask=out_mask, other=0.0).to(tl.float32)[None, :]
     result = acc.to(out.dtype.element_ty)
-    index = tl.arange(0, BM)
     own = inside & (index >= RIM) & (index < BM - RIM)
     at = out + places.to(tl.int64)[:, None] * out_row + outputs[None, :]
     tl.store(at, result, mask=own[:, None] & out_mask[None, :])

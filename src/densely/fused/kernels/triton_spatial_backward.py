@@ -29,9 +29,11 @@ from densely.fused.kernels.triton_tiles import (
     loaded_total,
     masked_back,
     normalised,
+    place_of,
     precision,
     shared_memory,
     splits_for,
+    wide,
     window_of,
 )
 
@@ -71,6 +73,10 @@ def _input_launch(x: Tensor, outputs: int, window: Window, add_scaled: bool) -> 
     if width == 32 and small and roomy and not narrow and not add_scaled:
         return _Launch(32, 128, 32, 8, 3, window.kw, 1)
     together = window.kw if window.kw * min(width, 64) <= 256 else 1
+    if x.shape[0] <= 32 * 132 and width <= 32:
+        return _Launch(32, 64, width, 4, 2, together)
+    if width <= 32 and small and x.stride(0) % 2 == 0:  # else addresses take too many registers
+        return _Launch(64, 64, width, 4, 1, together, 2)
     if width <= 32:
         return _Launch(64, 64, width, 4, 2, together)
     return _Launch(64, 64 if narrow else 128, 64, 8, 2, together)
@@ -86,9 +92,11 @@ def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
     width = min(width, 64)
     together = window.kw if window.kw * width <= 256 else 1
     side = triton.next_power_of_2(together) * width
-    if side <= 64 and x.shape[1] <= 64:
+    if side <= 128 and x.shape[1] <= 64:
         return _Launch(64, 64, width, 4, 3, together, 4)
-    return _Launch(64, 64 if side > 128 or x.shape[1] <= 64 else 128, width, 8, 3, together, 2)
+    programs = 1 if x.shape[0] <= 128 * 132 else 2
+    wide = side <= 128 and x.shape[1] > 64
+    return _Launch(64, 128 if wide else 64, width, 8, 3, together, programs)
 
 
 def backward(
@@ -139,7 +147,7 @@ def backward(
             norm_parts, rows, channels // cols.unit, cols.read // cols.read_unit,
             x.stride(0) // cols.row_unit, total.stride(0) // cols.row_unit,
             0 if base is None else base.stride(0) // cols.row_unit, window.height, window.width,
-            **_constants(cols, tile, window, outputs, dilation),
+            **_constants(cols, tile, window, rows, outputs, dilation),
             ADD=add_scaled, PRECISION=precision(x), **resident,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -183,7 +191,7 @@ def _weight_gradient(
             _weight_kernel, (*across, splits), x,
             grad, x, affine.scale, affine.shift, parts, rows, channels // cols.unit,
             cols.read // cols.read_unit, x.stride(0) // cols.row_unit, window.height, window.width,
-            **_constants(cols, tile, window, outputs, dilation), PRECISION=precision(x),
+            **_constants(cols, tile, window, rows, outputs, dilation), PRECISION=precision(x),
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -201,23 +209,27 @@ def _weight_gradient(
 
 
 def _constants(
-    cols: Columns, tile: _Launch, window: Window, outputs: int, dilation: int
+    cols: Columns, tile: _Launch, window: Window, rows: int, outputs: int, dilation: int
 ) -> dict[str, int]:
     """What both kernels are compiled for."""
     return {
         "UNIT": cols.unit, "READ_UNIT": cols.read_unit, "ROW_UNIT": cols.row_unit,
         "OUT": outputs, "KH": window.kh, "KW": window.kw, "DILATION": dilation,
         "TOGETHER": tile.together, "SIDE": triton.next_power_of_2(tile.together),
-        "BM": tile.rows, "BC": tile.channels, "BO": tile.outputs,
+        "EVEN": rows % tile.rows == 0, "BM": tile.rows, "BC": tile.channels, "BO": tile.outputs,
     }  # fmt: skip
 
 
 @triton.jit
 def _gathered(
-    grad, group, places, row_mask, at_h, at_w, height, width, side, outputs, OUT: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, TOGETHER: tl.constexpr,
+    grad, group, first, index, row_mask, at_h, at_w, height, width, side, outputs,
+    OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Output gradients that the places [BM] have had a part in, [BM, SIDE * BO], for one group."""
+    """Output gradients that places have had a part in, [BM, SIDE * BO], for one group.
+
+    The places are those from `first` on, by `index` [BM].
+    """
     kh = group // (KW // TOGETHER)
     kw = (group % (KW // TOGETHER)) * TOGETHER + side
     down = (kh - KH // 2) * DILATION
@@ -225,8 +237,9 @@ def _gathered(
     h, w = at_h - down, at_w[:, None] - right[None, :]
     mask = (row_mask & (h >= 0) & (h < height))[:, None] & (w >= 0) & (w < width)
     mask &= ((outputs < OUT) & (side < TOGETHER))[None, :]
-    source = places[:, None] - (down * width + right).to(tl.int64)[None, :]
-    return tl.load(grad + source * OUT + outputs[None, :], mask=mask, other=0.0)
+    source = grad + (first - down * width) * OUT
+    at = index[:, None] * OUT + (outputs - right * OUT)[None, :]
+    return tl.load(source + at, mask=mask, other=0.0)
 
 
 @triton.jit(
@@ -238,8 +251,9 @@ def _input_kernel(
     grad, x, scale, shift, mean, weight, total, base, norm_parts, rows, c_units, read_units,
     x_units, total_units, base_units, height, width, UNIT: tl.constexpr, READ_UNIT: tl.constexpr,
     ROW_UNIT: tl.constexpr, OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DILATION: tl.constexpr, TOGETHER: tl.constexpr, SIDE: tl.constexpr, BM: tl.constexpr,
-    BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    DILATION: tl.constexpr, TOGETHER: tl.constexpr, SIDE: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = KH * (KW // TOGETHER)
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
@@ -247,21 +261,21 @@ def _input_kernel(
     tile = tl.program_id(0) // across
     cols = (tl.program_id(0) % across) * BC + tl.arange(0, BC)
     col_mask = cols < C
-    places = tile * BM + tl.arange(0, BM)
-    row_mask, at_w, at_h = places < rows, places % width, (places // width) % height
-    places = places.to(tl.int64)
+    index = tl.arange(0, BM)
+    row_mask, first = (tile * BM + index < rows) | EVEN, wide(tile) * BM
+    _image, at_h, at_w = place_of(tile * BM, index, height, width)
     mask = row_mask[None, :] & col_mask[:, None]
-    values = tl.load(x + places[None, :] * x_row + cols[:, None],
+    values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
                      mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
-    before = loaded_total(total, base, places, total_units * ROW_UNIT, base_units * ROW_UNIT, cols,
-                          mask, ADD)  # fmt: skip
+    before = loaded_total(total, base, first, index, total_units * ROW_UNIT, base_units * ROW_UNIT,
+                          cols, mask, ADD)  # fmt: skip
     side, output = tl.arange(0, SIDE * BO) // BO, tl.arange(0, SIDE * BO) % BO
     back = tl.zeros((BC, BM), tl.float32)
     for step in range(0, GROUPS * tl.cdiv(OUT, BO)):
         group = step % GROUPS
         outputs = (step // GROUPS) * BO + output
-        g = _gathered(grad, group, places, row_mask, at_h, at_w, height, width, side, outputs, OUT,
-                      KH, KW, DILATION, TOGETHER)  # fmt: skip
+        g = _gathered(grad, group, first, index, row_mask, at_h, at_w, height, width, side, outputs,
+                      OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
         tap = outputs * (KH * KW) + group * TOGETHER + side
         w = tl.load(weight + tap[None, :] * C + cols[:, None],
                     mask=((outputs < OUT) & (side < TOGETHER))[None, :] & col_mask[:, None],
@@ -271,8 +285,8 @@ def _input_kernel(
     shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
     means = tl.load(mean + cols, mask=col_mask, other=0.0)
     _act, sum_g, sum_gx = masked_back(
-        back, values, scales, shifts, means, before, total, places, total_units * ROW_UNIT, cols,
-        mask, ADD,
+        back, values, scales, shifts, means, before, total, first, index, total_units * ROW_UNIT,
+        cols, mask, ADD,
     )  # fmt: skip
     at = norm_parts + tile.to(tl.int64) * 2 * C + cols
     tl.store(at, sum_g, mask=col_mask)
@@ -298,8 +312,9 @@ def _resident_kernel(
     grad, x, scale, shift, mean, weight, total, base, norm_parts, rows, c_units, read_units,
     x_units, total_units, base_units, height, width, UNIT: tl.constexpr, READ_UNIT: tl.constexpr,
     ROW_UNIT: tl.constexpr, OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DILATION: tl.constexpr, TOGETHER: tl.constexpr, SIDE: tl.constexpr, BM: tl.constexpr,
-    BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    DILATION: tl.constexpr, TOGETHER: tl.constexpr, SIDE: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """`_input_kernel` for windows 1 or 3 high: all weights stay in shared memory."""
@@ -316,28 +331,28 @@ def _resident_kernel(
         w1 = _taps(weight, 1, side, outputs, cols, C, OUT, KH, KW)
         w2 = _taps(weight, 2, side, outputs, cols, C, OUT, KH, KW)
     sum_g, sum_gx = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    index = tl.arange(0, BM)
     for tile in tl.range(split, tl.cdiv(rows, BM), tl.num_programs(1), num_stages=STAGES):
-        places = tile * BM + tl.arange(0, BM)
-        row_mask, at_w, at_h = places < rows, places % width, (places // width) % height
-        places = places.to(tl.int64)
+        row_mask, first = (tile * BM + index < rows) | EVEN, wide(tile) * BM
+        _image, at_h, at_w = place_of(tile * BM, index, height, width)
         mask = row_mask[None, :] & col_mask[:, None]
-        values = tl.load(x + places[None, :] * x_row + cols[:, None],
+        values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
-        before = loaded_total(total, base, places, total_units * ROW_UNIT, base_units * ROW_UNIT,
-                              cols, mask, ADD)  # fmt: skip
-        g = _gathered(grad, 0, places, row_mask, at_h, at_w, height, width, side, outputs, OUT, KH,
-                      KW, DILATION, TOGETHER)  # fmt: skip
+        before = loaded_total(total, base, first, index, total_units * ROW_UNIT,
+                              base_units * ROW_UNIT, cols, mask, ADD)  # fmt: skip
+        g = _gathered(grad, 0, first, index, row_mask, at_h, at_w, height, width, side, outputs,
+          OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
         back = tl.dot(w0, tl.trans(g), input_precision=PRECISION)
         if KH == 3:
-            g = _gathered(grad, 1, places, row_mask, at_h, at_w, height, width, side, outputs, OUT,
-                          KH, KW, DILATION, TOGETHER)  # fmt: skip
+            g = _gathered(grad, 1, first, index, row_mask, at_h, at_w, height, width, side, outputs,
+          OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
             back = tl.dot(w1, tl.trans(g), back, input_precision=PRECISION)
-            g = _gathered(grad, 2, places, row_mask, at_h, at_w, height, width, side, outputs, OUT,
-                          KH, KW, DILATION, TOGETHER)  # fmt: skip
+            g = _gathered(grad, 2, first, index, row_mask, at_h, at_w, height, width, side, outputs,
+          OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
             back = tl.dot(w2, tl.trans(g), back, input_precision=PRECISION)
         _act, more_g, more_gx = masked_back(
-            back, values, scales, shifts, means, before, total, places, total_units * ROW_UNIT,
-            cols, mask, ADD,
+            back, values, scales, shifts, means, before, total, first, index,
+            total_units * ROW_UNIT, cols, mask, ADD,
         )  # fmt: skip
         sum_g += more_g
         sum_gx += more_gx
@@ -351,7 +366,7 @@ def _weight_kernel(
     grad, x, scale, shift, parts, rows, c_units, read_units, x_units, height, width,
     UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, TOGETHER: tl.constexpr,
-    SIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    SIDE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = KH * (KW // TOGETHER)
@@ -364,15 +379,15 @@ def _weight_kernel(
     scales = tl.load(scale + cols, mask=col_mask, other=0.0)
     shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
     grad_w = tl.zeros((BC, SIDE * BO), tl.float32)
+    index = tl.arange(0, BM)
     for tile in tl.range(split, tl.cdiv(rows, BM), tl.num_programs(2), num_stages=STAGES):
-        places = tile * BM + tl.arange(0, BM)
-        row_mask, at_w, at_h = places < rows, places % width, (places // width) % height
-        places = places.to(tl.int64)
-        values = tl.load(x + places[None, :] * x_row + cols[:, None],
+        row_mask, first = (tile * BM + index < rows) | EVEN, wide(tile) * BM
+        _image, at_h, at_w = place_of(tile * BM, index, height, width)
+        values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         act = normalised(values, scales[:, None], shifts[:, None])
-        g = _gathered(grad, group, places, row_mask, at_h, at_w, height, width, side, outputs, OUT,
-                      KH, KW, DILATION, TOGETHER)  # fmt: skip
+        g = _gathered(grad, group, first, index, row_mask, at_h, at_w, height, width, side, outputs,
+                      OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
         grad_w = tl.dot(act, g, grad_w, input_precision=PRECISION)
     tap = outputs * (KH * KW) + group * TOGETHER + side
     at = parts + (split.to(tl.int64) * (OUT * KH * KW) + tap[None, :]) * C + cols[:, None]

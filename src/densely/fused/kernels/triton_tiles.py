@@ -31,30 +31,55 @@ MULTIPROCESSORS = 132
 
 
 @triton.jit
+def wide(tile):
+    """A number of a loop in 64 bits, for addresses of whole tiles; those within need 32."""
+    return tl.full((), 1, tl.int64) * tile
+
+
+@triton.jit
 def normalised(x, scale, shift):
     """relu(x * scale + shift), rounded to x's dtype; NaN stays NaN, as in torch.
 
     The vectors come with an axis of 1 beside them.
     """
-    wide = x.to(tl.float32)
-    y = tl.fma(wide, tl.broadcast_to(scale, wide.shape), tl.broadcast_to(shift, wide.shape))
+    x32 = x.to(tl.float32)
+    y = tl.fma(x32, tl.broadcast_to(scale, x32.shape), tl.broadcast_to(shift, x32.shape))
     return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
 @triton.jit
-def formed(g, gx, scale, mean, a, b, rows, row_mask, g_row, gx_row, cols, col_mask):
+def divide(number, divisor):
+    """The quotient of numbers below a million, rounded down, for a fraction of the price."""
+    return ((number.to(tl.float32) + 0.5) * (1.0 / divisor)).to(tl.int32)
+
+
+@triton.jit
+def place_of(first, offset, height, width):
+    """Image, line and place in the line of the rows first + offset."""
+    w = first % width + offset
+    line = first // width
+    lines = divide(w, width)
+    h = line % height + lines
+    images = divide(h, height)
+    return line // height + images, h - images * height, w - lines * width
+
+
+@triton.jit
+def formed(g, gx, scale, mean, a, b, first, index, row_mask, g_row, gx_row, cols, col_mask):
     """A tile of a gradient, see `reference.Pending`: g * scale - a - (x - mean) * b, rounded to g.
 
     `gx`, `mean`, `a` and `b` come together or are None; so may `scale`. Zero outside of the masks.
     """
     mask = row_mask[:, None] & col_mask[None, :]
-    value = tl.load(g + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0)
+    value = tl.load(g + first * g_row + (index[:, None] * g_row + cols[None, :]), mask=mask,
+                    other=0.0)  # fmt: skip
     dtype = value.dtype
     if scale is not None:
         value = value.to(tl.float32) * tl.load(scale + cols, mask=col_mask, other=0.0)[None, :]
     if b is not None:
         dtype = gx.dtype.element_ty
-        x = tl.load(gx + rows[:, None] * gx_row + cols[None, :], mask=mask, other=0.0)
+        x = tl.load(gx + first * gx_row + (index[:, None] * gx_row + cols[None, :]), mask=mask,
+                    other=0.0)  # fmt: skip
         means = tl.load(mean + cols, mask=col_mask, other=0.0)[None, :]
         slope = tl.load(b + cols, mask=col_mask, other=0.0)[None, :]
         level = tl.load(a + cols, mask=col_mask, other=0.0)[None, :]
@@ -64,25 +89,23 @@ def formed(g, gx, scale, mean, a, b, rows, row_mask, g_row, gx_row, cols, col_ma
 
 
 @triton.jit
-def loaded_total(total, base, places, total_row, base_row, cols, mask, ADD: tl.constexpr):
+def loaded_total(total, base, first, index, total_row, base_row, cols, mask, ADD: tl.constexpr):
     """The tile [channels, rows] that `masked_back` adds to; it is asked for early."""
     before = None
     if ADD:
         if base is not None:
-            before = tl.load(
-                base + places[None, :] * base_row + cols[:, None], mask=mask, other=0.0
-            )
+            at = base + first * base_row + (index[None, :] * base_row + cols[:, None])
         else:
-            before = tl.load(
-                total + places[None, :] * total_row + cols[:, None], mask=mask, other=0.0
-            )
+            at = total + first * total_row + (index[None, :] * total_row + cols[:, None])
+        before = tl.load(at, mask=mask, other=0.0)
     return before
 
 
 @triton.jit
 def masked_back(
-    back, x, scale, shift, mean, before, total, places, total_row, cols, mask, ADD: tl.constexpr
-):
+    back, x, scale, shift, mean, before, total, first, index, total_row, cols, mask,
+    ADD: tl.constexpr,
+):  # fmt: skip
     """What follows the product in backward, on tiles [channels, rows].
 
     Masks `back` where relu was zero, and stores total = before + scale * back, or back.
@@ -96,7 +119,7 @@ def masked_back(
     result = back
     if ADD:
         result = before.to(tl.float32) + back * scale[:, None]
-    at = total + places[None, :] * total_row + cols[:, None]
+    at = total + first * total_row + (index[None, :] * total_row + cols[:, None])
     tl.store(at, result.to(total.dtype.element_ty), mask=mask)
     apart = x.to(tl.float32) - mean[:, None]
     return act, tl.sum(back, axis=1), tl.sum(back * apart, axis=1)
