@@ -166,18 +166,17 @@ def cost(words: Words) -> str:
         key=lambda row: row["median_images_per_s"],
     )
     rounds = zip(ours["images_per_s"], fastest["images_per_s"], strict=True)
-    gpu = read(RESULTS / "gpu-h100" / "speed-d2l.json")
+    now, before = (
+        read(RESULTS / "gpu-h100" / f"{name}.json") for name in ("speed-now", "speed-d2l")
+    )
+    own = next(row for row in now["rows"] if row["net"] == "d2l")
     captured = [
-        row
-        for row in gpu["rows"]
-        if (row["net"], row["mode"]) == ("d2l", "train")
+        row["images_per_s"]
+        for row in before["rows"]
+        if (row["net"], row["mode"], row["ours"]) == ("d2l", "train", False)
+        and row.get("captured")
         and "images_per_s" in row
-        and row["captured"]
     ]
-    best = {
-        ours: max(row["images_per_s"] for row in captured if row["ours"] == ours)
-        for ours in (True, False)
-    }
     return paragraph(
         words,
         words.cost.format(
@@ -188,8 +187,8 @@ def cost(words: Words) -> str:
             fastest=statistics.median(own / other for own, other in rounds),
             kept=ours["kept_bytes_per_image"] / 1e6,
             plain=plain["kept_bytes_per_image"] / 1e6,
-            gpu=gpu["environment"]["device_name"],
-            gpu_ratio=best[True] / best[False],
+            gpu=now["environment"]["device_name"],
+            gpu_ratio=own["images_per_s"] / max(captured),
         ),
     )
 

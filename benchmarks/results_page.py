@@ -3,35 +3,15 @@
 python benchmarks/results_page.py
 """
 
-import csv
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+import results_gpu
 import yaml
+from result_files import RESULTS, machine, read, rows
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "results.md"
-
-
-def read(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def rows(name: str) -> list[dict[str, str]]:
-    with (RESULTS / name / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def machine(env: dict[str, Any]) -> str:
-    versions = env["versions"]
-    return (
-        f"{env['device_name']}, {env['threads']} threads, {env['precision']}, "
-        f"{env['memory_format']}; torch {versions['torch']}, Python {env['python']}, "
-        f"densely {versions['densely']}"
-    )
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 
 
 def run_facts(name: str) -> str:
@@ -225,177 +205,6 @@ that tensors free given back to the system, as glibc does by itself, or kept in 
 {table_text}"""
 
 
-def gpu_speed_now() -> str:
-    now, peers, before = (
-        read(f"gpu-h100/{name}.json") for name in ("speed-now", "speed-peers", "speed-d2l")
-    )
-    wanted = {
-        "eager NHWC": peers,
-        "captured NHWC": peers,
-        "compiled default captured": before,
-    }
-    lines = [
-        "| net | densely, ms | images/s | " + " | ".join(f"of {name}" for name in wanted) + " "
-        "| peak GB | of eager's peak |",
-        "|---|---|---|" + "---|" * (len(wanted) + 2),
-    ]
-    for row in now["rows"]:
-        ratios, peak = [], 0.0
-        for name, result in wanted.items():
-            found = [r for r in result["rows"] if (r["net"], r["variant"]) == (row["net"], name)]
-            ratio = f"{found[0]['step_ms'] / row['step_ms']:.2f}x" if found else "not measured"
-            ratios.append(ratio)
-            if name == "eager NHWC":
-                peak = found[0]["peak_gb"]
-        lines.append(
-            f"| {row['net']} | {row['step_ms']:.2f} | {row['images_per_s']:.0f} "
-            f"| {' | '.join(ratios)} | {row['peak_gb']} | 1/{peak / row['peak_gb']:.1f} |"
-        )
-    table = "\n".join(lines)
-    ceilings, env = now["ceilings"], now["environment"]
-    return f"""## On a GPU: {env["device_name"]}
-
-A training step as one CUDA graph. Command: `bash benchmarks/gpu_check.sh OUTDIR speed --modes train
---compile '' --variants "densely captured"`, of commit cb55a5a, launches one by one; the peers by
-the same command on such a card 35 minutes before, and the compiled one a day before: so ratios are
-of medians, not turn by turn. Captured plain PyTorch takes the same time within 1% in all of these
-calls. torch {env["versions"]["torch"]}, Triton {now["triton"]}, Python {env["python"]}; batch
-{now["batch"]}, bfloat16 under autocast, SGD with momentum. This card copies
-{ceilings["copy_tb_per_s"]} TB/s and multiplies {ceilings["bf16_tflop_per_s"]:.0f} bfloat16 TFLOP/s.
-
-{table}
-
-The peak is that of the memory which PyTorch has given out, network and images left out; two work
-spaces of cuBLAS, 67 MB, are in all of them. Launch after launch, before the last changes:
-[launches-d2l.txt](../benchmarks/results/gpu-h100/launches-d2l.txt)."""
-
-
-def gpu_speed() -> str:
-    names = ("speed-d2l", "speed-121-bc", "speed-inference")
-    results = [read(f"gpu-h100/{name}.json") for name in names]
-    env = results[0]["environment"]
-    lines = [
-        "| net | step | variant | ms | images/s | of the best eager peer "
-        "| of the best captured peer | peak GB | kept MB/image |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        for row in result["rows"]:
-            if "images_per_s" not in row:
-                why = row.get("error") or row.get("gap")
-                lines.append(
-                    f"| {row['net']} | {row['mode']} | {row['variant']} | {why} |" + " |" * 5
-                )
-                continue
-            beside = [
-                other
-                for other in result["rows"]
-                if (other["net"], other["mode"]) == (row["net"], row["mode"])
-                and not other["ours"]
-                and "images_per_s" in other
-            ]
-            ratios = []
-            for captured in (False, True):
-                peers = [o["images_per_s"] for o in beside if o["captured"] == captured]
-                ratios.append(f"{row['images_per_s'] / max(peers):.2f}x" if peers else "")
-            name = f"**{row['variant']}**" if row["ours"] else row["variant"]
-            lines.append(
-                f"| {row['net']} | {row['mode']} | {name} | {row['step_ms']:.2f} "
-                f"| {row['images_per_s']:.0f} | {' | '.join(ratios)} "
-                f"| {row.get('peak_gb', '')} | {row.get('kept_mb_per_image', '')} |"
-            )
-    table = "\n".join(lines)
-    ceilings = results[0]["ceilings"]
-    return f"""### All variants, of earlier kernels
-
-Command: `bash benchmarks/gpu_check.sh OUTDIR speed`. Commit {env["commit"]}; torch
-{env["versions"]["torch"]}, Triton {results[0]["triton"]}, Python {env["python"]}. Batch
-{results[0]["batch"]}, bfloat16 under autocast but where it says float32, SGD with momentum; medians
-of rounds in turns. "Captured" is the whole step as one CUDA graph. 121 is DenseNet-121 at 224
-pixels (peers: torchvision), bc DenseNet-BC-100-12 at 32, d2l the chapter's net at 96 (peers: plain
-PyTorch). This card copies {ceilings["copy_tb_per_s"]} TB/s and multiplies
-{ceilings["bf16_tflop_per_s"]:.0f} bfloat16 TFLOP/s. "Out of time" waits for another hour on it.
-
-{table}"""
-
-
-def gpu_traffic() -> str:
-    result = read("traffic-account.json")
-    names = {"d2l": "d2l, 96 pixels", "bc": "DenseNet-BC-100-12, 32", "121": "DenseNet-121, 224"}
-    lines = ["| net | densely, MB/image | the design's table | of it | most of it by |"]
-    lines.append("|---|---|---|---|---|")
-    for row in result["rows"]:
-        design, found = result["design"][row["net"]], row["mb_per_image"]
-        most = ", ".join(f"{name} {mb:.1f}" for name, mb in list(row["by_kernel"].items())[:4])
-        lines.append(
-            f"| {names[row['net']]} | {found:.1f} | {design} | {found / design:.2f} | {most} |"
-        )
-    table = "\n".join(lines)
-    return f"""## Bytes that a training step moves on a GPU, by account
-
-Command: `bash benchmarks/gpu_check.sh OUTDIR traffic` on a machine without a GPU. Commit
-{result["environment"]["commit"]}, batch {result["batch"]}, bfloat16. Not measured: what kernels are
-given is added up, each operand once, what is added to twice, so a cache is assumed that holds what
-a kernel reads more than once. On a GPU the same command counts by ncu, which waits for one.
-
-{table}"""
-
-
-def gpu_chapter() -> str:
-    result = read("gpu-h100/chapter.json")
-    row, env = result["rows"][0], result["environment"]
-    return f"""## The chapter on a GPU
-
-Command: `bash benchmarks/gpu_check.sh OUTDIR chapter`, which runs `{" ".join(result["command"])}`
-on the real Fashion-MNIST. {env["device_name"]}, torch {env["versions"]["torch"]}, commit
-{env["commit"]}, whose step took 1.4 times as long as the present one.
-
-| | published | densely |
-|---|---|---|
-| train loss | 0.144 | {row["train_loss"]:.4f} |
-| train accuracy | 0.947 | {row["train_accuracy"]:.4f} |
-| test accuracy | 0.881 | {row["test_accuracy"]:.4f} |
-| examples/s while training (median of the epochs) | 5505 | \
-{row["examples_per_s_training"]:.0f} |
-
-Its {row["epochs"]} epochs took {row["epochs_s"]:.1f} s with evaluation, the whole command
-{row["wall_s"]:.1f} s, with the kernels in Triton's cache from an earlier run on that machine;
-where they are not, the first epoch compiles them, which takes some seconds more.
-
-![curves](../benchmarks/results/gpu-h100/chapter/curves.png)"""
-
-
-def gpu_correct() -> str:
-    lines = ["| precision | checks | within 1.5x | failed | left out |", "|---|---|---|---|---|"]
-    for name in ("bfloat16", "float32", "float16"):
-        result = read(f"gpu-h100/correct-{name}.json")
-        fine = sum(row["ok"] for row in result["rows"])
-        count = len(result["rows"])
-        lines.append(
-            f"| {name} | {count} | {fine} | {count - fine} | {result.get('left_out', 0)} |"
-        )
-    result = read("gpu-h100/correct-bfloat16.json")
-    table = "\n".join(lines)
-    return f"""## The GPU kernels beside float64
-
-Command: `bash benchmarks/gpu_check.sh OUTDIR correct`. {result["environment"]["device_name"]};
-bfloat16 of commit 2e437c0, the others of earlier kernels. Every step of the three nets in train and
-eval mode, the nets as a whole, and captured against launched steps and forward passes (the same
-bits); a result may be 1.5 times as far from float64 as plain PyTorch's in the same precision.
-
-{table}
-
-What was left out in bfloat16, whole nets and captured steps, was within bounds an hour before, but
-for the ten gradients of d2l's last biases, 1.7 times as far off by 0.0025 of their length: they are
-judged with their weights since, ten numbers being noise.
-
-What failed in float32 are gradients of single norms, most by 2e-4 to 3e-3 of their length, where
-plain PyTorch is off by as much in one of them and by rounding in the next. It has the look of ReLUs
-that open elsewhere, a few of millions, since a x + b rounds otherwise than (x - mean) / std; it is
-not shown that this is all. The whole nets are within 1.3 times. An exact 1 / sqrt(var + eps), tried
-since the first run, did not change it."""
-
-
 def bench() -> str:
     result = read("bench-cpu.json")
     tables = [bench_table(comparison) for comparison in result["comparisons"]]
@@ -480,11 +289,11 @@ def page() -> str:
         "Made by `python benchmarks/results_page.py` from the files in `benchmarks/results/`. "
         "Absolute speeds are one machine's on one day; ratios carry over.",
         bench(),
-        gpu_speed_now(),
-        gpu_speed(),
-        gpu_traffic(),
-        gpu_chapter(),
-        gpu_correct(),
+        results_gpu.gpu_speed_now(),
+        results_gpu.gpu_speed(),
+        results_gpu.gpu_traffic(),
+        results_gpu.gpu_chapter(),
+        results_gpu.gpu_correct(),
         chapter(),
         claims(),
         report(),
