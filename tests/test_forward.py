@@ -32,7 +32,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """The graphs that are recorded; what runs on the CPU passes for work on a GPU."""
     made: list[Graph] = []
 
-    def record(work: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Graph, Tensor]:
+    def record(
+        work: Callable[[], Tensor],
+        device: torch.device,
+        pool: Any,
+        put_back: Callable[[], None] | None,
+    ) -> tuple[Graph, Tensor]:
         made.append(Graph(work))
         return made[-1], made[-1].outputs
 
@@ -58,6 +63,23 @@ def small_net() -> nn.Module:
 def images(count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return CPU.layout(torch.randn(count, 1, 12, 12, generator=generator))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_kernels_are_compiled_before_the_first_batch_of_a_size(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    """But not by a run in train mode, from which the norms would learn."""
+    compiled: list[int] = []
+
+    def dry_run(work: Callable[[], Tensor]) -> None:
+        compiled.append(len(work()))
+
+    monkeypatch.setattr(module, "compile_kernels_of", dry_run)
+    forward = recording(small_net(), training=training)
+    for count in (4, 4, 3, 6):
+        forward(images(count))
+    assert compiled == ([] if training else [4, 6])
 
 
 def test_on_a_cpu_it_is_the_model() -> None:

@@ -55,7 +55,7 @@ def record_graph(
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 if put_back is not None:
-                    _compile_kernels_of(work)
+                    compile_kernels_of(work)
                     put_back()
                 for _ in range(WARM_UP):
                     work()
@@ -70,7 +70,11 @@ def record_graph(
     return graph, result
 
 
-def _compile_kernels_of(work: Callable[[], object]) -> None:
+def compile_kernels_of(work: Callable[[], object]) -> None:
+    """Compile densely's kernels that some work launches, many at once; nothing is launched.
+
+    What the work gives and changes is anything. Where kernels cannot be compiled so, it is not run.
+    """
     ahead = compiling_ahead()
     if ahead is None:
         return

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from densely.cuda_graphs import record_graph
+from densely.cuda_graphs import compile_kernels_of, record_graph
 from densely.errors import first_line
 from densely.runtime import Runtime
 
@@ -76,6 +76,8 @@ class Forward:
         key = (size, shape, inputs.dtype)
         if key not in self._graphs:
             self._graphs[key] = None
+            if not self.training:  # else the norms would learn from it
+                compile_kernels_of(lambda: self._launch(inputs))
         elif self._graphs[key] is None:
             try:
                 self._graphs[key] = self._record(inputs.new_zeros((size, *shape)))
@@ -91,7 +93,10 @@ class Forward:
         inputs = self.runtime.layout(inputs)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph, outputs = record_graph(lambda: self._launch(inputs), inputs.device, self._pool)
+        put_back = None if self.training else _nothing  # in eval mode nothing changes
+        graph, outputs = record_graph(
+            lambda: self._launch(inputs), inputs.device, self._pool, put_back
+        )
         return _Recorded(graph, inputs, outputs)
 
     def _launch(self, inputs: Tensor) -> Tensor:
@@ -101,6 +106,10 @@ class Forward:
         with without_gradients, self.runtime.autocast(cache=False):
             outputs: Tensor = self.model(inputs)
         return outputs
+
+
+def _nothing() -> None:
+    pass
 
 
 def _replay(recorded: _Recorded, inputs: Tensor) -> Tensor:

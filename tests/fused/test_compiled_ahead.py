@@ -95,7 +95,7 @@ def test_work_that_fails_on_what_kernels_have_not_written_is_no_failure(
         step(kernel)
         raise ValueError("not a number")
 
-    cuda_graphs._compile_kernels_of(work)
+    cuda_graphs.compile_kernels_of(work)
     assert kernel.launched == 0
     step(kernel)
     assert kernel.launched == 2
@@ -103,4 +103,4 @@ def test_work_that_fails_on_what_kernels_have_not_written_is_no_failure(
 
 def test_where_there_are_no_kernels_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "compiling_ahead", lambda: None)
-    cuda_graphs._compile_kernels_of(lambda: pytest.fail("ran"))
+    cuda_graphs.compile_kernels_of(lambda: pytest.fail("ran"))
