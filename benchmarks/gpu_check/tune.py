@@ -92,8 +92,8 @@ KINDS = {
 class _ByRule:
     """Leaves each launch to what this stage has put in the place of its rule."""
 
-    def choose(self, step: Any, usual: Any, *_: Any) -> Any:
-        return usual
+    def choose(self, choice: Any) -> Any:
+        return choice.usual
 
 
 def run(setting: Setting) -> int:

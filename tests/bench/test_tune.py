@@ -43,6 +43,7 @@ class Launch(NamedTuple):
     warps: int
 
 
+Choice = launches.Choice
 STEP = launches.Step("a kernel", torch.empty(100, 7), 5, (3, 3))
 
 
@@ -78,7 +79,9 @@ def test_the_fastest_that_is_right_is_chosen(times: dict[int, float], chosen: in
     tuner = Tuner(of_milliseconds(times, ran), names.append)
     others = [Launch(rows, 4) for rows in (64, 32, 16, 8)]
     for _ in range(2):
-        found = tuner.choose(STEP, Launch(64, 4), iter(others), run, lambda made: [made], total)
+        found = tuner.choose(
+            Choice(STEP, Launch(64, 4), iter(others), run, lambda made: [made], total)
+        )
         assert found == Launch(chosen, 4)
     assert (total == 5).all(), "what is added to was not put back"
     assert names == [STEP.key]
@@ -98,7 +101,7 @@ def test_a_disturbed_first_measurement_makes_no_other_launch_look_fast() -> None
 
     tuner, made = Tuner(measure, lambda _name: None), torch.ones(3)
     found = tuner.choose(
-        STEP, Launch(64, 4), iter([Launch(32, 4)]), lambda _: made, lambda made: [made], None
+        Choice(STEP, Launch(64, 4), [Launch(32, 4)], lambda _: made, lambda made: [made])
     )
     assert found == Launch(64, 4)
     assert tuner.gains[STEP.key] == (2.0, 2.0)
@@ -140,7 +143,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def chosen() -> Launch:
-    return launches.fastest(on_gpu(), Launch(64, 4), [], lambda _: None, lambda _: [])
+    return launches.fastest(Choice(on_gpu(), Launch(64, 4), [], lambda _: None, lambda _: []))
 
 
 def test_a_table_is_gone_by_from_the_next_launch_on(table: Path) -> None:

@@ -133,9 +133,9 @@ class LaterOnes:
     def __init__(self, number: int) -> None:
         self.number, self.kinds = number, set[str]()
 
-    def choose(self, step: Any, usual: Any, others: Any, run: Any, *_: Any) -> Any:
-        self.kinds.add(step.kind)
-        found = list(others)
+    def choose(self, choice: Any) -> Any:
+        self.kinds.add(choice.step.kind)
+        found = list(choice.others)
         return found[min(self.number, len(found) - 1)]
 
 

@@ -6,7 +6,7 @@ step runs without launching anything, while all that will be tried is compiled, 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,9 @@ from densely.fused.kernels import compiling_ahead, missing
 from densely.runtime import choose_runtime
 
 if TYPE_CHECKING:  # which imports Triton
-    from densely.fused.kernels.triton_launches import Launches, Step
+    from densely.fused.kernels.triton_launches import Choice, Launches
 
 L = TypeVar("L", bound=tuple[Any, ...])
-R = TypeVar("R")
 
 #: Times of a launch within this share of the usual one's are noise, and the usual one stays.
 NOISE = 0.03
@@ -64,47 +63,34 @@ class Tuner:
         self.gains: dict[str, Gain] = {}
         self._measure, self._begin = measure, begin
 
-    def choose(
-        self,
-        step: "Step",
-        usual: L,
-        others: Iterable[L],
-        run: Callable[[L], R],
-        made: Callable[[R], Sequence[Tensor]],
-        added_to: Tensor | None,
-    ) -> L:
+    def choose(self, choice: "Choice[L, Any]") -> L:
         """As `triton_launches.Tuner` has it."""
-        if step.key not in self.gains:
-            self._begin(step.key)
+        key, added_to = choice.step.key, choice.added_to
+        if key not in self.gains:
+            self._begin(key)
             before = None if added_to is None else added_to.clone()
 
             def results(launch: L) -> list[Tensor]:
                 if added_to is not None and before is not None:
                     added_to.copy_(before)
-                return [found.float() for found in made(run(launch))]
+                return [found.float() for found in choice.made(choice.run(launch))]
 
-            self._find(step.key, usual, others, run, results)
+            self._find(choice, results)
             if added_to is not None and before is not None:
                 added_to.copy_(before)
-        launch: Any = type(usual)
-        return launch(*self.launches.get(step.key, usual))  # type: ignore[no-any-return]
+        launch: Any = type(choice.usual)
+        return launch(*self.launches.get(key, choice.usual))  # type: ignore[no-any-return]
 
     def added_to(self, known: "Launches") -> "Launches":
         """Launches that were known, and what is known of the steps measured now in their place."""
         others = {key: launch for key, launch in known.items() if key not in self.gains}
         return others | self.launches
 
-    def _find(
-        self,
-        key: str,
-        usual: L,
-        others: Iterable[L],
-        run: Callable[[L], object],
-        results: Callable[[L], list[Tensor]],
-    ) -> None:
+    def _find(self, choice: "Choice[L, Any]", results: Callable[[L], list[Tensor]]) -> None:
+        key, usual, run = choice.step.key, choice.usual, choice.run
         expected = [found.clone() for found in results(usual)]
-        times: dict[L, float] = {usual: self._measure(lambda: run(usual))}
-        for other in others:
+        times: dict[L, float] = {usual: self._measure(partial(run, usual))}
+        for other in choice.others:
             if other in times:
                 continue
             try:
@@ -113,7 +99,7 @@ class Tuner:
             except Exception:  # more registers or memory than this GPU has
                 continue
         # Again: what disturbed the first measurement of a step must not make others look fast.
-        times[usual] = min(times[usual], self._measure(lambda: run(usual)))
+        times[usual] = min(times[usual], self._measure(partial(run, usual)))
         fastest = min(times, key=lambda launch: times[launch])
         if times[fastest] < (1 - NOISE) * times[usual]:
             self.launches[key] = list(fastest)
@@ -133,22 +119,14 @@ class _All:
         self.keys: set[str] = set()
         self._compiles = compiles
 
-    def choose(
-        self,
-        step: "Step",
-        usual: L,
-        others: Iterable[L],
-        run: Callable[[L], R],
-        _made: Callable[[R], Sequence[Tensor]],
-        _added_to: Tensor | None,
-    ) -> L:
+    def choose(self, choice: "Choice[L, Any]") -> L:
         """As `triton_launches.Tuner` has it."""
-        if step.key not in self.keys:
-            self.keys.add(step.key)
-            for other in others if self._compiles else ():
+        if choice.step.key not in self.keys:
+            self.keys.add(choice.step.key)
+            for other in choice.others if self._compiles else ():
                 with suppress(Exception):  # it fails again when it is to be measured
-                    run(other)
-        return usual
+                    choice.run(other)
+        return choice.usual
 
 
 def run_tune(config: BenchConfig) -> Path:

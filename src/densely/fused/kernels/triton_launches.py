@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import triton
@@ -61,18 +61,31 @@ class Step(NamedTuple):
         return f"{self.kind} {dtype} {rows_up_to} {columns} {even} {self.outputs}{more}"
 
 
+class Choice(NamedTuple, Generic[L, R]):
+    """Launches that a step may run by.
+
+    Args:
+        step: what is to be launched.
+        usual: as the rule has it.
+        others: to be tried in its place by a tuner.
+        run: launches the step, for a tuner; sums that it leaves in parts, as many as a launch
+            likes, are added up, which takes its time too.
+        made: all that the step has made, from what `run` gives.
+        added_to: what each run adds to.
+    """
+
+    step: Step
+    usual: L
+    others: Iterable[L]
+    run: Callable[[L], R]
+    made: Callable[[R], Sequence[Tensor]]
+    added_to: Tensor | None = None
+
+
 class Tuner(Protocol):
     """Measures launches while steps run."""
 
-    def choose(
-        self,
-        step: Step,
-        usual: L,
-        others: Iterable[L],
-        run: Callable[[L], R],
-        made: Callable[[R], Sequence[Tensor]],
-        added_to: Tensor | None,
-    ) -> L:
+    def choose(self, choice: Choice[L, Any]) -> L:
         """The launch to go by: see `fastest`."""
 
 
@@ -89,27 +102,11 @@ def tuning(tuner: Tuner) -> Iterator[None]:
         _tuners.pop()
 
 
-def fastest(
-    step: Step,
-    usual: L,
-    others: Iterable[L],
-    run: Callable[[L], R],
-    made: Callable[[R], Sequence[Tensor]],
-    added_to: Tensor | None = None,
-) -> L:
-    """The launch that is known to be the fastest for a step, or the usual one.
-
-    Args:
-        step: what is to be launched.
-        usual: as the rule has it.
-        others: to be tried in its place by a tuner.
-        run: launches the step, for a tuner; sums that it leaves in parts, as many as a launch
-            likes, are added up, which takes its time too.
-        made: all that the step has made, from what `run` gives.
-        added_to: what each run adds to.
-    """
+def fastest(choice: Choice[L, Any]) -> L:
+    """The launch that is known to be the fastest for a step, or the usual one."""
     if _tuners:
-        return _tuners[-1].choose(step, usual, others, run, made, added_to)
+        return _tuners[-1].choose(choice)
+    step, usual = choice.step, choice.usual
     table = table_of(step.x.device) if step.x.is_cuda else {}
     known = table.get(step.key) if table else None
     if known is None or len(known) != len(usual):

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Pending
-from densely.fused.kernels.triton_launches import Step, fastest, moments_of
+from densely.fused.kernels.triton_launches import Choice, Step, fastest, moments_of
 from densely.fused.kernels.triton_tiles import (
     arriving,
     columns,
@@ -152,7 +152,7 @@ def forward(
     def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
         return [out, *moments_of(taken, rows)]
 
-    return run(fastest(step, usual, others, run, made))
+    return run(fastest(Choice(step, usual, others, run, made)))
 
 
 def backward(
@@ -213,7 +213,7 @@ def backward(
     def summed(tile: _Launch) -> list[Tensor]:
         return [parts.sum(0) for parts in run(tile) if parts is not None]
 
-    tile = fastest(step, usual, others, summed, lambda sums: [total, *sums], total)
+    tile = fastest(Choice(step, usual, others, summed, lambda sums: [total, *sums], total))
     weight_parts, norm_parts = run(tile)
     if needs_weight and weight_parts is None:
         weight_parts = _weight_gradient(grad, x, affine, outputs)

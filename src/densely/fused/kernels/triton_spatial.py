@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Space
-from densely.fused.kernels.triton_launches import Step, fastest, moments_of
+from densely.fused.kernels.triton_launches import Choice, Step, fastest, moments_of
 from densely.fused.kernels.triton_spatial_backward import backward
 from densely.fused.kernels.triton_tiles import (
     Window,
@@ -152,7 +152,7 @@ def forward(
     def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
         return [out, *moments_of(taken, rows)]
 
-    return run(fastest(step, usual, others, run, made))
+    return run(fastest(Choice(step, usual, others, run, made)))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Space
-from densely.fused.kernels.triton_launches import Step, fastest
+from densely.fused.kernels.triton_launches import Choice, Step, fastest
 from densely.fused.kernels.triton_tiles import (
     Columns,
     Window,
@@ -165,7 +165,7 @@ def backward(
         run()
         return parts.sum(0)
 
-    tile = fastest(step, usual, others, summed, lambda sums: [total, sums], total)
+    tile = fastest(Choice(step, usual, others, summed, lambda sums: [total, sums], total))
     norm_parts, run_input = of_input(tile)
     if not needs_weight:
         run_input()
@@ -205,7 +205,7 @@ def _weight_gradient(
         _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4]) for tile in WEIGHTS
     )
     step = Step("spatial weight", x, outputs, (window.kh, window.kw, dilation))
-    return prepared(fastest(step, usual, others, summed, lambda sums: [sums]))
+    return prepared(fastest(Choice(step, usual, others, summed, lambda sums: [sums])))
 
 
 def _constants(
