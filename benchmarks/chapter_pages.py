@@ -169,7 +169,7 @@ def cost(words: Words) -> str:
     now, before = (
         read(RESULTS / "gpu-h100" / f"{name}.json") for name in ("speed-now", "speed-d2l")
     )
-    own = next(row for row in now["rows"] if row["net"] == "d2l")
+    step = next(row for row in now["rows"] if row["net"] == "d2l")
     captured = [
         row["images_per_s"]
         for row in before["rows"]
@@ -188,7 +188,7 @@ def cost(words: Words) -> str:
             kept=ours["kept_bytes_per_image"] / 1e6,
             plain=plain["kept_bytes_per_image"] / 1e6,
             gpu=now["environment"]["device_name"],
-            gpu_ratio=own["images_per_s"] / max(captured),
+            gpu_ratio=step["images_per_s"] / max(captured),
         ),
     )
 

@@ -23,8 +23,8 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
     from triton.runtime.interpreter import InterpretedFunction
 
-    from densely.fused.kernels import triton_pointwise, triton_spatial
-from densely.fused.kernels.operands import Affine, Pending, Space
+    from densely.fused.kernels import triton_kernels, triton_pointwise, triton_spatial
+from densely.fused.kernels.operands import Affine, Convolution, Pending, Space
 
 if not isinstance(triton_pointwise._forward_kernel, InterpretedFunction):
     pytest.skip("triton was imported without its interpreter", allow_module_level=True)
@@ -269,6 +269,38 @@ def test_a_nan_reaches_the_output_and_no_other_row() -> None:
     weight, out = torch.randn(3, 6), within(20, 3, F32)
     triton_pointwise.forward(x.x, x.affine, weight, None, out, False)
     assert out.isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
+def test_a_channel_switched_off_by_an_infinite_shift_adds_nothing_at_borders() -> None:
+    x, space = given(20, 6, F32, 2), Space(1, (4, 5))
+    x.affine.shift[1] = -torch.inf
+    weight, out = torch.randn(3, 6, 3, 3), within(20, 3, F32)
+    triton_spatial.forward(x.x, x.affine, weight, None, 1, space, out, False)
+    act = torch.relu(x.x * x.affine.scale + x.affine.shift)
+    want = space.matrix(F.conv2d(space.maps(act), weight, padding=1))
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_lines_too_long_for_the_kernels_run_otherwise() -> None:
+    """Places along them are found by reciprocals in float32: see `triton_tiles.divide`."""
+    x, affine = torch.randn(2, 8), Affine(*(torch.ones(8) for _ in range(4)), True)
+    weight = torch.randn(4, 8, 3)
+    for size, there in ((900_000, True), (900_001, False)):
+        conv = Convolution(affine, weight, None, 1, Space(1, (size,)))
+        assert triton_kernels._has_product(x, conv) == there
+
+
+@pytest.mark.parametrize("inputs", [64, 96, 128, 160])
+def test_launches_are_smaller_where_a_program_has_less_memory(
+    monkeypatch: pytest.MonkeyPatch, inputs: int
+) -> None:
+    """116,736 bytes do not fit into the 99 KB that a program has on sm_86 and sm_89."""
+    x = torch.empty(70_000, inputs, dtype=torch.bfloat16)
+    large = triton_pointwise._backward_launch(x, 128, True)
+    monkeypatch.setattr(triton_pointwise, "shared_memory", lambda _device: 101_376)
+    small = triton_pointwise._backward_launch(x, 128, True)
+    assert small.channels == 64
+    assert (large == small) == (inputs not in (96, 128))
 
 
 def test_backward_gives_the_same_bits_each_time() -> None:

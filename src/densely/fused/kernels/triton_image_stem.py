@@ -38,28 +38,17 @@ from densely.fused.kernels.triton_vectors import finish_moments
 
 
 class _Launch(NamedTuple):
-    """Rows and outputs of a tile, warps of a program, and programs on a processor.
-
-    `registers` caps those of a thread, so that as many programs fit; None caps nothing.
-    """
+    """Rows and outputs of a tile, warps of a program, and programs on a processor."""
 
     rows: int
     outputs: int
     warps: int
     programs: int
-    registers: int | None = None
 
 
-#: Of outputs as many as there are, up to so many. By a sweep on an H100.
-_MOMENTS = _Launch(32, 64, 4, 4, 128)
-_POOL = _Launch(32, 64, 4, 3)
-_BACKWARD = _Launch(32, 64, 4, 4, 128)
-
-
-def _launch(usual: _Launch, images: Tensor, conv: FirstConvolution) -> _Launch:
-    outputs = min(usual.outputs, max(16, triton.next_power_of_2(conv.weight.shape[0])))
-    narrow = images.dtype != torch.float32  # that takes more registers than the cap
-    return usual._replace(outputs=outputs, registers=usual.registers if narrow else None)
+def _launch(conv: FirstConvolution, programs: int = 3) -> _Launch:
+    """By a sweep on an H100, which took the same time for most others."""
+    return _Launch(32, min(64, max(16, triton.next_power_of_2(conv.weight.shape[0]))), 4, programs)
 
 
 def moments(
@@ -74,7 +63,7 @@ def moments(
         sums: float32 [O + 1, kh * kw * C], becomes Q and, as its last row, P; None if nobody wants
             them.
     """
-    tile, made = _launch(_MOMENTS, images, conv), conv.made
+    tile, made = _launch(conv), conv.made
     outputs, taps = conv.weight.shape[0], conv.weight[0].numel()
     part_rows, parts, blocks = _divided(made.rows, outputs, tile)
     partials = _new(images, parts, 2, outputs)
@@ -105,7 +94,7 @@ def pool(
 
     `choice`, uint8 of the shape of `out`, becomes what `backward` needs.
     """
-    tile = _launch(_POOL, images, conv)
+    tile = _launch(conv)
     rows, outputs = out.shape
     launch(
         _pool_kernel, (triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)), images,
@@ -129,7 +118,7 @@ def backward(
     `grad` [pooled rows, O] is contiguous, `choice` is what `pool` has left, and `sums` what
     `moments` has; None for a norm in eval mode.
     """
-    tile = _launch(_BACKWARD, images, conv)
+    tile = _launch(conv, 4)
     rows, outputs = grad.shape
     taps = conv.weight[0].numel()
     part_rows, parts, blocks = _divided(rows, outputs, tile)
@@ -183,10 +172,9 @@ def _window(conv: FirstConvolution) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _options(x: Tensor, tile: _Launch) -> dict[str, int | str | None]:
+def _options(x: Tensor, tile: _Launch) -> dict[str, int | str]:
     return {
         "BM": tile.rows, "BO": tile.outputs, "PRECISION": precision(x), "num_warps": tile.warps,
-        "maxnreg": tile.registers,
     }  # fmt: skip
 
 

@@ -174,7 +174,7 @@ class TritonKernels(Kernels):
         self, x: Tensor, affine: Affine, pooling: Pooling, space: Space
     ) -> tuple[Tensor, Tensor]:
         """As the reference."""
-        if x.dtype == torch.float64 or len(space.size) > 2:
+        if x.dtype == torch.float64 or not _has_places(space):
             return super().pool(x, affine, pooling, space)
         out = x.new_empty(pooling.pooled(space).rows, x.shape[1])
         choice = self.choice(out, pooling)
@@ -197,7 +197,7 @@ class TritonKernels(Kernels):
         again: Tensor | None = None,
     ) -> tuple[Tensor, NormGradient]:
         """As the reference."""
-        if x.dtype == torch.float64 or len(space.size) > 2:
+        if x.dtype == torch.float64 or not _has_places(space):
             return super().pool_backward(grad, choice, x, affine, pooling, space, again)
         out = self.matrix(x.shape[0], x.shape[1], x, x.dtype)
         norm = triton_pooling_backward.pool_backward(
@@ -262,9 +262,20 @@ class TritonKernels(Kernels):
         return out
 
 
+#: Places along an axis of maps: `triton_tiles.place_of` is right for so many and a tile more.
+_LONGEST = 900_000
+
+
 def _has_product(x: Tensor, conv: Convolution) -> bool:
     """Whether there is a kernel for this convolution."""
-    return x.dtype != torch.float64 and (conv.pointwise or conv.weight.dim() <= 4)
+    if x.dtype == torch.float64:
+        return False
+    return conv.pointwise or (conv.weight.dim() <= 4 and _has_places(conv.space))
+
+
+def _has_places(space: Space) -> bool:
+    """Whether kernels can tell where in the maps a row is."""
+    return len(space.size) <= 2 and max(space.size) <= _LONGEST
 
 
 def _planar(conv: Convolution) -> tuple[Tensor, Space]:

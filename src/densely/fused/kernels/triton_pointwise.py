@@ -28,7 +28,9 @@ from densely.fused.kernels.triton_tiles import (
     masked_back,
     normalised,
     precision,
+    shared_memory,
     splits_for,
+    upright,
     wide,
 )
 
@@ -82,12 +84,13 @@ def _backward_launch(x: Tensor, outputs: int, pending: bool) -> _Launch:
     width = max(16, triton.next_power_of_2(outputs))
     if exact(x):
         return _Launch(32, 32, 16, 4, 2, 4)
+    roomy = shared_memory(x.device) > 120_000
     if x.dtype == torch.float32:
-        return _Launch(32, CHANNELS, min(width, 128), 8, 2, 1)
+        return _Launch(32, CHANNELS, min(width, 128), 8, 2 if roomy else 1, 1)
     if not pending or width <= 64:
         return _Launch(64, CHANNELS, min(width, 128), 4, 3, 2)
     # What a pending gradient is formed from takes the memory of a turn that is loaded ahead.
-    if CHANNELS < x.shape[1] <= 2 * CHANNELS:
+    if roomy and CHANNELS < x.shape[1] <= 2 * CHANNELS:
         return _Launch(64, 2 * CHANNELS, 128, 8, 2, 1)
     return _Launch(64, CHANNELS, 128, 4, 2, 2)
 
@@ -335,7 +338,7 @@ def _backward_kernel(
     # it in registers, where it is moved as soon as it is there.
     for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(1)):
         row_mask, first = (tile * BM + index < rows) | EVEN, wide(tile) * BM
-        values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
+        values = tl.load(upright(x, first, index, x_row, cols),
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         mask = row_mask[None, :] & col_mask[:, None]
         before = loaded_total(total, base, first, index, total_units * ROW_UNIT,
@@ -389,7 +392,7 @@ def _weight_kernel(
     index = tl.arange(0, BM)
     for tile in range(split, tl.cdiv(rows, BM), tl.num_programs(2)):
         row_mask, first = tile * BM + index < rows, wide(tile) * BM
-        values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
+        values = tl.load(upright(x, first, index, x_row, cols),
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         grad = formed(g, gx, g_scale, g_mean, g_a, g_b, first, index, row_mask, g_row, gx_row,
                       outputs, outputs < OUT)  # fmt: skip

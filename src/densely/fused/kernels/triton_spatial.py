@@ -203,8 +203,8 @@ def _forward_kernel(
             values = tl.load(x + source + at_x, mask=row_mask[:, None] & (cols < read)[None, :],
                              other=0.0)  # fmt: skip
             # Zero padding comes after norm and relu: beside the maps x and the shift are zero.
-            there = row_mask.to(tl.float32)[:, None]
-            act = normalised(values, scales[None, :], shifts[None, :] * there)
+            shift_there = tl.where(row_mask[:, None], shifts[None, :], 0.0)
+            act = normalised(values, scales[None, :], shift_there)
             if BEYOND:  # columns beyond C may hold anything
                 act = tl.where((cols < C)[None, :], act, 0.0)
             tap = (outputs * KH + kh) * KW + kw + side

@@ -33,6 +33,7 @@ from densely.fused.kernels.triton_tiles import (
     precision,
     shared_memory,
     splits_for,
+    upright,
     wide,
     window_of,
 )
@@ -95,8 +96,8 @@ def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
     if side <= 128 and x.shape[1] <= 64:
         return _Launch(64, 64, width, 4, 3, together, 4)
     programs = 1 if x.shape[0] <= 128 * 132 else 2
-    wide = side <= 128 and x.shape[1] > 64
-    return _Launch(64, 128 if wide else 64, width, 8, 3, together, programs)
+    channels = 128 if side <= 128 and x.shape[1] > 64 else 64
+    return _Launch(64, channels, width, 8, 3, together, programs)
 
 
 def backward(
@@ -156,7 +157,8 @@ def backward(
     others = (
         _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
         for tile in INPUTS
-        if not tile[4] or (window.kh in (1, 3) and usual.together == window.kw)
+        if not tile[4]
+        or (window.kh in (1, 3) and usual.together == window.kw and outputs <= usual.outputs)
     )
     step = Step("spatial input", x, outputs, (window.kh, window.kw, dilation, add_scaled))
 
@@ -211,7 +213,7 @@ def _weight_gradient(
 def _constants(
     cols: Columns, tile: _Launch, window: Window, rows: int, outputs: int, dilation: int
 ) -> dict[str, int]:
-    """What both kernels are compiled for."""
+    """What these kernels are compiled for."""
     return {
         "UNIT": cols.unit, "READ_UNIT": cols.read_unit, "ROW_UNIT": cols.row_unit,
         "OUT": outputs, "KH": window.kh, "KW": window.kw, "DILATION": dilation,
@@ -265,7 +267,7 @@ def _input_kernel(
     row_mask, first = (tile * BM + index < rows) | EVEN, wide(tile) * BM
     _image, at_h, at_w = place_of(tile * BM, index, height, width)
     mask = row_mask[None, :] & col_mask[:, None]
-    values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
+    values = tl.load(upright(x, first, index, x_row, cols),
                      mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
     before = loaded_total(total, base, first, index, total_units * ROW_UNIT, base_units * ROW_UNIT,
                           cols, mask, ADD)  # fmt: skip
@@ -336,19 +338,19 @@ def _resident_kernel(
         row_mask, first = (tile * BM + index < rows) | EVEN, wide(tile) * BM
         _image, at_h, at_w = place_of(tile * BM, index, height, width)
         mask = row_mask[None, :] & col_mask[:, None]
-        values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
+        values = tl.load(upright(x, first, index, x_row, cols),
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         before = loaded_total(total, base, first, index, total_units * ROW_UNIT,
                               base_units * ROW_UNIT, cols, mask, ADD)  # fmt: skip
-        g = _gathered(grad, 0, first, index, row_mask, at_h, at_w, height, width, side, outputs,
-          OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
+        g = _gathered(grad, 0, first, index, row_mask, at_h, at_w, height, width, side,
+                      outputs, OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
         back = tl.dot(w0, tl.trans(g), input_precision=PRECISION)
         if KH == 3:
-            g = _gathered(grad, 1, first, index, row_mask, at_h, at_w, height, width, side, outputs,
-          OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
+            g = _gathered(grad, 1, first, index, row_mask, at_h, at_w, height, width, side,
+                          outputs, OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
             back = tl.dot(w1, tl.trans(g), back, input_precision=PRECISION)
-            g = _gathered(grad, 2, first, index, row_mask, at_h, at_w, height, width, side, outputs,
-          OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
+            g = _gathered(grad, 2, first, index, row_mask, at_h, at_w, height, width, side,
+                          outputs, OUT, KH, KW, DILATION, TOGETHER)  # fmt: skip
             back = tl.dot(w2, tl.trans(g), back, input_precision=PRECISION)
         _act, more_g, more_gx = masked_back(
             back, values, scales, shifts, means, before, total, first, index,
@@ -383,7 +385,7 @@ def _weight_kernel(
     for tile in tl.range(split, tl.cdiv(rows, BM), tl.num_programs(2), num_stages=STAGES):
         row_mask, first = (tile * BM + index < rows) | EVEN, wide(tile) * BM
         _image, at_h, at_w = place_of(tile * BM, index, height, width)
-        values = tl.load(x + first * x_row + (index[None, :] * x_row + cols[:, None]),
+        values = tl.load(upright(x, first, index, x_row, cols),
                          mask=row_mask[None, :] & (cols < read)[:, None], other=0.0)  # fmt: skip
         act = normalised(values, scales[:, None], shifts[:, None])
         g = _gathered(grad, group, first, index, row_mask, at_h, at_w, height, width, side, outputs,

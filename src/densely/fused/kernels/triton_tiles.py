@@ -37,6 +37,12 @@ def wide(tile):
 
 
 @triton.jit
+def upright(matrix, first, index, row, cols):
+    """Addresses [channels, rows] of the rows from `first`, of 64 bits, on by `index`."""
+    return matrix + first * row + (index[None, :] * row + cols[:, None])
+
+
+@triton.jit
 def normalised(x, scale, shift):
     """relu(x * scale + shift), rounded to x's dtype; NaN stays NaN, as in torch.
 
@@ -55,7 +61,10 @@ def divide(number, divisor):
 
 @triton.jit
 def place_of(first, offset, height, width):
-    """Image, line and place in the line of the rows first + offset."""
+    """Image, line and place in the line of the rows first + offset.
+
+    `first` may be below zero; of rows below zero only the place says something.
+    """
     w = first % width + offset
     line = first // width
     lines = divide(w, width)
@@ -94,9 +103,9 @@ def loaded_total(total, base, first, index, total_row, base_row, cols, mask, ADD
     before = None
     if ADD:
         if base is not None:
-            at = base + first * base_row + (index[None, :] * base_row + cols[:, None])
+            at = upright(base, first, index, base_row, cols)
         else:
-            at = total + first * total_row + (index[None, :] * total_row + cols[:, None])
+            at = upright(total, first, index, total_row, cols)
         before = tl.load(at, mask=mask, other=0.0)
     return before
 
@@ -119,7 +128,7 @@ def masked_back(
     result = back
     if ADD:
         result = before.to(tl.float32) + back * scale[:, None]
-    at = total + first * total_row + (index[None, :] * total_row + cols[:, None])
+    at = upright(total, first, index, total_row, cols)
     tl.store(at, result.to(total.dtype.element_ty), mask=mask)
     apart = x.to(tl.float32) - mean[:, None]
     return act, tl.sum(back, axis=1), tl.sum(back * apart, axis=1)
