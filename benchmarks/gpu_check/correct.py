@@ -23,11 +23,11 @@ from densely.forward import Forward
 from densely.fused import backend, kernels, restore
 from densely.fused.plain import Conv, FirstConv, Norm
 from densely.runtime import Runtime
-from densely.training.captured import TrainingStep, training_step
 from gpu_check import steps
 from gpu_check.distance import FACTOR, Distance, compare
 from gpu_check.setting import CheckedNet, Findings, Setting, in_a_line
 from gpu_check.steps import Outcome, StepCase
+from gpu_check.training import batch_for, step_for
 
 T = TypeVar("T")
 
@@ -218,24 +218,17 @@ def _net_outcome(
 
 def _check_capture(setting: Setting, net: CheckedNet) -> dict[str, Any]:
     """Learn some steps by a graph and without: how far apart they end, over how far they went."""
-    runtime, batch = setting.runtime, 4 if setting.smoke else BATCH
-    shape = (batch, net.in_channels, net.image_size, net.image_size)
-    images = [runtime.layout(torch.randn(shape, device=runtime.device)) for _ in range(4)]
-    labels = [torch.randint(0, net.num_classes, (batch,), device=runtime.device) for _ in images]
+    runtime, count = setting.runtime, 4 if setting.smoke else BATCH
+    batches = [batch_for(net, runtime, count) for _ in range(4)]
     ends, captured = [], False
     for capture in (True, False):
         model = runtime.place(net.build()).train()
         start = torch.cat([p.detach().flatten() for p in model.parameters()])
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=1 / 64, momentum=0.9, fused=not setting.smoke
-        )
-        step = TrainingStep(model, optimizer, runtime)
-        if capture:
-            step = training_step(model, optimizer, runtime, images[0], labels[0])
-            captured = step.captured
-        for rate, x, y in zip((1 / 64, 1 / 64, 1 / 128, 1 / 32), images, labels, strict=True):
-            optimizer.param_groups[0]["lr"] = rate
-            step(x, y)
+        step = step_for(model, runtime, *batches[0], captured=capture, lr=1 / 64)
+        captured |= step.captured
+        for rate, batch in zip((1 / 64, 1 / 64, 1 / 128, 1 / 32), batches, strict=True):
+            step.optimizer.param_groups[0]["lr"] = rate
+            step(*batch)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - start)
         statistics = torch.cat([b.flatten().float() for b in model.buffers()])
         ends.append(

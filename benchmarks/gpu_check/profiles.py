@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from densely.training.captured import TrainingStep, training_step
 from gpu_check.setting import CheckedNet, Setting, in_a_line
 from gpu_check.speed import batch_of, peer_of
+from gpu_check.training import batch_for, step_for
 
 STEPS = 5
 ROWS, ROWS_SHOWN = 60, 14
@@ -56,14 +56,8 @@ def _profiled(
 ) -> str:
     runtime = setting.runtime
     model = runtime.place(build()).train()
-    shape = (batch_of(setting), net.in_channels, net.image_size, net.image_size)
-    images = runtime.layout(torch.randn(shape, device=runtime.device))
-    labels = torch.randint(0, net.num_classes, shape[:1], device=runtime.device)
-    fused = None if setting.smoke else True
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
-    step = TrainingStep(model, optimizer, runtime)
-    if captured:
-        step = training_step(model, optimizer, runtime, images, labels)
+    images, labels = batch_for(net, runtime, batch_of(setting))
+    step = step_for(model, runtime, images, labels, captured=captured)
     steps = 1 if setting.smoke else STEPS
     for _ in range(2):
         step(images, labels)

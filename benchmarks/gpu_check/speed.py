@@ -13,15 +13,15 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from densely.bench import peers, plain_nets
 from densely.bench.kept import kept_bytes
 from densely.bench.trial import Trial
 from densely.fused import backend
 from densely.runtime import Runtime
-from densely.training.captured import TrainingStep, training_step
 from gpu_check.setting import NETS, CheckedNet, Findings, Setting, in_a_line
+from gpu_check.training import batch_for, step_for
 
 BATCH = 256
 ROUNDS = 5
@@ -218,9 +218,7 @@ def _ready(
     runtime = Runtime(setting.device, precision, variant.memory_format)
     torch.manual_seed(0)
     model = runtime.place(variant.build()).train(mode == "train")
-    shape = (batch_of(setting), net.in_channels, net.image_size, net.image_size)
-    images = runtime.layout(torch.randn(shape, device=runtime.device))
-    labels = torch.randint(0, net.num_classes, shape[:1], device=runtime.device)
+    images, labels = batch_for(net, runtime, batch_of(setting))
     if variant.kept and mode == "train":
         kept = kept_bytes(Trial(model, runtime, images, labels))
         row["kept_mb_per_image"] = round(kept / len(images) / 1e6, 3)
@@ -233,7 +231,8 @@ def _ready(
     start = _memory_mark(setting)
     step: Callable[[], object]
     if mode == "train":
-        training = _training(runs, runtime, images, labels, variant)
+        how = {"captured": variant.captured, "one_kernel": variant.tuned}
+        training = step_for(runs, runtime, images, labels, **how)
         row["captured"] = training.captured
         step = partial(training, images, labels)
     else:
@@ -251,16 +250,6 @@ def _ready(
     seconds = _seconds(setting, step, 1)
     steps = 1 if setting.smoke else max(1, min(200, round(ROUND_S / seconds)))
     return Entrant(variant, row, step, steps)
-
-
-def _training(
-    model: nn.Module, runtime: Runtime, images: Tensor, labels: Tensor, variant: Variant
-) -> TrainingStep:
-    fused = variant.tuned and runtime.device.type == "cuda"
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused or None)
-    if variant.captured:
-        return training_step(model, optimizer, runtime, images, labels)
-    return TrainingStep(model, optimizer, runtime)
 
 
 def _turn(setting: Setting, entrant: Entrant) -> None:
