@@ -335,8 +335,10 @@ def _backward(
         stop = start
     if zeros:
         torch._foreach_zero_(zeros)
-    to_x = kernels.form(arrived(slice(0, num_inputs))).contiguous()
-    found = [space.maps(to_x).detach()] * needed[0]  # no view, as in `like`
+    found = []
+    if needed[0]:
+        to_x = kernels.form(arrived(slice(0, num_inputs))).contiguous()
+        found.append(space.maps(to_x).detach())  # no view, as in `like`
     found += [like(grads[i], t) for i, t in enumerate(tensors) if needed[1 + i]]
     return found
 
