@@ -140,9 +140,15 @@ def test_an_empty_value_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "data=: must be text that is not empty" in run(capsys, "train", "--data", "")[2]
 
 
+def of_one_thread() -> dict[str, str]:
+    """The environment of a process beside others that compute."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def test_training_goes_on_when_its_reader_has_gone(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "densely", "train", "--epochs", "3", "--output", str(tmp_path)]
-    buffered = {key: text for key, text in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "densely", "train", "--output", str(tmp_path)]
+    command += ["--epochs", "3", "--limit", "100"]
+    buffered = {key: text for key, text in of_one_thread().items() if key != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered
     ) as process:
@@ -250,8 +256,9 @@ def test_a_signal_saves_and_says_how_to_go_on(
 ) -> None:
     command = [sys.executable, "-m", "densely", "train", "--output", str(tmp_path)]
     process = subprocess.Popen(
-        [*command, "--epochs", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--epochs", "100000", "--limit", "100"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=of_one_thread(),
+    )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch"):
