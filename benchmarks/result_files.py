@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).parent / "results"
 
 
 def read(name: str) -> Any:

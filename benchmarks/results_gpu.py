@@ -1,10 +1,9 @@
 """The sections of docs/results.md that a GPU made."""
 
-import csv
 import statistics
 from typing import Any
 
-from result_files import RESULTS, read
+from result_files import read, rows
 
 COMPILED = "compiled default captured"
 #: Of Fashion-MNIST, and what the chapter publishes.
@@ -144,8 +143,7 @@ a kernel reads more than once. On a GPU the same command counts by ncu, which wa
 def gpu_chapter() -> str:
     result = read("gpu-h100/chapter.json")
     row, env = result["rows"][0], result["environment"]
-    with (RESULTS / "gpu-h100" / "chapter" / "metrics.csv").open(encoding="utf-8") as file:
-        first, *rest = (float(epoch["epoch_s"]) for epoch in csv.DictReader(file))
+    first, *rest = (float(epoch["epoch_s"]) for epoch in rows("gpu-h100/chapter"))
     others = statistics.median(rest)
     rate = IMAGES * row["epochs"] / row["epochs_s"]
     return f"""## The chapter on a GPU

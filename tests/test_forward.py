@@ -32,12 +32,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """The graphs that are recorded; what runs on the CPU passes for work on a GPU."""
     made: list[Graph] = []
 
-    def record(
-        work: Callable[[], Tensor],
-        device: torch.device,
-        pool: Any,
-        put_back: Callable[[], None] | None,
-    ) -> tuple[Graph, Tensor]:
+    def record(work: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Graph, Tensor]:
         made.append(Graph(work))
         return made[-1], made[-1].outputs
 

@@ -127,9 +127,11 @@ def _checked(what: dict[str, Any], check: Callable[[], dict[str, Any]]) -> dict[
 def _check_step(
     setting: Setting, case: StepCase, dtype: torch.dtype, training: bool
 ) -> dict[str, Any]:
-    batch = max(BATCH, -(-LEAST_ROWS // case.size**2))
-    batch = BATCH_FLOAT32 if dtype == torch.float32 else batch
-    device, batch = setting.device, 4 if setting.smoke else batch
+    device, batch = setting.device, max(BATCH, -(-LEAST_ROWS // case.size**2))
+    if dtype == torch.float32:
+        batch = BATCH_FLOAT32
+    if setting.smoke:
+        batch = 4
     generator = torch.Generator(device)
     generator.seed()  # other numbers each time
     operands = case.make(generator, training)

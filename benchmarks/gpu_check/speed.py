@@ -231,8 +231,9 @@ def _ready(
     start = _memory_mark(setting)
     step: Callable[[], object]
     if mode == "train":
-        how = {"captured": variant.captured, "one_kernel": variant.tuned}
-        training = step_for(runs, runtime, images, labels, **how)
+        training = step_for(
+            runs, runtime, images, labels, captured=variant.captured, one_kernel=variant.tuned
+        )
         row["captured"] = training.captured
         step = partial(training, images, labels)
     else:

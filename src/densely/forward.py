@@ -93,10 +93,7 @@ class Forward:
         inputs = self.runtime.layout(inputs)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        put_back = None if self.training else _nothing  # in eval mode nothing changes
-        graph, outputs = record_graph(
-            lambda: self._launch(inputs), inputs.device, self._pool, put_back
-        )
+        graph, outputs = record_graph(lambda: self._launch(inputs), inputs.device, self._pool)
         return _Recorded(graph, inputs, outputs)
 
     def _launch(self, inputs: Tensor) -> Tensor:
@@ -106,10 +103,6 @@ class Forward:
         with without_gradients, self.runtime.autocast(cache=False):
             outputs: Tensor = self.model(inputs)
         return outputs
-
-
-def _nothing() -> None:
-    pass
 
 
 def _replay(recorded: _Recorded, inputs: Tensor) -> Tensor:

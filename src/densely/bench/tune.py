@@ -70,14 +70,16 @@ class Tuner:
             self._begin(key)
             before = None if added_to is None else added_to.clone()
 
-            def results(launch: L) -> list[Tensor]:
+            def put_back() -> None:
                 if added_to is not None and before is not None:
                     added_to.copy_(before)
+
+            def results(launch: L) -> list[Tensor]:
+                put_back()
                 return [found.float() for found in choice.made(choice.run(launch))]
 
             self._find(choice, results)
-            if added_to is not None and before is not None:
-                added_to.copy_(before)
+            put_back()
         launch: Any = type(choice.usual)
         return launch(*self.launches.get(key, choice.usual))  # type: ignore[no-any-return]
 

@@ -72,16 +72,16 @@ def _forward_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
         return _Launch(64, 32, min(width, 32), 4, 2, together)
     rows, width = x.shape[0], min(width, 64)
     many = rows >= 320 * 132
-    odd = x.stride(0) % 2  # addresses take more registers then
+    registers = None if x.stride(0) % 2 else 128  # addresses of odd rows take more
     if width == 64:  # of the weights of all image rows too much for `_turn`
         channels = 32 if 0 < x.shape[1] % 64 <= 32 else 64  # fewer that are not there
-        return _Launch(64, channels, 64, 8 if many else 4, 3, together, None if odd else 128)
+        return _Launch(64, channels, 64, 8 if many else 4, 3, together, registers)
     if rows <= 72 * 132:
         return _Launch(32, 32, width, 4, 2, together)
     if x.shape[1] <= 64 and width == 16:
         return _Launch(64, 64, width, 4, 1, together)
     tall, warps = (128, 8) if many else (64, 4)
-    return _Launch(tall, 32, width, warps, 2, together, None if odd else 128)
+    return _Launch(tall, 32, width, warps, 2, together, registers)
 
 
 def _turn(x: Tensor, tile: _Launch, window: Window) -> int:

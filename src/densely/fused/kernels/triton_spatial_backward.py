@@ -96,8 +96,7 @@ def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
     if side <= 128 and x.shape[1] <= 64:
         return _Launch(64, 64, width, 4, 3, together, 4)
     programs = 1 if x.shape[0] <= 128 * 132 else 2
-    channels = 128 if side <= 128 and x.shape[1] > 64 else 64
-    return _Launch(64, channels, width, 8, 3, together, programs)
+    return _Launch(64, 128 if side <= 128 else 64, width, 8, 3, together, programs)
 
 
 def backward(
