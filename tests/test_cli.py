@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -248,28 +249,45 @@ def test_many_classes_show_their_worst_confusions(
     assert "taken for" in out
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_signal_saves_and_says_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, number: int, code: int
-) -> None:
-    command = [sys.executable, "-m", "densely", "train", "--output", str(tmp_path)]
+ENDLESS = ["train", "--epochs", "100000", "--limit", "100", "--output"]
+
+
+def test_a_signal_ends_the_command_which_saves(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*command, "--epochs", "100000", "--limit", "100"],
+        [sys.executable, "-m", "densely", *ENDLESS, str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=of_one_thread(),
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch"):
             break
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert f"go on with: densely train --resume {tmp_path}/quickstart-001" in err
     assert "Traceback" not in err
+    assert (tmp_path / "quickstart-001" / "checkpoints" / "last").is_dir()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, number: int, code: int
+) -> None:
     run_folder = tmp_path / "quickstart-001"
-    epochs = len((run_folder / "metrics.csv").read_text().splitlines())  # and one more
+    rows = run_folder / "metrics.csv"
+
+    def send() -> None:
+        while not (rows.exists() and rows.stat().st_size):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    ended, _, err = run(capsys, *ENDLESS, tmp_path)
+    sender.join(10)
+    assert ended == code
+    assert f"go on with: densely train --resume {run_folder}" in err
+    epochs = len(rows.read_text().splitlines())  # and one more
     assert run(capsys, "train", "--resume", run_folder, "--epochs", epochs, "--quiet")[0] == 0
 
 

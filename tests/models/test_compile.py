@@ -42,8 +42,6 @@ def fc(**options: Any) -> FCDenseNet:
 IMAGE, LARGE = (9, 10), (17, 22)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: small(bn_size=None, compression=1.0), IMAGE),
-    "B": (lambda: small(bn_size=2, compression=1.0), IMAGE),
-    "C": (lambda: small(bn_size=None), IMAGE),
     "BC": (lambda: small(bn_size=2, block_config=(2, 1)), IMAGE),
     "deep stem": (lambda: small(stem="deep", bias=True), LARGE),
     "1D": (lambda: small(stem="large", spatial_dims=1), (33,)),

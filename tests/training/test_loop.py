@@ -282,11 +282,11 @@ def test_the_first_epoch_of_the_chapter_learns(tmp_path: Path, fashion_mnist_dir
     started: list[RunFacts] = []
     rows: list[EpochMetrics] = []
     settings = TrainConfig.from_values(
-        {"recipe": "d2l", "data_dir": str(fashion_mnist_dir), "limit": 640, "batch_size": 64,
-         "epochs": 1, "output": str(tmp_path)}
+        {"recipe": "d2l", "data_dir": str(fashion_mnist_dir), "limit": 480, "batch_size": 48,
+         "norm_batches": 2, "epochs": 1, "output": str(tmp_path)}
     )  # fmt: skip
     trainer = loop._Trainer(settings, None, Rows())
-    trainer.test_set = trainer.test_set.subset(torch.arange(256))  # seconds, not half a minute
+    trainer.test_set = trainer.test_set.subset(torch.arange(64))  # seconds, not half a minute
     summary = trainer.fit()
     assert isinstance(summary, Summary)
     assert (started[0].parameters, started[0].image_size) == (758_226, 96)
