@@ -179,7 +179,7 @@ def test_a_table_of_no_use_is_left_out_with_a_word(
 def test_each_step_of_a_net_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_tiles, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(triton_tiles, "multiprocessors", lambda device: 2)
     for module, names in (
         (triton_pointwise, ("FORWARDS", "BACKWARDS")),
         (triton_spatial, ("FORWARDS",)),

@@ -40,7 +40,7 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a program takes several turns where the matrices are small."""
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(elementwise, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(elementwise, "multiprocessors", lambda device: 1)
 
 
 class Maker:

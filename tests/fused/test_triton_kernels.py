@@ -40,7 +40,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if on a small chip: fewer programs, which take several turns each."""
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_tiles, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(triton_tiles, "multiprocessors", lambda device: 2)
 
 
 def run(call: Callable[..., Tensor], tree: Any, grad: Tensor, name: str, seed: int = 0) -> Result:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Pending
-from densely.fused.kernels.triton_tiles import MULTIPROCESSORS, launch, normalised
+from densely.fused.kernels.triton_tiles import launch, multiprocessors, normalised
 
 
 class Tiling(NamedTuple):
@@ -35,13 +35,13 @@ class Tiling(NamedTuple):
         """What a kernel is compiled for."""
         return {"UNIT": self.unit, "ROWS": self.rows, "COLUMNS": self.columns, "num_warps": 4}
 
-    def tile_rows(self, rows: int, programs: int) -> int:
-        """Rows of a program that sums over rows, for so many programs on each multiprocessor.
+    def tile_rows(self, x: Tensor, programs: int) -> int:
+        """Rows of a program that sums over those of x, for so many programs on a multiprocessor.
 
         With as many as it has registers for, all run from the start and end together.
         """
-        programs = max(1, MULTIPROCESSORS * programs // self.blocks)
-        return int(triton.cdiv(triton.cdiv(rows, programs), self.rows) * self.rows)
+        programs = max(1, multiprocessors(x.device) * programs // self.blocks)
+        return int(triton.cdiv(triton.cdiv(x.shape[0], programs), self.rows) * self.rows)
 
 
 def tiling(values: int, *matrices: Tensor) -> Tiling:
@@ -75,7 +75,7 @@ def moments(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, int]:
     """
     rows, columns = x.shape
     tiles = tiling(2048, x, x if out is None else out)
-    tile_rows = tiles.tile_rows(rows, 8)
+    tile_rows = tiles.tile_rows(x, 8)
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
     launch(
@@ -100,7 +100,7 @@ def norm_relu_backward(
     rows, columns = x.shape
     before = (total if base is None else base) if add_scaled else None
     tiles = tiling(2048, g, x, total, total if before is None else before)
-    tile_rows = tiles.tile_rows(rows, 4)
+    tile_rows = tiles.tile_rows(x, 4)
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
     launch(

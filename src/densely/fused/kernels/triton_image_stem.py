@@ -65,7 +65,7 @@ def moments(
     """
     tile, made = _launch(conv), conv.made
     outputs, taps = conv.weight.shape[0], conv.weight[0].numel()
-    part_rows, parts, blocks = _divided(made.rows, outputs, tile)
+    part_rows, parts, blocks = _divided(images, made.rows, outputs, tile)
     partials = _new(images, parts, 2, outputs)
     of_patches = None if sums is None else _new(images, parts, outputs + 1, taps)
     launch(
@@ -121,7 +121,7 @@ def backward(
     tile = _launch(conv, 4)
     rows, outputs = grad.shape
     taps = conv.weight[0].numel()
-    part_rows, parts, blocks = _divided(rows, outputs, tile)
+    part_rows, parts, blocks = _divided(images, rows, outputs, tile)
     of_patches, of_grad = _new(images, parts, outputs, taps), _new(images, parts, outputs)
     launch(
         _backward_kernel, (parts, blocks), images,
@@ -140,10 +140,10 @@ def backward(
     return weight.permute(0, 3, 1, 2), norm
 
 
-def _divided(rows: int, outputs: int, tile: _Launch) -> tuple[int, int, int]:
+def _divided(images: Tensor, rows: int, outputs: int, tile: _Launch) -> tuple[int, int, int]:
     """Rows of a part, whole tiles but for the last one's; number of parts, and of output blocks."""
     tiles, blocks = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
-    part_rows = triton.cdiv(tiles, splits_for(tiles, blocks, tile.programs)) * tile.rows
+    part_rows = triton.cdiv(tiles, splits_for(images, tiles, blocks, tile.programs)) * tile.rows
     return part_rows, triton.cdiv(rows, part_rows), blocks
 
 

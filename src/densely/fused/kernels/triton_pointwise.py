@@ -26,6 +26,7 @@ from densely.fused.kernels.triton_tiles import (
     launch,
     loaded_total,
     masked_back,
+    multiprocessors,
     normalised,
     precision,
     shared_memory,
@@ -72,12 +73,12 @@ def _forward_launch(x: Tensor, outputs: int) -> _Launch:
         return _Launch(64, 16, min(width, 64), 4, 2)
     if x.dtype == torch.float32:
         return _Launch(64, 32, min(width, 64), 4, 3)
-    rows = x.shape[0]
-    if rows >= 128 * 132 * 32 and width >= 128:
+    share = x.shape[0] / multiprocessors(x.device)  # rows of each
+    if share >= 128 * 32 and width >= 128:
         return _Launch(64, 32, 128, 4, 4)
-    if rows >= 128 * 132 and width <= 64:
+    if share >= 128 and width <= 64:
         return _Launch(64, 64, width, 4, 1)
-    return _Launch(128 if rows >= 128 * 132 * 8 else 64, 64, min(width, 128), 4, 3)
+    return _Launch(128 if share >= 128 * 8 else 64, 64, min(width, 128), 4, 3)
 
 
 def _backward_launch(x: Tensor, outputs: int, pending: bool) -> _Launch:
@@ -190,7 +191,7 @@ def backward(
 
     def run(tile: _Launch) -> tuple[Tensor | None, Tensor]:
         tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
-        splits = splits_for(tiles, across, tile.programs)
+        splits = splits_for(x, tiles, across, tile.programs)
         norm_parts = x.new_empty(splits, 2, channels, dtype=torch.float32)
         in_passing = needs_weight and outputs <= tile.outputs
         weight_parts = (
@@ -229,7 +230,7 @@ def _weight_gradient(grad: Tensor | Pending, x: Tensor, affine: Affine, outputs:
     tile, cols, grads = _weight_launch(x), columns(x), arriving(grad)
     tiles = triton.cdiv(rows, tile.rows)
     across = triton.cdiv(channels, tile.channels), triton.cdiv(outputs, tile.outputs)
-    splits = splits_for(tiles, across[0] * across[1], tile.programs)
+    splits = splits_for(x, tiles, across[0] * across[1], tile.programs)
     parts = x.new_empty(splits, outputs, channels, dtype=torch.float32)
     launch(
         _weight_kernel, (*across, splits), x,

@@ -81,7 +81,7 @@ def _average_back(
     """One pass over x: the parts of the norm's sums, if asked for, and the gradient, if `out`."""
     rows, columns = x.shape
     tiles = tiling(2048, x, grad, x if out is None else out)
-    tile_rows = tiles.tile_rows(rows, 5) if sums else tiles.rows
+    tile_rows = tiles.tile_rows(x, 5) if sums else tiles.rows
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32) if sums else None
     launch(
@@ -107,7 +107,7 @@ def _window_sums(
     rows, columns = grad.shape
     others = [other for other in (choice, again) if other is not None]
     tiles = tiling(1024, x, grad, *others)
-    tile_rows = tiles.tile_rows(rows, 6)
+    tile_rows = tiles.tile_rows(grad, 6)
     parts = triton.cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
     kernel = window_of(pooling)

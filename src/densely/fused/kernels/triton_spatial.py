@@ -29,6 +29,7 @@ from densely.fused.kernels.triton_tiles import (
     columns,
     exact,
     launch,
+    multiprocessors,
     normalised,
     place_of,
     precision,
@@ -70,13 +71,14 @@ def _forward_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
     together = 3 if window.kw == 3 and window.rim <= 8 else 1
     if x.dtype == torch.float32:
         return _Launch(64, 32, min(width, 32), 4, 2, together)
-    rows, width = x.shape[0], min(width, 64)
-    many = rows >= 320 * 132
+    width = min(width, 64)
+    share = x.shape[0] / multiprocessors(x.device)  # rows of each
+    many = share >= 320
     registers = None if x.stride(0) % 2 else 128  # addresses of odd rows take more
     if width == 64:  # of the weights of all image rows too much for `_turn`
         channels = 32 if 0 < x.shape[1] % 64 <= 32 else 64  # fewer that are not there
         return _Launch(64, channels, 64, 8 if many else 4, 3, together, registers)
-    if rows <= 72 * 132:
+    if share <= 72:
         return _Launch(32, 32, width, 4, 2, together)
     if x.shape[1] <= 64 and width == 16:
         return _Launch(64, 64, width, 4, 1, together)

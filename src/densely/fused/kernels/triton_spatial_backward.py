@@ -28,6 +28,7 @@ from densely.fused.kernels.triton_tiles import (
     launch_together,
     loaded_total,
     masked_back,
+    multiprocessors,
     normalised,
     place_of,
     precision,
@@ -74,7 +75,7 @@ def _input_launch(x: Tensor, outputs: int, window: Window, add_scaled: bool) -> 
     if width == 32 and small and roomy and not narrow and not add_scaled:
         return _Launch(32, 128, 32, 8, 3, window.kw, 1)
     together = window.kw if window.kw * min(width, 64) <= 256 else 1
-    if x.shape[0] <= 32 * 132 and width <= 32:
+    if x.shape[0] <= 32 * multiprocessors(x.device) and width <= 32:
         return _Launch(32, 64, width, 4, 2, together)
     if width <= 32 and small and x.stride(0) % 2 == 0:  # else addresses take too many registers
         return _Launch(64, 64, width, 4, 1, together, 2)
@@ -95,7 +96,7 @@ def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
     side = triton.next_power_of_2(together) * width
     if side <= 128 and x.shape[1] <= 64:
         return _Launch(64, 64, width, 4, 3, together, 4)
-    programs = 1 if x.shape[0] <= 128 * 132 else 2
+    programs = 1 if x.shape[0] <= 128 * multiprocessors(x.device) else 2
     return _Launch(64, 128 if side <= 128 else 64, width, 8, 3, together, programs)
 
 
@@ -138,7 +139,7 @@ def backward(
         kernel, grid, parts = _input_kernel, (across * tiles, 1), tiles
         resident: dict[str, int] = {}
         if tile.programs:
-            parts = splits_for(tiles, across, tile.programs)
+            parts = splits_for(x, tiles, across, tile.programs)
             kernel, grid, resident = _resident_kernel, (across, parts), {"STAGES": tile.stages}
         norm_parts = x.new_empty(parts, 2, channels, dtype=torch.float32)
         return norm_parts, lambda: launch(
@@ -186,7 +187,7 @@ def _weight_gradient(
     def prepared(tile: _Launch) -> tuple[Tensor, Callable[[], None]]:
         groups = window.kh * (window.kw // tile.together)
         across = groups * triton.cdiv(outputs, tile.outputs), triton.cdiv(channels, tile.channels)
-        splits = splits_for(triton.cdiv(rows, tile.rows), across[0] * across[1], tile.programs)
+        splits = splits_for(x, triton.cdiv(rows, tile.rows), across[0] * across[1], tile.programs)
         parts = x.new_empty(splits, *window.weight.shape, dtype=torch.float32)
         return parts, lambda: launch(
             _weight_kernel, (*across, splits), x,

@@ -26,9 +26,6 @@ from torch import Tensor
 
 from densely.fused.kernels.operands import Pending, Space
 
-#: Streaming multiprocessors of an H100: what grids are sized for.
-MULTIPROCESSORS = 132
-
 
 @triton.jit
 def wide(tile):
@@ -277,6 +274,14 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors, which grids are sized for; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program may take; an H100's where there is no GPU."""
     if device.type != "cuda":
@@ -285,9 +290,9 @@ def shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def splits_for(tiles: int, columns_of_programs: int, programs: int) -> int:
-    """Into how many parts the row tiles go, for about `programs` programs on each processor."""
-    wanted = MULTIPROCESSORS * programs // columns_of_programs
+def splits_for(x: Tensor, tiles: int, columns_of_programs: int, programs: int) -> int:
+    """Into how many parts the row tiles of x go, for so many programs on each multiprocessor."""
+    wanted = multiprocessors(x.device) * programs // columns_of_programs
     return max(1, min(tiles, wanted))
 
 
