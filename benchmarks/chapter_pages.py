@@ -5,8 +5,6 @@ The pages are written by hand, but for what stands between `<!-- begin: NAME -->
 the pages against it.
 """
 
-import csv
-import json
 import re
 import statistics
 import textwrap
@@ -15,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from result_files import read, rows
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RESULTS = ROOT / "benchmarks" / "results"
-CLAIMS = RESULTS / "claims"
 MARKED = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,7 +32,6 @@ class Words:
 
     width: int
     names: dict[str, str]
-    missing: str
     cost: str
     run_head: str
     run_rows: tuple[str, str, str]
@@ -55,7 +52,6 @@ class Words:
 ENGLISH = Words(
     width=100,
     names={"average": "average pooling", "maximum": "maximum pooling"},
-    missing="Not measured yet.",
     cost="On {device} ({threads} threads, {precision}) it trains {ratio:.2f} times as fast as the "
     "same network in plain PyTorch and {fastest:.2f} times as fast as the fastest variant of that, "
     "and keeps {kept:.2f} MB an image for the backward pass in place of {plain:.2f}. On {gpu}, "
@@ -95,7 +91,6 @@ CHINESE = Words(
         "average": "平均汇聚",
         "maximum": "最大汇聚",
     },
-    missing="尚未测量。",
     cost="在{device}（{threads}个线程，{precision}）上，它的训练速度是同一网络普通PyTorch写法的"
     "{ratio:.2f}倍，是各种PyTorch写法中最快者的{fastest:.2f}倍；每张图像为反向传播保留的内存"
     "从{plain:.2f} MB降到{kept:.2f} MB。在{gpu}上，整个训练步都捕获为CUDA图，"
@@ -128,10 +123,6 @@ CHINESE = Words(
 )
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def paragraph(words: Words, text: str) -> str:
     if not words.width:
         return text
@@ -158,7 +149,7 @@ def trained_by(bench: dict[str, Any], net: str) -> dict[str, Any]:
 
 
 def cost(words: Words) -> str:
-    bench = read(RESULTS / "bench-cpu.json")
+    bench = read("bench-cpu.json")
     variants = trained_by(bench, "d2l")
     ours, plain = variants["densely"], variants["plain net"]
     fastest = max(
@@ -166,9 +157,7 @@ def cost(words: Words) -> str:
         key=lambda row: row["median_images_per_s"],
     )
     rounds = zip(ours["images_per_s"], fastest["images_per_s"], strict=True)
-    now, before = (
-        read(RESULTS / "gpu-h100" / f"{name}.json") for name in ("speed-now", "speed-d2l")
-    )
+    now, before = (read(f"gpu-h100/{name}.json") for name in ("speed-now", "speed-d2l"))
     step = next(row for row in now["rows"] if row["net"] == "d2l")
     captured = [
         row["images_per_s"]
@@ -194,16 +183,12 @@ def cost(words: Words) -> str:
 
 
 def chapter_run(words: Words) -> str:
-    runs = {}
-    for name in ("chapter-run", "chapter-run-running-statistics"):
-        with (RESULTS / name / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            runs[name] = list(csv.DictReader(file))
-    env = read(RESULTS / "chapter-run" / "env.json")
-    gpu = read(RESULTS / "gpu-h100" / "chapter.json")
+    runs = {name: rows(name) for name in ("chapter-run", "chapter-run-running-statistics")}
+    env, gpu = read("chapter-run/env.json"), read("gpu-h100/chapter.json")
     published, *ours = words.run_rows
     lines = [words.run_head, "|---|---|---|---|", f"| {published} | 0.144 | 0.947 | 0.881 |"]
-    for name, rows in zip(ours, runs.values(), strict=True):
-        cells = (rows[-1][key] for key in ("train_loss", "train_accuracy", "test_accuracy"))
+    for name, epochs in zip(ours, runs.values(), strict=True):
+        cells = (epochs[-1][key] for key in ("train_loss", "train_accuracy", "test_accuracy"))
         lines.append(f"| {name} | {' | '.join(f'{float(cell):.4f}' for cell in cells)} |")
     text = words.run.format(
         epochs=len(runs["chapter-run"]),
@@ -219,7 +204,7 @@ def chapter_run(words: Words) -> str:
 
 
 def memory(words: Words) -> str:
-    bench = read(RESULTS / "bench-cpu.json")
+    bench = read("bench-cpu.json")
     variants = trained_by(bench, "densenet121")
     names = {
         "kept": "densely",
@@ -236,12 +221,13 @@ def memory(words: Words) -> str:
     return paragraph(words, text)
 
 
-def claim(words: Words, name: str, folder: Path = CLAIMS) -> str:
-    """Table, sentences and picture of a comparison; a line that says so where there is none."""
-    path = folder / name / "comparison.json"
-    if not path.is_file():
-        return words.missing
-    found = read(path)
+def claim(words: Words, name: str) -> str:
+    """What a comparison found of a claim of the chapter."""
+    return comparison(words, name, read(f"claims/{name}/comparison.json"))
+
+
+def comparison(words: Words, name: str, found: dict[str, Any]) -> str:
+    """Table, sentences and picture of what `densely compare` wrote."""
     groups = {group["name"]: group for group in found["groups"]}
     picture = f"../benchmarks/results/claims/{name}/comparison.png"
     parts = [

@@ -14,18 +14,20 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from densely.fused import kernels
+from densely.runtime import choose_runtime
 from gpu_check.setting import NETS, CheckedNet, Findings, Setting, in_a_line
+from gpu_check.training import batch_for, step_for
 
 #: MB an image in training: section 2 of the design, computed by hand.
 DESIGN = {"d2l": 8.1, "121": 203.0, "bc": 53.0}
@@ -60,7 +62,7 @@ def account(net: CheckedNet, batch: int) -> dict[str, float]:
     """MB an image by kernel, from what a step on a CPU hands to kernels that do not run."""
     moved: Counter[str] = Counter()
     with _left_out(moved), kernels.use("triton"), torch.random.fork_rng([]):
-        step = _step(net, torch.device("cpu"), batch)
+        step = _step(net, "cpu", batch)
         step()
         moved.clear()
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -104,22 +106,12 @@ def _left_out(moved: Counter[str]) -> Iterator[None]:
                 patch.stop()
 
 
-def _step(net: CheckedNet, device: torch.device, batch: int) -> Any:
+def _step(net: CheckedNet, device: str, batch: int) -> Callable[[], None]:
     """A training step in bfloat16, launched kernel by kernel."""
-    model = net.build().to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    shape = (batch, net.in_channels, net.image_size, net.image_size)
-    images = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, net.num_classes, (batch,), device=device)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-
-    return step
+    runtime = choose_runtime(device, "bfloat16", "channels_last")
+    images, labels = batch_for(net, runtime, batch)
+    model = runtime.place(net.build()).train()
+    return partial(step_for(model, runtime, images, labels, captured=False), images, labels)
 
 
 def _by_ncu(net: CheckedNet, seconds: float) -> dict[str, float]:
@@ -146,7 +138,7 @@ def _by_ncu(net: CheckedNet, seconds: float) -> dict[str, float]:
 
 
 def _one_step_under_ncu(name: str) -> None:
-    step = _step(NETS[name], torch.device("cuda"), BATCH)
+    step = _step(NETS[name], "cuda", BATCH)
     for _ in range(3):
         step()
     torch.cuda.synchronize()

@@ -146,6 +146,31 @@ def test_a_stopped_comparison_goes_on(
     assert (copy / "runs" / "maximum-seed0-001" / "metrics.csv").read_bytes() == before
 
 
+def test_finished_runs_are_judged_where_the_data_are_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, now = tmp_path / "before", tmp_path / "now"
+    for name, shade in (("dark", 30), ("light", 220)):
+        (before / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("L", (8, 8), shade + i).save(before / name / f"{i}.png")
+    flags = ["--epochs", "1", "--batch-size", "4", "--validation", "0", "--seeds", "1"]
+    output = ["--output", str(tmp_path), "--json"]
+    assert main(["compare", "--data", str(before), *flags, *FLAGS[-4:], *output]) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    before.rename(now)
+    folder = str(tmp_path / "compare-quickstart-001")
+    assert main(["compare", "--resume", folder, "--json"]) == 2
+    assert "nor is there a folder" in capsys.readouterr().err
+    assert main(["compare", "--resume", folder, "--data", "nowhere", "--json"]) == 2
+    assert "nor is there a folder nowhere" in capsys.readouterr().err
+    assert main(["compare", "--resume", folder, "--data", str(now), "--json"]) == 0
+    assert main(["compare", "--resume", folder, "--json"]) == 0  # which it remembers
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [g["accuracies"] for g in again["groups"]] == [g["accuracies"] for g in first["groups"]]
+    assert again["images"] == first["images"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -96,6 +96,8 @@ def compare(parser: Parser, arguments: list[str]) -> None:
         _judge([Path(run) for run in chosen.runs], chosen, "--data" in given)
         return
 
+    from densely.comparison.training import change_folder, create_folder
+
     changed = changed_fields(train, chosen)
     if early.resume is not None:
         assert isinstance(base, CompareConfig)
@@ -106,10 +108,10 @@ def compare(parser: Parser, arguments: list[str]) -> None:
             )
         folder = Path(early.resume)
         config = dataclasses.replace(base, train=dataclasses.replace(base.train, **changed))
+        if changed:
+            change_folder(folder, config)
     else:
         config = _config(base, train, changed, chosen)
-        from densely.comparison.training import create_folder
-
         folder = create_folder(config, Path(chosen.output))
     _train(folder, config, chosen)
 

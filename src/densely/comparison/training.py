@@ -11,6 +11,7 @@ from pathlib import Path
 
 from densely.comparison.config import CompareConfig, slug
 from densely.training.checkpoint import find_checkpoint
+from densely.training.config import TrainConfig
 from densely.training.loop import from_anywhere, train
 from densely.training.reporting import Reporter
 from densely.training.run import RunDirectory, numbered_folder
@@ -29,7 +30,24 @@ def create_folder(config: CompareConfig, output: Path) -> Path:
         first = config.config(variant, 0)
         check_start(first)
         begin(first, splits_of(first).train)
-    # By full paths, so that the comparison goes on from wherever it is called.
+    folder = new_folder(output, config.name)
+    _write_config(folder, config)
+    return folder
+
+
+def change_folder(folder: Path, config: CompareConfig) -> None:
+    """Let a comparison go on with its data in another place, or on other hardware.
+
+    Raises:
+        DenselyError: the data are not there.
+    """
+    for variant in config.variants:
+        splits_of(config.config(variant, 0))
+    _write_config(folder, config)
+
+
+def _write_config(folder: Path, config: CompareConfig) -> None:
+    """Keep what is compared, by full paths, so that it goes on from wherever it is called."""
     places = ("data", "data_dir", "weights")
     config = dataclasses.replace(
         config,
@@ -44,9 +62,7 @@ def create_folder(config: CompareConfig, output: Path) -> Path:
             for name, changes in config.variants.items()
         },
     )
-    folder = new_folder(output, config.name)
     write_whole(folder / "config.yaml", config.to_yaml())
-    return folder
 
 
 def new_folder(output: Path, name: str) -> Path:
@@ -84,6 +100,7 @@ def train_all(
             done = sum(map(len, runs.values()))
             begun = _latest(folder / "runs", run_config.run_name)
             if begun is not None and finished(begun):
+                _follow_data(begun, from_anywhere(run_config))
                 path = begun.path
             else:
                 title = f"[{done + 1}/{total}] {variant}, seed {run_config.seed}"
@@ -91,6 +108,14 @@ def train_all(
                 path = train(run_config, resume=resume, reporter=reporter_for(title)).run
             runs[variant].append(path)
     return runs
+
+
+def _follow_data(run: RunDirectory, now: TrainConfig) -> None:
+    """Let a finished run find its data where they are now, as a run does that goes on."""
+    before = run.config()
+    moved = dataclasses.replace(before, data=now.data, data_dir=now.data_dir)
+    if moved != before:
+        run.write_config(moved)
 
 
 def finished(run: RunDirectory) -> bool:
