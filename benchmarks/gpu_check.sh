@@ -17,6 +17,7 @@
 # PYTHON      the Python with PyTorch and Triton (python3); nothing of densely need be installed
 # WHEELS      chapter, cifar: folder with wheels of jsonargparse and rich and what they need, if
 #             missing
+# COMMIT      what is checked, where the checkout has come without its history
 # DENSELY_DATA  chapter, cifar: the folder that holds fashion-mnist/, and cifar10/ or cifar10*.tar*
 #
 # cifar stops and saves where its time is over; the same command with the same OUTDIR goes on.

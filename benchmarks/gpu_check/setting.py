@@ -1,6 +1,7 @@
 """What is checked, how much time there is, and the file that each finding goes to at once."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ class Findings:
         self.facts: dict[str, Any] = {
             "stage": stage,
             "smoke": setting.smoke,
-            "environment": environment(setting.runtime) | {"command": None},
+            "environment": environment(setting.runtime) | {"command": None} | _commit(),
             "triton": _triton_version(),
             "launches_measured_here": _known_launches(setting.device),
             **facts,
@@ -153,6 +154,11 @@ class Findings:
         seconds = round(time.monotonic() - self._began, 1)
         text = json.dumps(self.facts | {"seconds": seconds, "rows": self.rows}, indent=1)
         write_whole(self._path, text + "\n")
+
+
+def _commit() -> dict[str, str]:
+    """What the caller says that it is, since a checkout may travel without its history."""
+    return {"commit": os.environ["COMMIT"]} if "COMMIT" in os.environ else {}
 
 
 def _triton_version() -> str:
