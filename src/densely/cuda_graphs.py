@@ -24,7 +24,7 @@ def record_graph(
     work: Callable[[], T],
     device: torch.device,
     pool: Any = None,
-    put_back: Callable[[], None] | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what some work does on a GPU; before, it is run `WARM_UP` times for real.
 
@@ -37,9 +37,7 @@ def record_graph(
         pool: memory that graphs share, of `torch.cuda.graph_pool_handle`: such graphs may not run
             at the same time, and what one has returned is overwritten by another. None for memory
             of its own.
-        put_back: undoes all that the work changes. With it the work runs once more, at first, while
-            densely's kernels are compiled, many at once, and not launched: what comes of that is
-            anything.
+        before: called first, on the stream that records.
 
     Returns:
         The graph, and what the recorded work has returned: tensors that each replay fills anew.
@@ -54,9 +52,7 @@ def record_graph(
             torch.backends.cudnn.benchmark = True
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
-                if put_back is not None:
-                    compile_kernels_of(work)
-                    put_back()
+                before()
                 for _ in range(WARM_UP):
                     work()
             here.wait_stream(aside)

@@ -1,6 +1,10 @@
 """A training step, captured and not: the same function, and the same interface."""
 
+import copy
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +124,53 @@ def test_a_capture_that_fails_leaves_the_plain_step(
         "operation not permitted when stream is capturing"
     ]
     step(*batch(8, 0))
+
+
+def test_nothing_is_learnt_while_kernels_of_every_size_are_compiled_and_a_step_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for what a GPU has."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    seen: list[tuple[str, int]] = []
+    phases: list[str] = []
+
+    def within(phase: str, work: Callable[[], object]) -> None:
+        phases.append(phase)
+        work()
+        phases.pop()
+
+    def record(
+        work: Callable[[], None], device: torch.device, before: Callable[[], None]
+    ) -> tuple[SimpleNamespace, None]:
+        before()
+        assert same(model.state_dict(), start)
+        within("recorded", work)
+        return SimpleNamespace(replay=lambda: seen.append(("replayed", 8))), None
+
+    monkeypatch.setattr(captured, "record_graph", record)
+    monkeypatch.setattr(captured, "compile_kernels_of", lambda work: within("compiled", work))
+    model = CPU.place(small_net())
+    model.register_forward_pre_hook(lambda _, given: seen.append((phases[-1], len(given[0]))))
+    start = copy.deepcopy(model.state_dict())
+    step = captured._CapturedStep(model, sgd(model), CPU, F.cross_entropy, *batch(8, 0), (3,))
+    assert seen == [("compiled", 8), ("compiled", 3), ("recorded", 8)]
+    assert same(model.state_dict(), start)
+    momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+    assert momenta
+    assert not any(momentum.any() for momentum in momenta)
+    assert (step.loss_sum, step.correct) == (0, 0)
+    assert step.optimizer.param_groups[0]["lr"] == 0.1
+    phases.append("launched")
+    step(*batch(8, 0))
+    step(*batch(3, 0))
+    assert seen[3:] == [("replayed", 8), ("launched", 3)]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_learning_rates_are_numbers_again_after_the_capture() -> None:

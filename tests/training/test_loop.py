@@ -293,6 +293,22 @@ def test_the_first_epoch_of_the_chapter_learns(tmp_path: Path, fashion_mnist_dir
     assert rows[0].train_accuracy > 0.3  # of ten classes, after ten steps
 
 
+def test_a_step_is_told_which_sizes_will_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, set[int]]] = []
+    original = loop.training_step
+
+    def spy(*given: Any, other_sizes: set[int]) -> Any:
+        told.append((len(given[-1]), other_sizes))
+        return original(*given, other_sizes=other_sizes)
+
+    monkeypatch.setattr(loop, "training_step", spy)
+    for limit, batch_size in ((100, 30), (90, 30), (91, 30)):
+        train(config(tmp_path, limit=limit, batch_size=batch_size, epochs=1, validation=0.0))
+    assert told == [(30, {10}), (30, set()), (30, set())]  # the last has a batch of 31 at its end
+
+
 def test_batches_cover_all_images_once_and_none_is_single() -> None:
     for count in range(2, 40):
         for size in (2, 3, 7, 64):

@@ -14,14 +14,14 @@ Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densely.cuda_graphs import record_graph
+from densely.cuda_graphs import compile_kernels_of, record_graph
 from densely.errors import first_line
 from densely.runtime import Runtime
 
@@ -93,6 +93,7 @@ def training_step(
     images: Tensor,
     labels: Tensor,
     loss: Loss = F.cross_entropy,
+    other_sizes: Iterable[int] = (),
 ) -> TrainingStep:
     """The fastest training step there is here: captured on a GPU, else one kernel after another.
 
@@ -109,6 +110,8 @@ def training_step(
             last of an epoch, run one kernel after another.
         labels: of these images, [N].
         loss: of a batch; may wait for no number to be read from the GPU.
+        other_sizes: of batches that will come too, up to this one's: the kernels of all are
+            compiled at once.
 
     Returns:
         The step; `captured` says which one, and a line in the log says why it is not.
@@ -116,7 +119,7 @@ def training_step(
     why = _obstacle(model, optimizer, runtime)
     if why is None:
         try:
-            return _CapturedStep(model, optimizer, runtime, loss, images, labels)
+            return _CapturedStep(model, optimizer, runtime, loss, images, labels, other_sizes)
         except Exception as error:  # CUDA, cuDNN, the allocator and Triton raise different ones
             why = first_line(error)
             _log.warning("training runs without a CUDA graph, slower than it could: %s", why)
@@ -152,6 +155,7 @@ class _CapturedStep(TrainingStep):
         loss: Loss,
         images: Tensor,
         labels: Tensor,
+        other_sizes: Iterable[int],
     ) -> None:
         super().__init__(model, optimizer, runtime, loss)
         self._images, self._labels = images.clone(), labels.clone()
@@ -170,9 +174,17 @@ class _CapturedStep(TrainingStep):
                     tensor.copy_(value)
             self.reset()
 
+        def every_size() -> None:
+            for size in (len(labels), *other_sizes):
+                self._run(images[:size], labels[:size], runtime.autocast(cache=False))
+
+        def compile_kernels() -> None:
+            compile_kernels_of(every_size)
+            put_back()
+
         try:
             with _RatesOnDevice(optimizer, self._device_rates):
-                self._graph, _ = record_graph(self._one_run, runtime.device, put_back=put_back)
+                self._graph, _ = record_graph(self._one_run, runtime.device, before=compile_kernels)
         finally:
             put_back()
 

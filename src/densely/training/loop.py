@@ -260,12 +260,14 @@ class _Trainer:
     def _training_step(self) -> TrainingStep:
         first, end = self.batches[0]
         index = self._order()[first:end]
+        sizes = {end - first for first, end in self.batches if end - first < len(index)}
         return training_step(
             self.model.train(),
             self.optimizer,
             self.runtime,
             self._inputs(index),
             self.train_set.labels[index],
+            other_sizes=sizes,
         )
 
     def _learning_rate(self, step: int) -> float:
