@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,16 @@ def hasty_costs() -> Iterator[None]:
         patch.setattr("densely.evaluation.cost.TURN_SECONDS", 0.0)
         patch.setattr("densely.evaluation.cost.ROUNDS", 1)
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point stands for each diagram, whose drawing takes longer than what else is done."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.new("L", (1, 1)).save(data, format="PNG")
+    monkeypatch.setattr("densely.drawing.png", lambda figure: data.getvalue())
 
 
 @pytest.fixture(scope="session")

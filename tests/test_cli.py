@@ -14,7 +14,7 @@ from PIL import Image
 
 from densely.cli import main
 
-pytestmark = pytest.mark.usefixtures("hasty_costs")
+pytestmark = pytest.mark.usefixtures("hasty_costs", "undrawn")
 COMMANDS = ["train", "evaluate", "predict", "explain", "compare", "bench", "doctor"]
 
 

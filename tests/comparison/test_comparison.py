@@ -16,7 +16,7 @@ from densely.comparison.page import sentence, table, write_comparison
 from densely.errors import ConfigError, RunError
 from densely.training.run import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("hasty_costs")
+pytestmark = pytest.mark.usefixtures("hasty_costs", "undrawn")
 
 FLAGS = [
     *("--epochs", "1", "--limit", "60", "--seeds", "2", "--validation", "0"),

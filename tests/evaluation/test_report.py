@@ -1,6 +1,5 @@
 """The whole story of a run: what is fitted on what, what is stored, and what is refused."""
 
-import io
 import json
 import re
 import shutil
@@ -17,15 +16,7 @@ from densely.errors import ConfigError, DataError, RunError
 from densely.evaluation import judged
 from densely.training.run import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("hasty_costs")
-
-
-@pytest.fixture(autouse=True)
-def _a_point_for_each_diagram(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than all else; `reported` has true diagrams, being made before this."""
-    data = io.BytesIO()
-    Image.new("L", (1, 1)).save(data, format="PNG")
-    monkeypatch.setattr("densely.drawing.png", lambda figure: data.getvalue())
+pytestmark = pytest.mark.usefixtures("hasty_costs", "undrawn")
 
 
 @pytest.fixture
@@ -38,7 +29,7 @@ def run(digits_run: Path, tmp_path: Path) -> Path:
 def reported(
     digits_run: Path, tmp_path_factory: pytest.TempPathFactory, hasty_costs: None
 ) -> tuple[Path, densely.Report]:
-    """A copy of the run with its report; tests must leave it as it is."""
+    """A copy of the run with its report, all drawn; tests must leave it as it is."""
     path = Path(shutil.copytree(digits_run, tmp_path_factory.mktemp("reported") / "run"))
     return path, densely.report(path)
 

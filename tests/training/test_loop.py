@@ -22,6 +22,8 @@ from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics
 from densely.training.splits import splits_of
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def config(tmp_path: Path, **values: Any) -> TrainConfig:
     return TrainConfig.from_values(

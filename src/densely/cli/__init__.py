@@ -9,16 +9,16 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import densely
-from densely.cli.comparing import compare
-from densely.cli.explaining import explain
-from densely.cli.judging import evaluate, predict
-from densely.cli.machine import bench, doctor
-from densely.cli.networks import convert, models
-from densely.cli.parser import Parser
-from densely.cli.training import train
 from densely.errors import ConfigError, DenselyError, unknown_name
+
+if TYPE_CHECKING:
+    from densely.cli.parser import Parser
+
+    Command = Callable[[Parser, list[str]], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,16 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else "--help"
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no text at all
         sys.stdout.reconfigure(errors="backslashreplace")
-    prog = f"densely {command}" if command in _COMMANDS else "densely"
+    prog = f"densely {command}" if command in _MODULES else "densely"
     try:
         if command in ("-h", "--help"):
             print(_overview())
         elif command == "--version":
             print(f"densely {densely.__version__}")
-        elif command in _COMMANDS:
-            _COMMANDS[command](_parser(command), arguments[1:])
+        elif command in _MODULES:
+            run = _command(command)
+            run(_parser(prog, run), arguments[1:])
         else:
-            raise ConfigError(f"{unknown_name('command', command, _COMMANDS)} (see densely --help)")
+            raise ConfigError(f"{unknown_name('command', command, _MODULES)} (see densely --help)")
     except DenselyError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
@@ -53,19 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser(command: str) -> Parser:
-    description = (_COMMANDS[command].__doc__ or "").strip()
+def _command(name: str) -> "Command":
+    command: Command = getattr(import_module(f"densely.cli.{_MODULES[name]}"), name)
+    return command
+
+
+def _parser(prog: str, command: "Command") -> "Parser":
+    from densely.cli.parser import Parser
+
     return Parser(
-        prog=f"densely {command}",
-        description=description,
+        prog=prog,
+        description=(command.__doc__ or "").strip(),
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
 
 def _overview() -> str:
-    lines = [(command.__doc__ or "").strip().splitlines()[0] for command in _COMMANDS.values()]
-    width = max(map(len, _COMMANDS))
+    lines = [(_command(name).__doc__ or "").strip().splitlines()[0] for name in _MODULES]
+    width = max(map(len, _MODULES))
     return "\n".join(
         [
             "usage: densely COMMAND [OPTIONS]",
@@ -73,7 +80,7 @@ def _overview() -> str:
             "DenseNets for PyTorch: learn, train, explain and serve them.",
             "",
             "commands:",
-            *(f"  {name:{width}}  {line}" for name, line in zip(_COMMANDS, lines, strict=True)),
+            *(f"  {name:{width}}  {line}" for name, line in zip(_MODULES, lines, strict=True)),
             "",
             "begin with:  densely train",
             "then:        densely predict runs/quickstart-001 IMAGE...",
@@ -82,14 +89,15 @@ def _overview() -> str:
     )
 
 
-_COMMANDS: dict[str, Callable[[Parser, list[str]], None]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "explain": explain,
-    "compare": compare,
-    "convert": convert,
-    "models": models,
-    "bench": bench,
-    "doctor": doctor,
+#: The commands, and where each is: help on one of them waits for no other.
+_MODULES = {
+    "train": "training",
+    "evaluate": "judging",
+    "predict": "judging",
+    "explain": "explaining",
+    "compare": "comparing",
+    "convert": "networks",
+    "models": "networks",
+    "bench": "machine",
+    "doctor": "machine",
 }
