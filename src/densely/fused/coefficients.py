@@ -1,7 +1,7 @@
 """Parameters beside the fused steps: as they take them, their gradients, what norms learn."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -25,6 +25,22 @@ def in_places(found: Iterable[Tensor], needed: Iterable[bool]) -> list[Tensor | 
     """The gradients that were found, each where one is needed, and None elsewhere."""
     remaining = iter(found)
     return [next(remaining) if need else None for need in needed]
+
+
+def in_dtype(
+    tensors: Sequence[Tensor], dtype: torch.dtype, copies: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors in a dtype, and those of them that had to be copied.
+
+    The copies of an earlier call with the same tensors may be given, instead of making them again.
+    """
+    others = [tensor for tensor in tensors if tensor.dtype != dtype]
+    if copies is None:
+        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
+        if others:
+            torch._foreach_copy_(copies, others)
+    remaining = iter(copies)
+    return [t if t.dtype == dtype else next(remaining) for t in tensors], list(copies)
 
 
 def like(gradient: Tensor, parameter: Tensor) -> Tensor:

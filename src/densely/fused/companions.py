@@ -16,10 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import in_places, like, parameters, update_running_statistics
+from densely.fused.coefficients import (
+    in_dtype,
+    in_places,
+    like,
+    parameters,
+    update_running_statistics,
+)
 from densely.fused.kernels import chosen
-from densely.fused.kernels.operands import NormVectors, Pooling, Space
-from densely.fused.kernels.reference import two_vectors
+from densely.fused.kernels.operands import Affine, NormVectors, Pooling, Space
+from densely.fused.kernels.reference import accumulation_dtype, two_vectors
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 from densely.fused.zero_sums import is_marked, mark
 
@@ -73,11 +79,11 @@ def _read(
     needed = [tensor.requires_grad for tensor in tensors]
     setting = (norm.eps, norm.takes_batch, pooling.kind, list(pooling.step))
     if torch.is_grad_enabled() and any(needed):
-        output, mean, var, _ = _Reader.apply(  # type: ignore[no-untyped-call]
+        output, mean, var, *_ = _Reader.apply(  # type: ignore[no-untyped-call]
             setting, lists[1], needed, *tensors
         )
     else:
-        output, mean, var, _ = reader_forward(x, lists[0], lists[1], lists[2], *setting)
+        output, mean, var, *_ = reader_forward(x, lists[0], lists[1], lists[2], *setting)
     if moments is not None:
         mean, var = moments
     update_running_statistics([(norm, mean, var)], x.numel() // x.shape[1])
@@ -96,26 +102,28 @@ class _Reader(torch.autograd.Function):
         x: Tensor,
         *learnt: Tensor,
     ) -> tuple[Tensor, ...]:
-        output, mean, var, choice = reader_forward(x, learnt[:2], statistics, learnt[2:], *setting)
-        ctx.save_for_backward(x, *(statistics or (mean, var)), choice, *learnt)
+        output, mean, var, *kept = reader_forward(x, learnt[:2], statistics, learnt[2:], *setting)
+        ctx.save_for_backward(x, *(statistics or (mean, var)), *learnt, *kept)
         ctx.setting, ctx.needed = setting, needed
-        ctx.mark_non_differentiable(mean, var, choice)
+        ctx.mark_non_differentiable(mean, var, *kept)
         ctx.set_materialize_grads(False)
-        return output, mean, var, choice
+        return output, mean, var, *kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, *(None for _ in ctx.needed)
-        x, mean, var, choice, *learnt = ctx.saved_tensors
+        x, mean, var, *rest = ctx.saved_tensors
+        learnt, kept = rest[: len(ctx.needed) - 1], rest[len(ctx.needed) - 1 :]
         if second_order_wanted():
             found = _differentiable_backward(grad, x, learnt, (mean, var), ctx.setting, ctx.needed)
         else:
             zero_sums = is_marked(grad)
+            _, training, kind, step = ctx.setting
             found = reader_backward(
-                grad, x, [mean, var], choice, learnt, *ctx.setting, ctx.needed, zero_sums
+                grad, x, mean, kept, learnt, training, kind, step, ctx.needed, zero_sums
             )
-            if ctx.needed[0] and ctx.setting[1]:
+            if ctx.needed[0] and training:
                 mark(found[0])
         return None, None, None, *in_places(found, ctx.needed)
 
@@ -131,7 +139,11 @@ def reader_forward(
     kind: str,
     step: Sequence[int],
 ) -> list[Tensor]:
-    """Output; mean and var of x, if they are not among the arguments; what backward wants."""
+    """Output; mean and var of x, if they are not among the arguments; what backward wants.
+
+    That is for maxima which they were, the norm's affine [3, C], and copies of the convolution's
+    weight and bias, where these are of another dtype than x.
+    """
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix = space.matrix(x)
     taken = two_vectors(x, 0 if statistics else x.shape[1])
@@ -139,12 +151,13 @@ def reader_forward(
         kernels.moments(matrix, taken)
     weight, bias = norm
     mean, var = statistics or taken
-    how = kernels.affine(NormVectors(weight, bias, mean, var, eps, training))
-    pooled, choice = kernels.pool(matrix, how, pooling, space)
-    if conv:
-        kernel, *biases = (tensor.to(x.dtype) for tensor in conv)
-        pooled = F.linear(pooled, kernel.flatten(1), *biases)
-    return [pooling.pooled(space).maps(pooled), *taken, choice]
+    vectors = _affine_like(x)
+    affine = kernels.affine(NormVectors(weight, bias, mean, var, eps, training), out=vectors)
+    pooled, choice = kernels.pool(matrix, affine, pooling, space)
+    typed, copies = in_dtype(conv, x.dtype)
+    if typed:
+        pooled = F.linear(pooled, typed[0].flatten(1), *typed[1:])
+    return [pooling.pooled(space).maps(pooled), *taken, choice, vectors, *copies]
 
 
 @reader_forward.register_fake
@@ -163,17 +176,16 @@ def _(
     taken = two_vectors(x, 0 if statistics else x.shape[1])
     pooled = x.new_empty(space.rows, x.shape[1])
     choice = chosen(x).choice(pooled, Pooling(kind, tuple(step)))  # type: ignore[arg-type]
-    return [output, *taken, choice]
+    return [output, *taken, choice, _affine_like(x), *in_dtype(conv, x.dtype)[1]]
 
 
 @torch.library.custom_op("densely::reader_backward", mutates_args=())
 def reader_backward(
     grad: Tensor,
     x: Tensor,
-    statistics: Sequence[Tensor],
-    choice: Tensor,
+    mean: Tensor,
+    kept: Sequence[Tensor],
     learnt: Sequence[Tensor],
-    eps: float,
     training: bool,
     kind: str,
     step: Sequence[int],
@@ -186,16 +198,16 @@ def reader_backward(
     """
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix, pooled = space.matrix(x), pooling.pooled(space)
-    norm_weight, norm_bias, *conv = learnt
-    mean, var = statistics
-    how = kernels.affine(NormVectors(norm_weight, norm_bias, mean, var, eps, training))
+    choice, (scale, shift, rstd), *copies = kept
+    affine = Affine(scale, shift, mean.to(scale.dtype).contiguous(), rstd, training)
+    conv, _ = in_dtype(learnt[2:], x.dtype, copies)
     upstream = pooled.matrix(grad)
     to_pooled, read = upstream, None
     if conv:
-        to_pooled = upstream @ conv[0].flatten(1).to(x.dtype)
+        to_pooled = upstream @ conv[0].flatten(1)
         read = x.new_empty(pooled.rows, x.shape[1]) if needed[3] else None
     grad_x, norm = kernels.pool_backward(
-        to_pooled.contiguous(), choice, matrix, how, pooling, space, read
+        to_pooled.contiguous(), choice, matrix, affine, pooling, space, read
     )
     every: list[Tensor | None] = [norm.weight, norm.bias]
     if conv:
@@ -203,7 +215,7 @@ def reader_backward(
     if len(conv) > 1:
         every.append(None)
         if needed[4]:
-            every[-1] = torch.zeros_like(conv[1]) if zero_sums else kernels.column_sums(upstream)
+            every[-1] = torch.zeros_like(learnt[3]) if zero_sums else kernels.column_sums(upstream)
     return [space.maps(grad_x).detach()] * needed[0] + [
         like(g, t)
         for g, t, need in zip(every, learnt, needed[1:], strict=True)
@@ -215,10 +227,9 @@ def reader_backward(
 def _(
     grad: Tensor,
     x: Tensor,
-    statistics: Sequence[Tensor],
-    choice: Tensor,
+    mean: Tensor,
+    kept: Sequence[Tensor],
     learnt: Sequence[Tensor],
-    eps: float,
     training: bool,
     kind: str,
     step: Sequence[int],
@@ -254,6 +265,11 @@ def _differentiable_backward(
         return plain.final(x, norm).view(grad.shape)
 
     return gradients_with_gradients(forward, (x, *learnt), needed, grad)
+
+
+def _affine_like(x: Tensor) -> Tensor:
+    """Room for scale, shift and rstd of a norm on x [N, C, *space]."""
+    return x.new_empty(3, x.shape[1], dtype=accumulation_dtype(x))
 
 
 def _space(x: Tensor) -> Space:

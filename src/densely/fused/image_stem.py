@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
-from densely.fused.coefficients import in_places, like, parameters, update_running_statistics
+from densely.fused.coefficients import (
+    in_dtype,
+    in_places,
+    like,
+    parameters,
+    update_running_statistics,
+)
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, FirstConvolution, NormVectors, Pooling, Space
 from densely.fused.kernels.reference import Kernels, accumulation_dtype, two_vectors
@@ -73,28 +79,31 @@ class _ImageStem(torch.autograd.Function):
         images: Tensor,
         *learnt: Tensor,
     ) -> tuple[Tensor, ...]:
-        output, *kept = image_stem_forward(images, learnt, statistics, *setting, True)
+        output, mean, var, *kept = image_stem_forward(images, learnt, statistics, *setting, True)
+        kept = [mean, *kept]
         ctx.save_for_backward(images, *kept, *statistics, *learnt)
-        ctx.setting, ctx.needed, ctx.num_statistics = setting, needed, len(statistics)
-        ctx.mark_non_differentiable(*kept)
+        ctx.setting, ctx.needed = setting, needed
+        ctx.num_kept, ctx.num_statistics = len(kept), len(statistics)
+        ctx.mark_non_differentiable(var, *kept)
         ctx.set_materialize_grads(False)
-        return output, *kept
+        return output, mean, var, *kept[1:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, *(None for _ in ctx.needed)
-        images, mean, var, choice, sums, *rest = ctx.saved_tensors
+        images, *rest = ctx.saved_tensors
+        kept, rest = rest[: ctx.num_kept], rest[ctx.num_kept :]
         statistics, learnt = rest[: ctx.num_statistics], rest[ctx.num_statistics :]
         if second_order_wanted():
             found = _differentiable_backward(
                 grad, images, learnt, statistics, ctx.setting, ctx.needed
             )
         else:
+            _, stride, step = ctx.setting
             found = image_stem_backward(
-                grad, images, [mean, var, choice, sums], learnt, statistics, *ctx.setting,
-                ctx.needed,
-            )  # fmt: skip
+                grad, images, kept, learnt, statistics, stride, step, ctx.needed
+            )
         return None, None, None, None, *in_places(found, ctx.needed)
 
 
@@ -111,18 +120,22 @@ def image_stem_forward(
     """Output; mean and var of the convolution without its bias; what backward wants.
 
     `learnt` are weight and bias of the norm, weight and, if it has one, bias of the convolution.
-    With `statistics` for the norm the mean and var are empty, as are the sums for backward, which
-    they are unless `keep` too.
+    With `statistics` for the norm the mean and var are empty. Backward wants the maxima's places;
+    sums, which are empty with `statistics` or unless `keep`; the norm's affine [3, O]; and a copy
+    of the weight, where it is of another dtype than the images.
     """
-    conv, pooling, kernels = _parts(images, learnt, stride, step)
+    (weight,), copies = in_dtype(learnt[2:3], images.dtype)
+    conv, pooling, kernels = _parts(images, weight, stride, step)
     matrix = conv.space.matrix(images).contiguous()
     mean, var = two_vectors(images, 0 if statistics else conv.weight.shape[0])
     sums = _sums(kernels, matrix, conv, keep and not statistics)
     if not statistics:
         kernels.image_moments(matrix, conv, (mean, var), sums if sums.numel() else None)
-    affine = _affine(kernels, learnt, statistics, (mean, var), eps)
-    pooled, choice = kernels.image_pool(matrix, conv, affine, pooling)
-    return [pooling.pooled(conv.made).maps(pooled), mean, var, choice, sums]
+    vectors = _affine_like(images, weight)
+    moments = _without_bias(learnt, statistics, mean), statistics[1] if statistics else var
+    norm = NormVectors(learnt[0], learnt[1], *moments, eps, not statistics)
+    pooled, choice = kernels.image_pool(matrix, conv, kernels.affine(norm, out=vectors), pooling)
+    return [pooling.pooled(conv.made).maps(pooled), mean, var, choice, sums, vectors, *copies]
 
 
 @image_stem_forward.register_fake
@@ -135,12 +148,14 @@ def _(
     step: Sequence[int],
     keep: bool,
 ) -> list[Tensor]:
-    conv, pooling, kernels = _parts(images, learnt, stride, step)
-    space, outputs = pooling.pooled(conv.made), conv.weight.shape[0]
+    (weight,), copies = in_dtype(learnt[2:3], images.dtype)
+    conv, pooling, kernels = _parts(images, weight, stride, step)
+    space, outputs = pooling.pooled(conv.made), weight.shape[0]
     pooled = images.new_empty(space.rows, outputs)
     moments = two_vectors(images, 0 if statistics else outputs)
     sums = _sums(kernels, images, conv, keep and not statistics)
-    return [space.maps(pooled), *moments, kernels.choice(pooled, pooling), sums]
+    vectors = _affine_like(images, weight)
+    return [space.maps(pooled), *moments, kernels.choice(pooled, pooling), sums, vectors, *copies]
 
 
 @torch.library.custom_op("densely::image_stem_backward", mutates_args=())
@@ -150,21 +165,22 @@ def image_stem_backward(
     kept: Sequence[Tensor],
     learnt: Sequence[Tensor],
     statistics: Sequence[Tensor],
-    eps: float,
     stride: Sequence[int],
     step: Sequence[int],
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of `learnt` that need one, in this order."""
-    conv, pooling, kernels = _parts(images, learnt, stride, step)
-    mean, var, choice, sums = kept
-    affine = _affine(kernels, learnt, statistics, (mean, var), eps)
+    mean, choice, sums, (scale, shift, rstd), *copies = kept
+    (weight,), _ = in_dtype(learnt[2:3], images.dtype, copies)
+    conv, pooling, kernels = _parts(images, weight, stride, step)
+    mean = _without_bias(learnt, statistics, mean).to(scale.dtype).contiguous()
+    affine = Affine(scale, shift, mean, rstd, not statistics)
     upstream = pooling.pooled(conv.made).matrix(grad).contiguous()
-    weight, norm = kernels.image_backward(
+    to_weight, norm = kernels.image_backward(
         upstream, choice, None if statistics else sums, conv.space.matrix(images).contiguous(),
         conv, affine, pooling,
     )  # fmt: skip
-    found = [norm.weight, norm.bias, weight]
+    found = [norm.weight, norm.bias, to_weight]
     if len(learnt) > 3:  # a norm in train mode hands back what sums to zero
         found.append(affine.scale * norm.bias if statistics else torch.zeros_like(norm.bias))
     return [like(g, t) for g, t, need in zip(found, learnt, needed, strict=True) if need]
@@ -177,7 +193,6 @@ def _(
     kept: Sequence[Tensor],
     learnt: Sequence[Tensor],
     statistics: Sequence[Tensor],
-    eps: float,
     stride: Sequence[int],
     step: Sequence[int],
     needed: Sequence[bool],
@@ -208,12 +223,12 @@ def _differentiable_backward(
 
 def _parts(
     images: Tensor,
-    learnt: Sequence[Tensor],
+    weight: Tensor,
     stride: Sequence[int],
     step: Sequence[int],
 ) -> tuple[FirstConvolution, Pooling, Kernels]:
     space = Space(images.shape[0], tuple(images.shape[2:]))
-    conv = FirstConvolution(learnt[2].to(images.dtype), tuple(stride), space)
+    conv = FirstConvolution(weight, tuple(stride), space)
     return conv, Pooling("max", tuple(step)), chosen(images)
 
 
@@ -223,16 +238,15 @@ def _sums(kernels: Kernels, images: Tensor, conv: FirstConvolution, wanted: bool
     return images.new_empty(0, dtype=accumulation_dtype(images))
 
 
-def _affine(
-    kernels: Kernels,
-    learnt: Sequence[Tensor],
-    statistics: Sequence[Tensor],
-    taken: tuple[Tensor, Tensor],
-    eps: float,
-) -> Affine:
-    """Of the convolution without its bias."""
-    norm_weight, norm_bias, _, *bias = learnt
-    mean, var = statistics or taken
-    if statistics and bias:
-        mean = mean.to(taken[0].dtype) - bias[0].to(taken[0].dtype)
-    return kernels.affine(NormVectors(norm_weight, norm_bias, mean, var, eps, not statistics))
+def _affine_like(images: Tensor, weight: Tensor) -> Tensor:
+    """Room for scale, shift and rstd of the norm."""
+    return images.new_empty(3, weight.shape[0], dtype=accumulation_dtype(images))
+
+
+def _without_bias(learnt: Sequence[Tensor], statistics: Sequence[Tensor], mean: Tensor) -> Tensor:
+    """The norm's mean of what the convolution makes without its bias; `mean` is the batch's."""
+    if not statistics:
+        return mean
+    if len(learnt) == 3:
+        return statistics[0]
+    return statistics[0].to(mean.dtype) - learnt[3].to(mean.dtype)

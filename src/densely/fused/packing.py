@@ -121,33 +121,27 @@ def unpack(
 def convert(
     layers: list[list[PackedStep]], dtype: torch.dtype, copies: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Put copies of another dtype in place of the convolutions' weights and biases.
+    """Put the convolutions' weights and biases in place in a dtype: see `coefficients.in_dtype`.
 
-    Returns those copies, which may be given to the next call of the same layers instead of being
-    made again: there are none of what has that dtype already, and as many of a weight that several
-    steps share.
+    Returns those that had to be copied; as many of a weight that several steps share.
     """
-    others = [
+    weights = [
         tensor
         for layer in layers
         for step in layer
         for tensor in (step.weight, step.bias)
-        if tensor is not None and tensor.dtype != dtype
+        if tensor is not None
     ]
-    if not others:
-        return []
-    if copies is None:
-        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
-        torch._foreach_copy_(copies, others)
-    remaining = iter(copies)
-    for layer in layers:
-        for i, step in enumerate(layer):
-            if step.weight.dtype != dtype:
-                step = step._replace(weight=next(remaining))
-            if step.bias is not None and step.bias.dtype != dtype:
-                step = step._replace(bias=next(remaining))
-            layer[i] = step
-    return list(copies)
+    typed, copies = coefficients.in_dtype(weights, dtype, copies)
+    if copies:
+        remaining = iter(typed)
+        for layer in layers:
+            for i, step in enumerate(layer):
+                weight = next(remaining)
+                layer[i] = step._replace(
+                    weight=weight, bias=None if step.bias is None else next(remaining)
+                )
+    return copies
 
 
 def _dropout_mask(
