@@ -53,7 +53,8 @@ def work(
     made = conv.made.matrix(F.conv2d(maps, weight, None, (2, 2)))
 
     def convolved() -> None:
-        kernels.moments(conv.made.matrix(F.conv2d(maps, weight, None, (2, 2))), (mean, rstd))
+        again = conv.made.matrix(F.conv2d(maps, weight, None, (2, 2)))
+        kernels.finish(kernels.moments(again, (mean, rstd)))
 
     def back() -> object:
         g, norm = kernels.pool_backward(grad, choice, made, affine, pooling, conv.made)

@@ -37,7 +37,7 @@ from torch import Tensor
 from densely.fused import plain
 from densely.fused.coefficients import in_places, like, update_running_statistics
 from densely.fused.kernels import chosen
-from densely.fused.kernels.operands import Affine, Pending, Space, Unfinished
+from densely.fused.kernels.operands import Affine, Pending, Space
 from densely.fused.kernels.reference import accumulation_dtype, two_vectors
 from densely.fused.ownership import owners, sole_owners
 from densely.fused.packing import PackedStep, convert, pack, unpack
@@ -167,9 +167,9 @@ def dense_block_forward(
     rooms = iter(_rooms(affines, layers)) if keep else repeat(None)
     channels = x.shape[1]
     of_input = (mean[:channels], var[:channels]) if mean.numel() else None
-    kernels.place(space.matrix(x), buffer[:, :channels], of_input)
+    # Moments of what was made last, for its first reader to finish.
+    left = kernels.place(space.matrix(x), buffer[:, :channels], of_input)
     inner: list[Tensor] = []
-    left: Unfinished | None = None  # moments of what was made last, for its first reader to finish
     for layer in layers:
         features, moments = buffer[:, :channels], (mean[:channels], var[:channels])
         columns = slice(channels, channels + layer[-1].weight.shape[0])
@@ -194,10 +194,9 @@ def dense_block_forward(
             conv = step.convolution(affine, space)
             left = kernels.convolve(features, conv, out, wanted if step.mask is None else None)
             if step.mask is not None:
-                kernels.place(step.drop(out), out, wanted)
+                left = kernels.place(step.drop(out), out, wanted)
             features, moments = out, out_moments
-    if left is not None:
-        kernels.finish(left)
+    kernels.finish(left)
     return [space.maps(buffer), mean, var, affines, *inner, *(copies if keep else ())]
 
 

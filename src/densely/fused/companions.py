@@ -147,12 +147,11 @@ def reader_forward(
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix = space.matrix(x)
     taken = two_vectors(x, 0 if statistics else x.shape[1])
-    if not statistics:
-        kernels.moments(matrix, taken)
+    left = None if statistics else kernels.moments(matrix, taken)
     weight, bias = norm
     mean, var = statistics or taken
     vectors = _affine_like(x)
-    affine = kernels.affine(NormVectors(weight, bias, mean, var, eps, training), out=vectors)
+    affine = kernels.affine(NormVectors(weight, bias, mean, var, eps, training), left, vectors)
     pooled, choice = kernels.pool(matrix, affine, pooling, space)
     typed, copies = in_dtype(conv, x.dtype)
     if typed:

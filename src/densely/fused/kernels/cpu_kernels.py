@@ -55,19 +55,21 @@ class CpuKernels(Kernels):
         self._ops.affine(*vectors, norm.eps, out)
         return Affine(scale, shift, norm.mean, rstd, norm.training)
 
-    def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> Unfinished | None:
         """As the reference."""
         if x.dtype == torch.float64:
-            super().moments(x, out)
-        else:
-            self._ops.moments(x, *out)
+            return super().moments(x, out)
+        self._ops.moments(x, *out)
+        return None
 
-    def place(self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
+    def place(
+        self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None
+    ) -> Unfinished | None:
         """As the reference."""
         if x.dtype == torch.float64 or moments is None:
-            super().place(x, out, moments)
-        else:
-            self._ops.place(x, out, *moments)
+            return super().place(x, out, moments)
+        self._ops.place(x, out, *moments)
+        return None
 
     def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
         """As the reference."""

@@ -61,7 +61,7 @@ class NormVectors(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """Moments of a convolution's output that are in parts yet, and where they go.
+    """Moments of a matrix's columns that are in parts yet, and where they go.
 
     `partials` and `tile_rows` are as `triton_vectors` has them, for that many `rows`.
     """

@@ -41,8 +41,8 @@ class Kernels:
     ) -> Affine:
         """X * scale + shift = weight * (x - mean) / sqrt(var + eps) + bias.
 
-        `after` are the moments of the norm's last channels, if `convolve` has left them in parts:
-        they are finished first. Scale, shift and rstd are rows of `out` [3, C], if it is given.
+        `after` are the moments of the norm's last channels, if they were left in parts: they are
+        finished first. Scale, shift and rstd are rows of `out` [3, C], if it is given.
         """
         dtype = torch.float64 if norm.mean.dtype == torch.float64 else torch.float32
         weight, bias, mean, var = (v.to(dtype).contiguous() for v in norm[:4])
@@ -52,26 +52,31 @@ class Kernels:
         scale, shift, rstd = vectors if out is None else out.copy_(vectors)
         return Affine(scale, shift, mean, rstd, norm.training)
 
-    def finish(self, moments: Unfinished) -> None:
-        """Write moments that `convolve` has left in parts; here it leaves none."""
+    def finish(self, moments: Unfinished | None) -> None:
+        """Write moments that were left in parts, if any; here none are."""
 
-    def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
-        """Mean and biased variance of each column, to two vectors of the accumulation dtype."""
+    def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> Unfinished | None:
+        """Mean and biased variance of each column, to two vectors of the accumulation dtype.
+
+        They are written now, or when `finish` or `affine` gets what is returned.
+        """
         var, mean = torch.var_mean(x.to(accumulation_dtype(x)), dim=0, correction=0)
         out[0].copy_(mean)
         out[1].copy_(var)
+        return None
 
     def column_sums(self, x: Tensor) -> Tensor:
         """Sum of each column, of the accumulation dtype."""
         mean, var = two_vectors(x, x.shape[1])
-        self.moments(x, (mean, var))
+        self.finish(self.moments(x, (mean, var)))
         return mean * x.shape[0]
 
-    def place(self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
-        """Copy a matrix to another one; mean and biased variance of its columns to `moments`."""
+    def place(
+        self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None
+    ) -> Unfinished | None:
+        """Copy a matrix to another one; `moments`, if given, are those of its columns."""
         out.copy_(x)
-        if moments is not None:
-            self.moments(out, moments)
+        return None if moments is None else self.moments(out, moments)
 
     def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
         """relu(x * scale + shift): a new matrix of x's dtype."""
@@ -82,11 +87,9 @@ class Kernels:
     ) -> Unfinished | None:
         """The convolution of x [rows, C], to `out` [rows, O].
 
-        `moments`, if given, become mean and biased variance of the columns of `out`: now, or when
-        `finish` or `affine` gets what is returned.
+        `moments`, if given, are those of the columns of `out`.
         """
-        self.place(convolve(self.norm_relu(x, conv.affine), conv), out, moments)
-        return None
+        return self.place(convolve(self.norm_relu(x, conv.affine), conv), out, moments)
 
     def convolve_twice(
         self, x: Tensor, first: Convolution, second: Convolution, out: Tensor
@@ -207,7 +210,7 @@ class Kernels:
 
         `sums` is for `image_backward`; None where that will not be.
         """
-        self.moments(_first_maps(images, conv), out)
+        self.finish(self.moments(_first_maps(images, conv), out))
 
     def image_pool(
         self, images: Tensor, conv: FirstConvolution, affine: Affine, pooling: Pooling

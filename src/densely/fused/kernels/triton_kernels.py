@@ -54,30 +54,30 @@ class TritonKernels(Kernels):
         """As the reference."""
         if norm.mean.dtype == torch.float64:
             return super().affine(norm, after, out)
-        if after is not None and not norm.training:
+        if not norm.training:
             self.finish(after)
             after = None
         scale, shift, rstd = triton_vectors.affine(norm, after, out)
         return Affine(scale, shift, norm.mean.float().contiguous(), rstd, norm.training)
 
-    def finish(self, moments: Unfinished) -> None:
+    def finish(self, moments: Unfinished | None) -> None:
         """As the reference."""
-        triton_vectors.finish_moments(*moments)
+        if moments is not None:
+            triton_vectors.finish_moments(*moments)
 
-    def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    def moments(self, x: Tensor, out: tuple[Tensor, Tensor]) -> Unfinished | None:
         """As the reference."""
         if x.dtype == torch.float64:
-            super().moments(x, out)
-        else:
-            triton_vectors.finish_moments(*triton_elementwise.moments(x), x.shape[0], *out)
+            return super().moments(x, out)
+        return Unfinished(*triton_elementwise.moments(x), x.shape[0], *out)
 
-    def place(self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
+    def place(
+        self, x: Tensor, out: Tensor, moments: tuple[Tensor, Tensor] | None
+    ) -> Unfinished | None:
         """As the reference."""
         if x.dtype == torch.float64 or moments is None:
-            super().place(x, out, moments)
-        else:
-            taken = triton_elementwise.moments(x, out)
-            triton_vectors.finish_moments(*taken, x.shape[0], *moments)
+            return super().place(x, out, moments)
+        return Unfinished(*triton_elementwise.moments(x, out), x.shape[0], *moments)
 
     def norm_relu(self, x: Tensor, affine: Affine) -> Tensor:
         """As the reference."""
