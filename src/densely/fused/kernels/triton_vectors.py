@@ -159,13 +159,13 @@ def _warps(parts: int) -> int:
 
 
 @triton.jit
-def _store_affine(weight, bias, m, v, scale, shift, rstd, eps, c, valid):
+def _store_affine(w, b, m, v, scale, shift, rstd, eps, c, valid):
     # Rounded as in PyTorch: an error of two units here moves every value, and relu opens elsewhere.
     spread = tl.sqrt_rn(v + eps)
     r = tl.div_rn(tl.full(spread.shape, 1.0, tl.float32), spread)
-    s = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32) * r
+    s = w * r
     tl.store(scale + c, s, mask=valid)
-    tl.store(shift + c, tl.load(bias + c, mask=valid, other=0.0).to(tl.float32) - m * s, mask=valid)
+    tl.store(shift + c, b - m * s, mask=valid)
     tl.store(rstd + c, r, mask=valid)
 
 
@@ -196,9 +196,11 @@ def _affine(
     old = columns - new_columns
     if program < old_blocks:
         c = program * BLOCK + tl.arange(0, BLOCK)
+        w = tl.load(weight + c, mask=c < old, other=0.0).to(tl.float32)
+        b = tl.load(bias + c, mask=c < old, other=0.0).to(tl.float32)
         m = tl.load(mean + c, mask=c < old, other=0.0).to(tl.float32)
         v = tl.load(var + c, mask=c < old, other=1.0).to(tl.float32)
-        _store_affine(weight, bias, m, v, scale, shift, rstd, eps, c, c < old)
+        _store_affine(w, b, m, v, scale, shift, rstd, eps, c, c < old)
     elif partials is not None:
         _finish_new(
             program - old_blocks, weight, bias, mean, var, scale, shift, rstd, eps, old, partials,
@@ -212,12 +214,15 @@ def _finish_new(
     columns, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     new = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    c, valid = old + new, new < columns
+    # Asked for before the sums, whose barriers no load is moved across.
+    w = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(bias + c, mask=valid, other=0.0).to(tl.float32)
     m, second, count = _combined(partials, new, columns, 0, tiles, tile_rows, rows, PARTS, COLUMNS)
     v = tl.div_rn(second, count)
-    c, valid = old + new, new < columns
     tl.store(mean + c, m, mask=valid)
     tl.store(var + c, v, mask=valid)
-    _store_affine(weight, bias, m, v, scale, shift, rstd, eps, c, valid)
+    _store_affine(w, b, m, v, scale, shift, rstd, eps, c, valid)
 
 
 @triton.jit
@@ -336,6 +341,13 @@ def _finish_columns(
 ):  # fmt: skip
     c = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < columns
+    # Asked for before the sums, whose barriers no load is moved across.
+    r = tl.load(rstd + c, mask=inside, other=0.0)
+    if a is not None:
+        s = tl.load(scale + c, mask=inside, other=0.0)
+        if ADD:
+            a_before = tl.load(a + c, mask=inside, other=0.0)
+            b_before = tl.load(b + c, mask=inside, other=0.0)
     g = tl.zeros([PARTS, COLUMNS], tl.float32)
     gx = tl.zeros([PARTS, COLUMNS], tl.float32)
     for start in range(0, parts, PARTS):
@@ -344,17 +356,16 @@ def _finish_columns(
         at = partials + part.to(tl.int64) * (2 * columns) + c[None, :]
         g += tl.load(at, mask=valid, other=0.0)
         gx += tl.load(at + columns, mask=valid, other=0.0)
-    r = tl.load(rstd + c, mask=inside, other=0.0)
     to_bias = tl.sum(g, axis=0)
     to_weight = tl.sum(gx, axis=0) * r
     tl.store(norm_bias + c, to_bias, mask=inside)
     tl.store(norm_weight + c, to_weight, mask=inside)
     if a is not None:
-        over_rows = tl.load(scale + c, mask=inside, other=0.0) / rows
+        over_rows = s / rows
         to_a, to_b = over_rows * to_bias, over_rows * r * to_weight
         if ADD:
-            to_a += tl.load(a + c, mask=inside, other=0.0)
-            to_b += tl.load(b + c, mask=inside, other=0.0)
+            to_a += a_before
+            to_b += b_before
         tl.store(a + c, to_a, mask=inside)
         tl.store(b + c, to_b, mask=inside)
 
