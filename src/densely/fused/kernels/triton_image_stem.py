@@ -77,8 +77,7 @@ def moments(
     if sums is not None:
         launch(
             _finish_sums, (outputs + 1,), images,
-            of_patches, out[0], sums, parts,
-            OUT=outputs, K=taps, KP=triton.next_power_of_2(taps), PARTS=16, num_warps=4,
+            of_patches, out[0], sums, parts, OUT=outputs, K=taps, **_adding(taps),
         )  # fmt: skip
 
 
@@ -134,8 +133,7 @@ def backward(
     launch(
         _finish_weight, (outputs,), images,
         of_patches, of_grad, sums, _rows_of(conv), affine.scale, affine.mean, affine.rstd, weight,
-        norm.weight, norm.bias, parts, conv.made.rows,
-        OUT=outputs, K=taps, KP=triton.next_power_of_2(taps), PARTS=16, num_warps=4,
+        norm.weight, norm.bias, parts, conv.made.rows, OUT=outputs, K=taps, **_adding(taps),
     )  # fmt: skip
     return weight.permute(0, 3, 1, 2), norm
 
@@ -145,6 +143,12 @@ def _divided(images: Tensor, rows: int, outputs: int, tile: _Launch) -> tuple[in
     tiles, blocks = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
     part_rows = triton.cdiv(tiles, splits_for(images, tiles, blocks, tile.programs)) * tile.rows
     return part_rows, triton.cdiv(rows, part_rows), blocks
+
+
+def _adding(taps: int) -> dict[str, int]:
+    """How parts of so many taps are added up: as many at once as registers hold."""
+    width = int(triton.next_power_of_2(taps))
+    return {"KP": width, "PARTS": max(8, 4096 // width), "num_warps": 8}
 
 
 def _new(images: Tensor, *shape: int) -> Tensor:
@@ -283,6 +287,8 @@ def _finish_sums(
 ):  # fmt: skip
     output = tl.program_id(0)
     k = tl.arange(0, KP)
+    # Asked for before the sums, whose barriers no load is moved across.
+    center = tl.load(mean + output, mask=output < OUT, other=0.0)  # the last row is P itself
     own, alone = tl.zeros([PARTS, KP], tl.float32), tl.zeros([PARTS, KP], tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
@@ -290,7 +296,6 @@ def _finish_sums(
         at = of_patches + part.to(tl.int64)[:, None] * ((OUT + 1) * K) + k[None, :]
         own += tl.load(at + output * K, mask=there, other=0.0)
         alone += tl.load(at + OUT * K, mask=there, other=0.0)
-    center = tl.load(mean + output, mask=output < OUT, other=0.0)  # the last row is P itself
     found = tl.sum(own, axis=0) - center * tl.sum(alone, axis=0)
     tl.store(sums + output * K + k, found, mask=k < K)
 
@@ -400,6 +405,12 @@ def _finish_weight(
 ):  # fmt: skip
     output = tl.program_id(0)
     k = tl.arange(0, KP)
+    # Asked for before the sums, whose barriers no load is moved across.
+    w = tl.load(weight + output * K + k, mask=k < K, other=0.0).to(tl.float32)
+    s, m, r = tl.load(scale + output), tl.load(mean + output), tl.load(rstd + output)
+    if sums is not None:
+        p = tl.load(sums + OUT * K + k, mask=k < K, other=0.0)
+        q = tl.load(sums + output * K + k, mask=k < K, other=0.0)
     own, g = tl.zeros([PARTS, KP], tl.float32), tl.zeros([PARTS], tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
@@ -408,13 +419,9 @@ def _finish_weight(
         own += tl.load(at, mask=there, other=0.0)
         g += tl.load(of_grad + part * OUT + output, mask=part < parts, other=0.0)
     own, sum_g = tl.sum(own, axis=0), tl.sum(g, axis=0)
-    w = tl.load(weight + output * K + k, mask=k < K, other=0.0).to(tl.float32)
-    r = tl.load(rstd + output)
-    sum_gx = r * (tl.sum(w * own, axis=0) - tl.load(mean + output) * sum_g)
+    sum_gx = r * (tl.sum(w * own, axis=0) - m * sum_g)
     tl.store(to_norm_weight + output, sum_gx)
     tl.store(to_norm_bias + output, sum_g)
     if sums is not None:
-        p = tl.load(sums + OUT * K + k, mask=k < K, other=0.0)
-        q = tl.load(sums + output * K + k, mask=k < K, other=0.0)
         own -= (sum_g / made_rows) * p + (r * sum_gx / made_rows) * q
-    tl.store(to_weight + output * K + k, own * tl.load(scale + output), mask=k < K)
+    tl.store(to_weight + output * K + k, own * s, mask=k < K)
