@@ -218,7 +218,7 @@ def _finish_new(
     # Asked for before the sums, whose barriers no load is moved across.
     w = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
     b = tl.load(bias + c, mask=valid, other=0.0).to(tl.float32)
-    m, second, count = _combined(partials, new, columns, 0, tiles, tile_rows, rows, PARTS, COLUMNS)
+    m, second, count = _combined(partials, new, columns, 0, tiles, tile_rows, rows, PARTS)
     v = tl.div_rn(second, count)
     tl.store(mean + c, m, mask=valid)
     tl.store(var + c, v, mask=valid)
@@ -226,27 +226,31 @@ def _finish_new(
 
 
 @triton.jit
-def _combined(
-    partials, c, columns, first, last, tile_rows, rows, PARTS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _moments_of(partials, c, columns, tile, last, tile_rows, rows):
+    """Mean and M2 [tiles, columns] of some tiles, and their rows [tiles, 1]; 0 from `last` on."""
+    valid = (tile < last) & (c < columns)
+    at = partials + tile.to(tl.int64) * (2 * columns) + c
+    mean = tl.load(at, mask=valid, other=0.0)
+    m2 = tl.load(at + columns, mask=valid, other=0.0)
+    count = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows)
+    return mean, m2, tl.where(tile < last, count, 0).to(tl.float32)
+
+
+@triton.jit
+def _combined(partials, c, columns, first, last, tile_rows, rows, PARTS: tl.constexpr):
     """Mean, sum of squared deviations and number of rows of the tiles from first to last."""
-    count = tl.zeros([PARTS, 1], tl.float32)
-    mean = tl.zeros([PARTS, COLUMNS], tl.float32)
-    m2 = tl.zeros([PARTS, COLUMNS], tl.float32)
-    for start in range(first, last, PARTS):
+    tile = first + tl.arange(0, PARTS)[:, None]
+    mean, m2, count = _moments_of(partials, c, columns, tile, last, tile_rows, rows)
+    for start in range(first + PARTS, last, PARTS):
         tile = start + tl.arange(0, PARTS)[:, None]
-        valid = (tile < last) & (c < columns)
-        at = partials + tile.to(tl.int64) * (2 * columns) + c
-        new_mean = tl.load(at, mask=valid, other=0.0)
-        new_m2 = tl.load(at + columns, mask=valid, other=0.0)
-        more = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows)
-        more = tl.where(tile < last, more, 0).to(tl.float32)
+        new_mean, new_m2, more = _moments_of(partials, c, columns, tile, last, tile_rows, rows)
         share = tl.div_rn(more, tl.maximum(count + more, 1.0))
         delta = tl.where(tile < last, new_mean - mean, 0.0)
         mean += delta * share
         m2 += new_m2 + delta * delta * (count * share)
         count += more
-    total = tl.sum(count, axis=0)[None, :]
+    begin = tl.full((), first, tl.int64) * tile_rows
+    total = (tl.minimum(tl.full((), last, tl.int64) * tile_rows, rows) - begin).to(tl.float32)
     whole = tl.div_rn(tl.sum(mean * count, axis=0)[None, :], total)
     delta = mean - whole
     return whole, tl.sum(m2 + delta * delta * count, axis=0)[None, :], total
@@ -271,9 +275,7 @@ def _combine_moments(
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     first = group * GROUP
     last = tl.minimum(first + GROUP, tiles) if GROUP > 0 else tiles
-    whole, second, total = _combined(
-        partials, c, columns, first, last, tile_rows, rows, PARTS, COLUMNS
-    )
+    whole, second, total = _combined(partials, c, columns, first, last, tile_rows, rows, PARTS)
     if FINAL:
         second = tl.div_rn(second, total)
     at = group.to(tl.int64) * out_stride + c
