@@ -57,7 +57,7 @@ class _Launch(NamedTuple):
 #: Rows, channels, warps and stages that `densely bench --tune` tries.
 FORWARDS = (
     (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4), (128, 32, 8, 4), (128, 64, 4, 3),
-    (64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 8, 3),
+    (64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 8, 3), (32, 64, 4, 3), (64, 128, 4, 3),
 )  # fmt: skip
 #: Rows, channels, warps, stages, programs and registers.
 BACKWARDS = (
