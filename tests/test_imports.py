@@ -55,6 +55,16 @@ def test_arrows_point_one_way() -> None:
     assert seen > 20
 
 
+def test_help_on_a_command_waits_for_no_other() -> None:
+    code = (
+        "import sys, contextlib, densely.cli\n"
+        "with contextlib.suppress(SystemExit): densely.cli.main(['train', '--help'])\n"
+        "print(*(name for name in sys.modules if name.startswith('densely.cli.')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stderr.split()) == {"densely.cli.parser", "densely.cli.training"}
+
+
 def test_importing_densely_and_its_config_is_light() -> None:
     code = (
         "import sys, densely, densely.cli, densely.training.config;"

@@ -149,11 +149,12 @@ def test_a_stopped_comparison_goes_on(
 def test_finished_runs_are_judged_where_the_data_are_now(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, now = tmp_path / "before", tmp_path / "now"
-    for name, shade in (("dark", 30), ("light", 220)):
-        (before / name).mkdir(parents=True)
-        for i in range(10):
-            Image.new("L", (8, 8), shade + i).save(before / name / f"{i}.png")
+    before, now, others = (tmp_path / name for name in ("before", "now", "others"))
+    for top, shift in ((before, 0), (others, 5)):
+        for name, shade in (("dark", 30), ("light", 220)):
+            (top / name).mkdir(parents=True)
+            for i in range(10):
+                Image.new("L", (8, 8), shade + i + shift).save(top / name / f"{i}.png")
     flags = ["--epochs", "1", "--batch-size", "4", "--validation", "0", "--seeds", "1"]
     output = ["--output", str(tmp_path), "--json"]
     assert main(["compare", "--data", str(before), *flags, *FLAGS[-4:], *output]) == 0
@@ -164,6 +165,10 @@ def test_finished_runs_are_judged_where_the_data_are_now(
     assert "nor is there a folder" in capsys.readouterr().err
     assert main(["compare", "--resume", folder, "--data", "nowhere", "--json"]) == 2
     assert "nor is there a folder nowhere" in capsys.readouterr().err
+    configs = [path.read_text() for path in sorted(Path(folder).rglob("config.yaml"))]
+    assert main(["compare", "--resume", folder, "--data", str(others), "--json"]) == 2
+    assert "learned from other training images" in capsys.readouterr().err
+    assert configs == [path.read_text() for path in sorted(Path(folder).rglob("config.yaml"))]
     assert main(["compare", "--resume", folder, "--data", str(now), "--json"]) == 0
     assert main(["compare", "--resume", folder, "--json"]) == 0  # which it remembers
     again = json.loads(capsys.readouterr().out.splitlines()[-1])

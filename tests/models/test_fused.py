@@ -107,14 +107,16 @@ def _rank(rank: int, folder: str) -> Outcomes:
         timeout=timedelta(minutes=1),
     )  # fmt: skip
     found = {}
-    for train in (True, False):
-        model = randomized(tiny(bn_size=2)).train(train)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        before = backend.fused_calls["dense block"]
-        grads = gradients(parallel, images(*SHAPE).chunk(2)[rank])
-        assert backend.fused_calls["dense block"] == before + 3
-        found[train] = (grads, state(model))
-    torch.distributed.destroy_process_group()
+    try:
+        for train in (True, False):
+            model = randomized(tiny(bn_size=2)).train(train)
+            parallel = nn.parallel.DistributedDataParallel(model)
+            before = backend.fused_calls["dense block"]
+            grads = gradients(parallel, images(*SHAPE).chunk(2)[rank])
+            assert backend.fused_calls["dense block"] == before + 3
+            found[train] = (grads, state(model))
+    finally:
+        torch.distributed.destroy_process_group()
     return found
 
 
@@ -124,9 +126,12 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     folder = str(tmp_path_factory.mktemp("processes"))
     other = torch.multiprocessing.get_context("spawn").Process(target=_rank, args=(1, folder))
     other.start()
-    found = _rank(0, folder)
-    other.join()
-    assert other.exitcode == 0
+    try:
+        found = _rank(0, folder)
+        other.join(60)
+        assert other.exitcode == 0
+    finally:
+        other.kill()
     return found
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from densely.comparison.config import CompareConfig, slug
-from densely.training.checkpoint import find_checkpoint
+from densely.errors import DataError
+from densely.training.checkpoint import find_checkpoint, load_state
 from densely.training.config import TrainConfig
 from densely.training.loop import from_anywhere, train
 from densely.training.reporting import Reporter
@@ -39,11 +40,26 @@ def change_folder(folder: Path, config: CompareConfig) -> None:
     """Let a comparison go on with its data in another place, or on other hardware.
 
     Raises:
-        DenselyError: the data are not there.
+        DenselyError: the data are not there, or are not those that its runs learned from.
     """
-    for variant in config.variants:
-        splits_of(config.config(variant, 0))
+    before = CompareConfig.read(folder / "config.yaml").train
+    if (config.train.data, config.train.data_dir) != (before.data, before.data_dir):
+        for variant in config.variants:
+            _check_data(folder, config, variant)
     _write_config(folder, config)
+
+
+def _check_data(folder: Path, config: CompareConfig, variant: str) -> None:
+    digest = splits_of(config.config(variant, 0)).train.digest()
+    for number in range(config.seeds):
+        wanted = config.config(variant, number)
+        run = _latest(folder / "runs", wanted.run_name)
+        if run is None or not find_checkpoint(run.last):
+            continue
+        if load_state(run.last).data_digest != digest:
+            raise DataError(
+                f"{run.path} learned from other training images than {wanted.data} gives"
+            )
 
 
 def _write_config(folder: Path, config: CompareConfig) -> None:

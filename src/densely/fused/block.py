@@ -38,7 +38,7 @@ from densely.fused import plain
 from densely.fused.coefficients import in_places, like, update_running_statistics
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, Pending, Space
-from densely.fused.kernels.reference import accumulation_dtype, two_vectors
+from densely.fused.kernels.reference import accumulation_dtype, three_vectors, two_vectors
 from densely.fused.ownership import owners, sole_owners
 from densely.fused.packing import PackedStep, convert, pack, unpack
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
@@ -310,9 +310,7 @@ def _backward(
                 features, *taken = inner[-3:]
                 moments = taken[0], taken[1]
                 del inner[-3:]
-            scale, shift, rstd = rooms.pop()
-            norm_mean = step.norm(moments).mean.to(scale.dtype).contiguous()
-            affine = Affine(scale, shift, norm_mean, rstd, step.training)
+            affine = Affine.kept(rooms.pop(), step.norm(moments).mean, step.training)
             conv = step.convolution(affine, space)
             given = (upstream, features, conv, needs(step, "weight"))
             if n == 0:
@@ -402,8 +400,7 @@ def _allocate(
     trained = any(step.training for layer in layers for step in layer)
     buffer = chosen(x).matrix(space.rows, channels, x, x.dtype)
     length = sum(map(_room, chain(*layers))) if keep else 0
-    affines = x.new_empty(3, length, dtype=accumulation_dtype(x))
-    return buffer, *two_vectors(x, channels if trained else 0), affines
+    return buffer, *two_vectors(x, channels if trained else 0), three_vectors(x, length)
 
 
 def _rooms(affines: Tensor, layers: list[list[PackedStep]]) -> list[Tensor]:

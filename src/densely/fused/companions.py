@@ -1,7 +1,8 @@
-"""Stem, transition and final norm, fused: what is kept of each is its input, and nothing else.
+"""Stem, transition and final norm, fused: of the maps the input alone is kept for backward.
 
-All three are relu(norm(x)), pooled, and for a transition convolved 1x1. What is normalised is made
-again in backward, and the gradient of x is that of a batch norm with one reader, dx = scale * g -
+All three are relu(norm(x)), pooled, and for a transition convolved 1x1. Kept besides are vectors,
+weights in the dtype of the maps, and for maxima which they were. What is normalised is made again
+in backward, and the gradient of x is that of a batch norm with one reader, dx = scale * g -
 a - (x - mean) * b (`densely.fused.block` has the mathematics).
 
 A transition and the final norm read a dense block's output, whose statistics the block has taken
@@ -25,7 +26,7 @@ from densely.fused.coefficients import (
 )
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, NormVectors, Pooling, Space
-from densely.fused.kernels.reference import accumulation_dtype, two_vectors
+from densely.fused.kernels.reference import three_vectors, two_vectors
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 from densely.fused.zero_sums import is_marked, mark
 
@@ -150,7 +151,7 @@ def reader_forward(
     left = None if statistics else kernels.moments(matrix, taken)
     weight, bias = norm
     mean, var = statistics or taken
-    vectors = _affine_like(x)
+    vectors = three_vectors(x, x.shape[1])
     affine = kernels.affine(NormVectors(weight, bias, mean, var, eps, training), left, vectors)
     pooled, choice = kernels.pool(matrix, affine, pooling, space)
     typed, copies = in_dtype(conv, x.dtype)
@@ -175,7 +176,8 @@ def _(
     taken = two_vectors(x, 0 if statistics else x.shape[1])
     pooled = x.new_empty(space.rows, x.shape[1])
     choice = chosen(x).choice(pooled, Pooling(kind, tuple(step)))  # type: ignore[arg-type]
-    return [output, *taken, choice, _affine_like(x), *in_dtype(conv, x.dtype)[1]]
+    vectors = three_vectors(x, x.shape[1])
+    return [output, *taken, choice, vectors, *in_dtype(conv, x.dtype)[1]]
 
 
 @torch.library.custom_op("densely::reader_backward", mutates_args=())
@@ -197,8 +199,8 @@ def reader_backward(
     """
     space, pooling, kernels = _space(x), Pooling(kind, tuple(step)), chosen(x)  # type: ignore[arg-type]
     matrix, pooled = space.matrix(x), pooling.pooled(space)
-    choice, (scale, shift, rstd), *copies = kept
-    affine = Affine(scale, shift, mean.to(scale.dtype).contiguous(), rstd, training)
+    choice, vectors, *copies = kept
+    affine = Affine.kept(vectors, mean, training)
     conv, _ = in_dtype(learnt[2:], x.dtype, copies)
     upstream = pooled.matrix(grad)
     to_pooled, read = upstream, None
@@ -264,11 +266,6 @@ def _differentiable_backward(
         return plain.final(x, norm).view(grad.shape)
 
     return gradients_with_gradients(forward, (x, *learnt), needed, grad)
-
-
-def _affine_like(x: Tensor) -> Tensor:
-    """Room for scale, shift and rstd of a norm on x [N, C, *space]."""
-    return x.new_empty(3, x.shape[1], dtype=accumulation_dtype(x))
 
 
 def _space(x: Tensor) -> Space:

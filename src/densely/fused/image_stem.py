@@ -1,8 +1,9 @@
 """From the images to the first block, fused: convolution, norm, ReLU, maximum pooling.
 
 What the first convolution makes is the largest map of a network, and it reads the fewest channels.
-So it is not kept: of the whole stem the images are, and for each maximum its place. Backward makes
-the convolution again where it needs it (`densely.fused.kernels.triton_image_stem` has how).
+So it is not kept: of the whole stem the images are, for each maximum its place, and what has the
+size of the weights. Backward makes the convolution again where it needs it
+(`densely.fused.kernels.triton_image_stem` has how).
 
 The convolution's bias moves the mean and nothing else: a norm in train mode takes it off again,
 and one in eval mode is given a mean without it. Its padding is laid around the images once, so that
@@ -26,7 +27,12 @@ from densely.fused.coefficients import (
 )
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, FirstConvolution, NormVectors, Pooling, Space
-from densely.fused.kernels.reference import Kernels, accumulation_dtype, two_vectors
+from densely.fused.kernels.reference import (
+    Kernels,
+    accumulation_dtype,
+    three_vectors,
+    two_vectors,
+)
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 
 
@@ -131,7 +137,7 @@ def image_stem_forward(
     sums = _sums(kernels, matrix, conv, keep and not statistics)
     if not statistics:
         kernels.image_moments(matrix, conv, (mean, var), sums if sums.numel() else None)
-    vectors = _affine_like(images, weight)
+    vectors = three_vectors(images, weight.shape[0])
     moments = _without_bias(learnt, statistics, mean), statistics[1] if statistics else var
     norm = NormVectors(learnt[0], learnt[1], *moments, eps, not statistics)
     pooled, choice = kernels.image_pool(matrix, conv, kernels.affine(norm, out=vectors), pooling)
@@ -154,7 +160,7 @@ def _(
     pooled = images.new_empty(space.rows, outputs)
     moments = two_vectors(images, 0 if statistics else outputs)
     sums = _sums(kernels, images, conv, keep and not statistics)
-    vectors = _affine_like(images, weight)
+    vectors = three_vectors(images, weight.shape[0])
     return [space.maps(pooled), *moments, kernels.choice(pooled, pooling), sums, vectors, *copies]
 
 
@@ -170,11 +176,10 @@ def image_stem_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of `learnt` that need one, in this order."""
-    mean, choice, sums, (scale, shift, rstd), *copies = kept
+    mean, choice, sums, vectors, *copies = kept
     (weight,), _ = in_dtype(learnt[2:3], images.dtype, copies)
     conv, pooling, kernels = _parts(images, weight, stride, step)
-    mean = _without_bias(learnt, statistics, mean).to(scale.dtype).contiguous()
-    affine = Affine(scale, shift, mean, rstd, not statistics)
+    affine = Affine.kept(vectors, _without_bias(learnt, statistics, mean), not statistics)
     upstream = pooling.pooled(conv.made).matrix(grad).contiguous()
     to_weight, norm = kernels.image_backward(
         upstream, choice, None if statistics else sums, conv.space.matrix(images).contiguous(),
@@ -236,11 +241,6 @@ def _sums(kernels: Kernels, images: Tensor, conv: FirstConvolution, wanted: bool
     if wanted:
         return kernels.image_sums(images, conv)
     return images.new_empty(0, dtype=accumulation_dtype(images))
-
-
-def _affine_like(images: Tensor, weight: Tensor) -> Tensor:
-    """Room for scale, shift and rstd of the norm."""
-    return images.new_empty(3, weight.shape[0], dtype=accumulation_dtype(images))
 
 
 def _without_bias(learnt: Sequence[Tensor], statistics: Sequence[Tensor], mean: Tensor) -> Tensor:

@@ -81,13 +81,13 @@ class CpuKernels(Kernels):
 
     def convolve(
         self, x: Tensor, conv: Convolution, out: Tensor, moments: tuple[Tensor, Tensor] | None
-    ) -> None:
+    ) -> Unfinished | None:
         """As the reference."""
+        if x.dtype != torch.float32 or (not conv.pointwise and _fills_vectors(conv)):
+            return super().convolve(x, conv, out, moments)
         mean, var = moments or (None, None)
         affine, bias = conv.affine, None if conv.bias is None else conv.bias.contiguous()
-        if x.dtype != torch.float32 or (not conv.pointwise and _fills_vectors(conv)):
-            super().convolve(x, conv, out, moments)
-        elif conv.pointwise:
+        if conv.pointwise:
             flat = conv.weight.flatten(1).contiguous()
             self._ops.pointwise(x, affine.scale, affine.shift, flat, bias, False, out, mean, var)
         else:
@@ -95,6 +95,7 @@ class CpuKernels(Kernels):
                 x, affine.scale, affine.shift, _by_tap(conv.weight), bias, _geometry(conv), out,
                 mean, var,
             )  # fmt: skip
+        return None
 
     def convolve_twice(
         self, x: Tensor, first: Convolution, second: Convolution, out: Tensor

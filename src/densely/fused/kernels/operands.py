@@ -44,6 +44,12 @@ class Affine(NamedTuple):
     rstd: Tensor
     training: bool
 
+    @classmethod
+    def kept(cls, vectors: Tensor, mean: Tensor, training: bool) -> "Affine":
+        """From scale, shift and rstd as they were kept, [3, C], and the mean in any dtype."""
+        scale, shift, rstd = vectors
+        return cls(scale, shift, mean.to(scale.dtype).contiguous(), rstd, training)
+
 
 class NormVectors(NamedTuple):
     """A batch norm's vectors [C] as `Kernels.affine` takes them.

@@ -323,6 +323,11 @@ def two_vectors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
 
 
+def three_vectors(x: Tensor, size: int) -> Tensor:
+    """Room for scale, shift and rstd of norms of so many channels of maps like x: [3, size]."""
+    return x.new_empty(3, size, dtype=accumulation_dtype(x))
+
+
 def two_dimensional(maps: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Signals as images one pixel high, which have a channels-last layout in PyTorch."""
     return (maps.unsqueeze(2), weight.unsqueeze(2)) if weight.dim() == 3 else (maps, weight)
