@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from densely.fused.kernels.operands import Affine, NormVectors, Pending, Pooling, Space, Unfinished
+from densely.fused.kernels.operands import (
+    Affine,
+    NormGradient,
+    NormVectors,
+    Pending,
+    Pooling,
+    Space,
+    Unfinished,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as patch:
@@ -326,45 +334,52 @@ def test_pool(
     dx, whole = poisoned(space.rows, columns, columns + 8, dtype)
     norm = pooling_backward.pool_backward(grad, choice, x, affine, how, space, dx)
     up = np.where(act > 0, np.einsum("oc,orc->rc", exactly(grad), shares), 0)
+    check_norm_backward(norm, dx, up, x, affine, dtype)
+    assert_untouched(whole, columns)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["max", "average"])
+def test_many_rows_are_pooled(kind: str, training: bool) -> None:
+    """A program's turns go over the ends of lines and images."""
+    make, space, how = Maker(), Space(3, (16, 18)), Pooling(kind, (2, 2))  # type: ignore[arg-type]
+    x, affine = make.matrix(space.rows, 3, 3, torch.float32), make.affine(3, training)
+    maps = activated(x, affine).view(3, 16, 18, 3).permute(0, 3, 1, 2).double()
+    maps = maps.detach().requires_grad_()
+    if kind == "max":
+        expected = torch.nn.functional.max_pool2d(maps, 3, 2, 1)
+    else:
+        expected = torch.nn.functional.avg_pool2d(maps, 2)
+    rows = how.pooled(space).rows
+    out, _ = poisoned(rows, 3, 3)
+    choice = torch.zeros(rows, 3, dtype=torch.uint8, device=DEVICE)
+    pooling.pool(x, affine, how, space, out, choice)
+    assert_near(out, exactly(how.pooled(space).matrix(expected.detach())))
+    grad = make.normal(rows, 3)
+    (up,) = torch.autograd.grad(expected, maps, how.pooled(space).maps(grad).double())
+    dx, _ = poisoned(space.rows, 3, 3)
+    norm = pooling_backward.pool_backward(grad, choice, x, affine, how, space, dx)
+    check_norm_backward(norm, dx, exactly(space.matrix(torch.where(maps > 0, up, 0.0))), x, affine)
+
+
+def check_norm_backward(
+    norm: NormGradient,
+    dx: Tensor,
+    up: np.ndarray,
+    x: Tensor,
+    affine: Affine,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """What comes of the gradient `up` of normalised rows, masked where relu was zero."""
     center = exactly(x) - exactly(affine.mean)
     assert_near(norm.bias, up.sum(0))
     assert_near(norm.weight, (up * center).sum(0) * exactly(affine.rstd))
     expected = up * exactly(affine.scale)
-    if training:
-        over_rows = exactly(affine.scale) / space.rows
+    if affine.training:
+        over_rows = exactly(affine.scale) / x.shape[0]
         expected -= over_rows * up.sum(0)
         expected -= center * over_rows * exactly(affine.rstd) ** 2 * (up * center).sum(0)
     assert_near(dx, expected, dtype)
-    assert_untouched(whole, columns)
-
-
-def test_many_rows_are_pooled() -> None:
-    """A program's turns go over the ends of lines and images."""
-    make, space = Maker(), Space(3, (13, 17))
-    x, affine = make.matrix(space.rows, 3, 3, torch.float32), make.affine(3)
-    maps = activated(x, affine).view(3, 13, 17, 3).permute(0, 3, 1, 2).double()
-    maps = maps.detach().requires_grad_()
-    for kind in ("max", "average"):
-        how = Pooling(kind, (2, 2))  # type: ignore[arg-type]
-        expected = (
-            torch.nn.functional.max_pool2d(maps, 3, 2, 1)
-            if kind == "max"
-            else torch.nn.functional.avg_pool2d(maps, 2)
-        )
-        rows = how.pooled(space).rows
-        out, _ = poisoned(rows, 3, 3)
-        choice = torch.zeros(rows, 3, dtype=torch.uint8, device=DEVICE)
-        pooling.pool(x, affine, how, space, out, choice)
-        assert_near(out, exactly(how.pooled(space).matrix(expected.detach())))
-        grad = make.normal(rows, 3)
-        (up,) = torch.autograd.grad(expected, maps, how.pooled(space).maps(grad).double())
-        up = torch.where(maps > 0, up, 0.0)
-        dx, _ = poisoned(space.rows, 3, 3)
-        norm = pooling_backward.pool_backward(
-            grad, choice, x, affine._replace(training=False), how, space, dx
-        )
-        assert_near(norm.bias, exactly(up.sum((0, 2, 3))))
-        assert_near(dx, exactly(space.matrix(up)) * exactly(affine.scale))
 
 
 def test_a_maximum_that_is_not_a_number_spreads() -> None:

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from block_cases import EVAL, assert_same, is_no_worse
+from block_cases import EVAL, NormCase, assert_same, is_no_worse
 from block_oracle import Result, arrays
 from image_stem_cases import CASES, Case, Inputs, build, call, gradient, oracle
 from test_triton_kernels import few_programs, run
 from torch import Tensor
 
 from densely.fused import backend, image_stem, plain
+from densely.fused.kernels import triton_image_stem
 
 __all__ = ["few_programs"]
 pytestmark = [
@@ -31,6 +32,26 @@ def test_equals_the_oracle(case: Case) -> None:
     expected = oracle(case, tree, grad)
     assert expected.margin > 1e-7, "an input of relu may fall on either side"
     assert_same(by(image_stem, case, tree, grad), expected, 1e-4)
+
+
+@pytest.mark.parametrize("norm", [NormCase(), EVAL])
+def test_programs_take_several_turns(monkeypatch: pytest.MonkeyPatch, norm: NormCase) -> None:
+    """Those that go over images several tiles, and those that add up the parts several times 4."""
+    launches: list[tuple[int, int]] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        if "PARTS" not in options:
+            launches.append((grid[0], options["BM"]))
+        original(kernel, grid, *args, **options)
+
+    original, adding = triton_image_stem.launch, triton_image_stem._adding
+    monkeypatch.setattr(triton_image_stem, "launch", record)
+    monkeypatch.setattr(triton_image_stem, "_adding", lambda taps: adding(taps) | {"PARTS": 4})
+    case = Case((2, 1, 48, 48), norm=norm)
+    tree, grad = build(case, torch.float32), gradient(case, torch.float32)
+    assert_same(by(image_stem, case, tree, grad), oracle(case, tree, grad), 1e-4)
+    parts, tile = launches[-1]  # of backward, which goes over the fewest rows
+    assert 4 < parts < 2 * 12 * 12 // tile
 
 
 @pytest.mark.parametrize("name", ["grey", "colour", "eval"])

@@ -23,7 +23,13 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
     from triton.runtime.interpreter import InterpretedFunction
 
-    from densely.fused.kernels import triton_kernels, triton_pointwise, triton_spatial
+    from densely.fused.kernels import (
+        triton_kernels,
+        triton_pointwise,
+        triton_spatial,
+        triton_spatial_backward,
+        triton_tiles,
+    )
 from densely.fused.kernels.operands import Affine, Convolution, Pending, Space
 
 if not isinstance(triton_pointwise._forward_kernel, InterpretedFunction):
@@ -36,9 +42,14 @@ VECTORS = {"tensor": None, "bare": "", "scale": "s", "terms": "mab", "all": "sma
 
 
 @pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of triton that are imported at the first call look for the flag too."""
+def _on_a_small_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one multiprocessor a program takes several turns, and launches are those of large maps.
+
+    Parts of triton that are imported at the first call look for the interpreter's flag too.
+    """
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for module in (triton_tiles, triton_pointwise, triton_spatial, triton_spatial_backward):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
 
 
 class Given(NamedTuple):
@@ -198,6 +209,7 @@ SPATIAL = [
     (1, (4, 70), 8, 32, (1, 3), 3, F16, 0, True, "add", True),
     (2, (8, 16), 40, 32, (3, 3), 1, F16, 0, False, "base", True),
     (1, (7, 9), 64, 16, (3, 3), 1, F16, 8, True, "add", True),
+    (2, (10, 12), 24, 12, (3, 3), 1, F16, 8, False, "add", True),
 ]
 
 
