@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -126,47 +127,74 @@ def test_a_capture_that_fails_leaves_the_plain_step(
     step(*batch(8, 0))
 
 
-def test_nothing_is_learnt_while_kernels_of_every_size_are_compiled_and_a_step_is_recorded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With stand-ins for what a GPU has."""
+class GraphOfPython:
+    """Stands in for a CUDA graph: a replay runs what was recorded again, by the same tensors."""
+
+    def __init__(self, work: Callable[[], None], optimizer: torch.optim.Optimizer) -> None:
+        self.work, self.groups = work, optimizer.param_groups
+        self.rates = [group["lr"] for group in self.groups]
+        work()
+
+    def replay(self) -> None:
+        before = [group["lr"] for group in self.groups]
+        self.set(self.rates)
+        self.work()
+        self.set(before)
+
+    def set(self, rates: list[Any]) -> None:
+        for group, rate in zip(self.groups, rates, strict=True):
+            group["lr"] = rate
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._CapturedStep]:
+    """Makes a captured step, with stand-ins for what a GPU has."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    seen: list[tuple[str, int]] = []
-    phases: list[str] = []
+    monkeypatch.setattr(captured, "compile_kernels_of", lambda work: work())
 
-    def within(phase: str, work: Callable[[], object]) -> None:
-        phases.append(phase)
-        work()
-        phases.pop()
+    def make(model: nn.Module, *sizes: int) -> captured._CapturedStep:
+        optimizer = sgd(model)
 
-    def record(
-        work: Callable[[], None], device: torch.device, before: Callable[[], None]
-    ) -> tuple[SimpleNamespace, None]:
-        before()
-        assert same(model.state_dict(), start)
-        within("recorded", work)
-        return SimpleNamespace(replay=lambda: seen.append(("replayed", 8))), None
+        def record(
+            work: Callable[[], None], device: torch.device, before: Callable[[], None]
+        ) -> tuple[GraphOfPython, None]:
+            before()
+            return GraphOfPython(work, optimizer), None
 
-    monkeypatch.setattr(captured, "record_graph", record)
-    monkeypatch.setattr(captured, "compile_kernels_of", lambda work: within("compiled", work))
+        monkeypatch.setattr(captured, "record_graph", record)
+        return captured._CapturedStep(
+            model, optimizer, CPU, F.cross_entropy, *batch(8, seed=99), sizes
+        )
+
+    return make
+
+
+def test_a_recorded_step_takes_new_images_labels_and_rates(
+    recorded: Callable[..., captured._CapturedStep],
+) -> None:
+    model, other = CPU.place(small_net()), CPU.place(small_net())
+    for mine, expected in zip(run(recorded(model)), plain_loop(other, sgd(other)), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_nothing_is_learnt_while_a_step_is_recorded_and_kernels_of_every_size_are_compiled(
+    recorded: Callable[..., captured._CapturedStep],
+) -> None:
     model = CPU.place(small_net())
-    model.register_forward_pre_hook(lambda _, given: seen.append((phases[-1], len(given[0]))))
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     start = copy.deepcopy(model.state_dict())
-    step = captured._CapturedStep(model, sgd(model), CPU, F.cross_entropy, *batch(8, 0), (3,))
-    assert seen == [("compiled", 8), ("compiled", 3), ("recorded", 8)]
+    step = recorded(model, 3)
+    assert sizes == [8, 3, 8]  # compiled, compiled, recorded
     assert same(model.state_dict(), start)
     momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
     assert momenta
     assert not any(momentum.any() for momentum in momenta)
     assert (step.loss_sum, step.correct) == (0, 0)
     assert step.optimizer.param_groups[0]["lr"] == 0.1
-    phases.append("launched")
-    step(*batch(8, 0))
-    step(*batch(3, 0))
-    assert seen[3:] == [("replayed", 8), ("launched", 3)]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
