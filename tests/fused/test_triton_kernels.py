@@ -30,7 +30,14 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
     pytest.importorskip("triton", reason="needs Triton")
-    from densely.fused.kernels import triton_kernels, triton_launches, triton_tiles
+    from densely.fused.kernels import (
+        triton_kernels,
+        triton_launches,
+        triton_pointwise,
+        triton_spatial,
+        triton_spatial_backward,
+        triton_tiles,
+    )
 if DEVICE == "cpu" and not hasattr(triton_tiles.normalised, "rewriter"):
     pytest.skip("Triton was imported without its interpreter", allow_module_level=True)
 
@@ -139,8 +146,15 @@ class LaterOnes:
         return found[min(self.number, len(found) - 1)]
 
 
+TRIED = (
+    *(triton_pointwise.FORWARDS, triton_pointwise.BACKWARDS, triton_spatial.FORWARDS),
+    *(triton_spatial_backward.INPUTS, triton_spatial_backward.WEIGHTS),
+)
+MOST = max(map(len, TRIED))
+
+
 @pytest.mark.parametrize(
-    ("kind", "number"), [("plain", 0), ("plain", 5), *(("bottleneck", i) for i in range(9))]
+    ("kind", "number"), [("plain", 0), ("plain", 5), *(("bottleneck", i) for i in range(MOST))]
 )
 def test_what_may_be_tried_in_place_of_the_usual_launches_is_right(kind: str, number: int) -> None:
     case = BLOCKS[kind]

@@ -20,6 +20,15 @@ def test_the_d2l_recipe_is_the_chapters() -> None:
     assert config.norm_batches == 20  # the one thing that is not the chapter's
 
 
+def test_the_cifar_recipe_is_the_papers() -> None:
+    """Huang et al. (2017), section 4.2, with the augmentation of C10+ (4.1)."""
+    config = RECIPES["cifar"]
+    assert (config.model, config.image_size) == ("densenet_bc_100_12", 32)
+    assert (config.epochs, config.batch_size, config.lr) == (300, 64, 0.1)
+    assert (config.schedule, config.momentum, config.weight_decay) == ("step", 0.9, 1e-4)
+    assert (config.augment, config.normalize, config.validation) == ("crop-flip", True, 0)
+
+
 def test_each_recipe_knows_its_name() -> None:
     assert all(config.recipe == name for name, config in RECIPES.items())
 

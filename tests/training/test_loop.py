@@ -1,5 +1,6 @@
 """Training: it learns, twice the same, and goes on from where it was stopped to the same bits."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.training import loop
@@ -323,6 +325,55 @@ def test_batches_cover_all_images_once_and_none_is_single() -> None:
 def test_seeds_differ_between_epochs_steps_and_runs() -> None:
     seeds = {generator_seed(*n) for n in [(0,), (1,), (0, 1), (1, 0), (0, 1, 2), (0, 2, 1)]}
     assert len(seeds) == 6
+
+
+def test_each_step_has_a_seed_of_its_own_and_each_epoch_an_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    orders: dict[int, set[tuple[int, ...]]] = {}
+    original = loop._Trainer._order
+
+    def draw(images: Tensor, generator: torch.Generator) -> Tensor:
+        seeds.append(generator.initial_seed())
+        return images
+
+    def order(trainer: loop._Trainer) -> Tensor:
+        found = original(trainer)
+        orders.setdefault(trainer.progress.epoch, set()).add(tuple(found.tolist()))
+        return found
+
+    monkeypatch.setattr(loop, "crop_and_flip", draw)
+    monkeypatch.setattr(loop._Trainer, "_order", order)
+    train(config(tmp_path, augment="crop-flip", limit=100, batch_size=25, validation=0.0))
+    assert len(seeds) == len(set(seeds)) == 8
+    assert [len(of_an_epoch) for of_an_epoch in orders.values()] == [1, 1]
+    assert orders[0] != orders[1]
+
+
+def test_steps_are_nesterovs_with_weight_decay(tmp_path: Path) -> None:
+    """As PyTorch has it after Sutskever et al. (2013): the decay is part of the gradient."""
+    rate, momentum, decay = 0.05, 0.9, 0.03
+    trainer = loop._Trainer(
+        config(tmp_path, lr=rate, momentum=momentum, weight_decay=decay, limit=40, device="cpu"),
+        None,
+        Reporter(),
+    )
+    model = copy.deepcopy(trainer.model).double().train()
+    images, labels = trainer._inputs(torch.arange(20)), trainer.train_set.labels[:20]
+    step = trainer._training_step()
+    velocities = [torch.zeros_like(p) for p in model.parameters()]
+    for _ in range(3):
+        step(images, labels)
+        loss = torch.nn.functional.cross_entropy(model(images.double()), labels)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for p, g, v in zip(model.parameters(), gradients, velocities, strict=True):
+                g = g + decay * p
+                v.mul_(momentum).add_(g)
+                p.sub_(rate * (g + momentum * v))
+    for mine, expected in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters(tmp_path: Path) -> None:
