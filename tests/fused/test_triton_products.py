@@ -331,6 +331,16 @@ def test_backward_gives_the_same_bits_each_time() -> None:
         assert torch.equal(first, second)
 
 
+def test_rows_may_lie_beyond_two_to_the_31() -> None:
+    """In a process of its own, which offsets of 32 bits end with a fault."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "far_rows.py"], capture_output=True, text=True
+    )
+    if done.stderr.startswith("no room"):
+        pytest.skip("the system lends no 24 GB of addresses")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 @pytest.mark.slow
 def test_kernels_fit_into_the_registers_of_an_h100() -> None:
     """Compiled ahead, in a process whose Triton compiles: hardly anything is spilled.
