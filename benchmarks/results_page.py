@@ -294,6 +294,7 @@ def page() -> str:
         results_gpu.gpu_traffic(),
         results_gpu.gpu_chapter(),
         results_gpu.gpu_correct(),
+        results_gpu.gpu_waiting(),
         chapter(),
         claims(),
         report(),
