@@ -5,10 +5,9 @@ In the interpreter `tl.dot` is wrong on bfloat16, so that dtype is checked on a 
 """
 
 import importlib.util
-import json
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -253,6 +252,33 @@ def test_spatial(
     )
 
 
+@pytest.fixture
+def _settings_put_back() -> Iterator[None]:
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [each.fp32_precision for each in settings]
+    yield
+    for each, value in zip(settings, before, strict=True):
+        each.fp32_precision = value
+
+
+@pytest.mark.usefixtures("_settings_put_back")
+@pytest.mark.parametrize("convolutions", ["tf32", "ieee"])
+@pytest.mark.parametrize("products", ["tf32", "ieee"])
+def test_float32_is_rounded_to_tf32_where_both_settings_allow_it(
+    products: str, convolutions: str
+) -> None:
+    """The launches are other ones then; the interpreter's products are exact all the same."""
+    torch.backends.cuda.matmul.fp32_precision = products
+    torch.backends.cudnn.conv.fp32_precision = convolutions
+    allowed = (products, convolutions) == ("tf32", "tf32")
+    assert triton_tiles.precision(torch.empty(1)) == ("tf32" if allowed else "ieee")
+    assert triton_tiles.exact(torch.empty(1)) != allowed
+    assert triton_tiles.precision(torch.empty(1, dtype=F16)) == "ieee"
+    if allowed:
+        test_pointwise(*POINTWISE[0])
+        test_spatial(*SPATIAL[2])
+
+
 def test_without_moments_there_are_none() -> None:
     x = given(20, 6, F32, 2)
     weight, out = torch.randn(3, 6), within(20, 3, F32)
@@ -339,23 +365,3 @@ def test_rows_may_lie_beyond_two_to_the_31() -> None:
     if done.stderr.startswith("no room"):
         pytest.skip("the system lends no 24 GB of addresses")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-
-
-@pytest.mark.slow
-def test_kernels_fit_into_the_registers_of_an_h100() -> None:
-    """Compiled ahead, in a process whose Triton compiles: hardly anything is spilled.
-
-    Backward's tile spills a few values, forward's two, to let two programs share a processor, and
-    they are the fastest on an H100 all the same (docs/log.md).
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    program = Path(__file__).parent / "triton_ahead.py"
-    lines = subprocess.run(
-        [sys.executable, program], env=environment, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert lines
-    for line in lines:
-        kernel = json.loads(line)
-        if "odd" not in kernel["call"]:  # rows that lie askew cost addresses
-            assert kernel["spilled"] <= (96 if "backward" in kernel["name"] else 8), line
-        assert kernel["shared"] <= 227 * 1024, line

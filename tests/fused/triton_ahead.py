@@ -1,7 +1,8 @@
-"""Compile what a call would launch, for an H100, without a GPU: registers, spills, shared memory.
+"""Compile what a call would launch, without a GPU: registers, spills, shared memory.
 
-Run as a program it prints a line for each kernel of typical calls, see `CALLS`; it needs a process
-in which Triton was imported without its interpreter.
+Run as a program it prints a line for each kernel of typical calls, see `CALLS`, whose name has the
+first argument in it; the second is the compute capability, 80 for an A100, else 90 for an H100. It
+needs a process in which Triton was imported without its interpreter.
 """
 
 import json
@@ -23,6 +24,8 @@ from triton.compiler import ASTSource
 from densely.fused.kernels import triton_pointwise, triton_spatial
 from densely.fused.kernels.operands import Affine, Pending, Space
 
+#: Shared memory of a program in bytes, and multiprocessors, by compute capability.
+CHIPS = {80: (166_912, 108), 90: (232_448, 132)}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -38,27 +41,34 @@ class Compiled(NamedTuple):
     asm: dict[str, Any]
 
 
-def compiled(call: Callable[[], object]) -> Iterator[Compiled]:
-    """Compile the kernels that `call` would launch, with the arguments that it passes."""
+def compiled(call: Callable[[], object], chip: int = 90) -> Iterator[Compiled]:
+    """Compile the kernels that `call` would launch on a chip, with the arguments that it passes."""
     launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
 
     def record(kernel: Any, grid: tuple[int, ...], _x: Tensor, *args: Any, **options: Any) -> None:
         launches.append((kernel, grid, args, options))
 
     modules = [m for n, m in sys.modules.items() if n.startswith("densely.fused.kernels.triton_")]
-    patches = [mock.patch.object(m, "launch", record) for m in modules if hasattr(m, "launch")]
-    for patch in patches:
-        patch.start()
+    memory, processors = CHIPS[chip]
+    stand_ins = {
+        "launch": record,
+        "shared_memory": lambda device: memory,
+        "multiprocessors": lambda device: processors,
+    }
+    for module in modules:
+        for name, stand_in in stand_ins.items():
+            if hasattr(module, name):
+                mock.patch.object(module, name, stand_in).start()
     try:
         call()
     finally:
         mock.patch.stopall()
     for kernel, grid, args, options in launches:
-        yield _compile(kernel, grid, args, options)
+        yield _compile(kernel, grid, args, options, chip)
 
 
 def _compile(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], chip: int
 ) -> Compiled:
     chosen = {n: options[n] for n in ("num_warps", "num_stages", "maxnreg") if n in options}
     values = dict(zip(kernel.arg_names, args, strict=False))
@@ -74,7 +84,7 @@ def _compile(
             signature[name], constants[name], number = "constexpr", value, 1
         if number % 16 == 0 and not kernel.params[i].do_not_specialize:
             attrs[(i,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", 90, 32)
+    target = GPUTarget("cuda", chip, 32)
     result = triton.compile(
         ASTSource(kernel, signature, constants, attrs), target=target, options=chosen
     )
@@ -189,7 +199,8 @@ CALLS: dict[str, Callable[[], object]] = {
 
 if __name__ == "__main__":
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    of = int(sys.argv[2]) if len(sys.argv) > 2 else 90
     for title, function in CALLS.items():
         if wanted in title:
-            for item in compiled(function):
+            for item in compiled(function, of):
                 print(json.dumps({"call": title} | dict(list(item._asdict().items())[:-1])))

@@ -1,6 +1,10 @@
-"""Compile the kernels around blocks' convolutions for an H100, as `triton_ahead` does those."""
+"""Compile the kernels around blocks' convolutions, as `triton_ahead` does those.
+
+The argument is the compute capability.
+"""
 
 import json
+import sys
 
 import torch
 from torch import Tensor
@@ -85,7 +89,7 @@ def image_stem() -> None:
 if __name__ == "__main__":
     seen = set()
     for call in (lambda: steps(64, 14, 512, 1024), image_stem):
-        for item in compiled(call):
+        for item in compiled(call, int(sys.argv[1])):
             found = json.dumps(dict(list(item._asdict().items())[:-1]))
             if found not in seen:
                 seen.add(found)
