@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -72,7 +73,8 @@ class Entrant:
 def run(setting: Setting) -> int:
     """Run the stage; 0 if densely's variants all ran, fused and captured."""
     with setting.forced_kernels() as kernels:
-        findings = Findings(setting, "speed", kernels=kernels, batch=batch_of(setting))
+        facts = {"batch": batch_of(setting), "peers": {n.name: peer_name(n) for n in setting.nets}}
+        findings = Findings(setting, "speed", kernels=kernels, **facts)
         print(f"speed: kernels {kernels}; {findings.facts['environment']['device_name']}")
         if not setting.smoke:
             findings.facts["ceilings"] = _ceilings(setting.device)
@@ -153,6 +155,17 @@ def peer_of(net: CheckedNet) -> Callable[[], nn.Module]:
             return net.build(fused=False)
 
     return build
+
+
+def peer_name(net: CheckedNet) -> str:
+    """Whose network `peer_of` makes."""
+    if net.name in ("d2l", "bc"):
+        return "plain PyTorch"
+    try:
+        peers.torchvision_module()
+    except ImportError:
+        return "densely with fused=False, as torchvision is missing"
+    return f"torchvision {version('torchvision')}"
 
 
 def _checkpointed(net: CheckedNet) -> Callable[[], nn.Module]:

@@ -126,15 +126,21 @@ def _by_ncu(net: CheckedNet, seconds: float) -> dict[str, float]:
         [*command, sys.executable, "-m", "gpu_check.traffic", net.name],
         capture_output=True, text=True, check=False, timeout=max(1.0, seconds),
     )  # fmt: skip
-    table = done.stdout[done.stdout.find('"ID"') :]
-    if done.returncode or not table.startswith('"ID"'):
+    moved = bytes_by_kernel(done.stdout)
+    if done.returncode or not moved:
         raise RuntimeError((done.stdout + done.stderr)[-300:])
+    return {name: round(count / BATCH / 1e6, 3) for name, count in moved.most_common()}
+
+
+def bytes_by_kernel(printed: str) -> Counter[str]:
+    """What ncu has counted; it prints a table after words of its own and of the program."""
     moved: Counter[str] = Counter()
-    for row in csv.DictReader(io.StringIO(table)):
+    at = printed.find('"ID"')
+    for row in csv.DictReader(io.StringIO(printed[at:] if at >= 0 else "")):
         if row["Metric Name"] in _METRICS:
             value = float(row["Metric Value"].replace(",", ""))
             moved[row["Kernel Name"].strip("_")[:60]] += int(value * _UNITS[row["Metric Unit"]])
-    return {name: round(count / BATCH / 1e6, 3) for name, count in moved.most_common()}
+    return moved
 
 
 def _one_step_under_ncu(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -61,6 +62,44 @@ def test_a_nan_of_the_plain_code_makes_no_bound() -> None:
     ours, plain, exact = outcomes(0.0)
     plain["output"][0] = float("nan")
     assert not next(d for d in compare(ours, plain, exact, False) if d.kind == "output").ok
+
+
+def test_what_ncu_prints_is_read() -> None:
+    from gpu_check.traffic import bytes_by_kernel
+
+    table = """==PROF== Connected to process 7
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","_forward_kernel","dram__bytes_read.sum","Mbyte","1,234.5"
+"0","_forward_kernel","dram__bytes_write.sum","Kbyte","500"
+"0","_forward_kernel","gpu__time_duration.sum","us","12"
+"1","_affine","dram__bytes_read.sum","byte","4,096"
+"""
+    assert bytes_by_kernel(table) == {"forward_kernel": 1_235_000_000, "affine": 4096}
+    assert not bytes_by_kernel("==ERROR== no permission")
+
+
+def test_the_caller_may_say_which_commit_is_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu_check.__main__ import main
+
+    monkeypatch.setenv("COMMIT", "abc1234")
+    command = ["gpu_check", "traffic", str(tmp_path), "--smoke", "--nets", "d2l"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
+    found = json.loads((tmp_path / "traffic-account.json").read_text())
+    assert found["environment"]["commit"] == "abc1234"
+    assert found["rows"][0]["mb_per_image"] > 1
+
+
+def test_peers_are_named() -> None:
+    from gpu_check.setting import NETS
+    from gpu_check.speed import peer_name
+
+    assert peer_name(NETS["d2l"]) == "plain PyTorch"
+    assert re.fullmatch(
+        r"torchvision \d.*|densely with fused=False, as .* missing", peer_name(NETS["121"])
+    )
 
 
 def test_the_shapes_are_those_of_the_networks() -> None:
