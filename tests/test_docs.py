@@ -38,6 +38,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_command_of_the_readme_runs(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
