@@ -60,7 +60,7 @@ def test_every_command_of_the_readme_runs(
         if "--epochs" in command:
             command[command.index("--epochs") + 1] = "1"
         elif command == ["train"]:
-            command += ["--epochs", "2"]
+            command += ["--epochs", "2", "--limit", "300"]
         try:
             code = main(command)
         except SystemExit as leaving:
