@@ -269,7 +269,9 @@ def test_a_signal_ends_the_command_which_saves(tmp_path: Path) -> None:
     assert (tmp_path / "quickstart-001" / "checkpoints" / "last").is_dir()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, number: int, code: int
 ) -> None:
@@ -287,6 +289,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     sender.join(10)
     assert ended == code
     assert f"go on with: densely train --resume {run_folder}" in err
+    assert "Traceback" not in err
     epochs = len(rows.read_text().splitlines())  # and one more
     assert run(capsys, "train", "--resume", run_folder, "--epochs", epochs, "--quiet")[0] == 0
 

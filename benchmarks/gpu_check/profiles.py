@@ -34,7 +34,7 @@ def run(setting: Setting) -> int:
             for title, build, captured in (
                 ("densely captured", net.build, True),
                 ("densely eager", net.build, False),
-                ("plain NHWC captured", peer_of(net), True),
+                ("plain NHWC captured", peer_of(net).build, True),
             ):
                 if setting.left_s() < 0:
                     parts.append(f"{title}: out of time")

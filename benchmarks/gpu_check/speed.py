@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -73,8 +73,8 @@ class Entrant:
 def run(setting: Setting) -> int:
     """Run the stage; 0 if densely's variants all ran, fused and captured."""
     with setting.forced_kernels() as kernels:
-        facts = {"batch": batch_of(setting), "peers": {n.name: peer_name(n) for n in setting.nets}}
-        findings = Findings(setting, "speed", kernels=kernels, **facts)
+        whose = {net.name: peer_of(net).name for net in setting.nets}
+        findings = Findings(setting, "speed", kernels=kernels, batch=batch_of(setting), peers=whose)
         print(f"speed: kernels {kernels}; {findings.facts['environment']['device_name']}")
         if not setting.smoke:
             findings.facts["ceilings"] = _ceilings(setting.device)
@@ -109,7 +109,7 @@ def _groups(setting: Setting) -> Iterator[tuple[str, CheckedNet, Sequence[Varian
 
 def _variants(net: CheckedNet, mode: str) -> Iterator[Variant]:
     """The most wanted first."""
-    plain = peer_of(net)
+    plain = peer_of(net).build
     yield Variant("densely captured", net.build, ours=True, captured=True)
     yield Variant("eager NHWC", plain, kept=True)
     if mode == "train":
@@ -125,7 +125,7 @@ def _variants(net: CheckedNet, mode: str) -> Iterator[Variant]:
 
 def _compiled(net: CheckedNet, mode: str) -> Iterator[Variant]:
     """torch.compile of the best, beside the best of the others, which are there for the ratios."""
-    plain = peer_of(net)
+    plain = peer_of(net).build
     yield Variant("densely captured", net.build, ours=True, captured=True)
     yield Variant("captured NHWC", plain, captured=True)
     yield Variant(f"compiled {mode}", plain, compiled=mode)
@@ -140,32 +140,25 @@ def names(compile_modes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(v.name for v in [*_variants(net, "train"), *compiled]))
 
 
-def peer_of(net: CheckedNet) -> Callable[[], nn.Module]:
-    """Somebody else's network: torchvision's where it has it, else plain modules in a row."""
+class Peer(NamedTuple):
+    """Somebody else's network: whose, and what makes it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+
+
+def peer_of(net: CheckedNet) -> Peer:
+    """The network of torchvision where it has it, else plain modules in a row."""
     if net.name == "d2l":
-        return plain_nets.chapter_net
+        return Peer("plain PyTorch", plain_nets.chapter_net)
     if net.name == "bc":
-        depth = 4 + 6 * net.blocks[0]
-        return lambda: plain_nets.bc_net(depth)
-
-    def build() -> nn.Module:
-        try:
-            return peers.torchvision_densenet121()
-        except ImportError:
-            return net.build(fused=False)
-
-    return build
-
-
-def peer_name(net: CheckedNet) -> str:
-    """Whose network `peer_of` makes."""
-    if net.name in ("d2l", "bc"):
-        return "plain PyTorch"
+        return Peer("plain PyTorch", partial(plain_nets.bc_net, 4 + 6 * net.blocks[0]))
     try:
         peers.torchvision_module()
     except ImportError:
-        return "densely with fused=False, as torchvision is missing"
-    return f"torchvision {version('torchvision')}"
+        missing = "densely with fused=False, as torchvision is missing"
+        return Peer(missing, partial(net.build, fused=False))
+    return Peer(f"torchvision {version('torchvision')}", peers.torchvision_densenet121)
 
 
 def _checkpointed(net: CheckedNet) -> Callable[[], nn.Module]:

@@ -94,11 +94,11 @@ def test_the_caller_may_say_which_commit_is_checked(
 
 def test_peers_are_named() -> None:
     from gpu_check.setting import NETS
-    from gpu_check.speed import peer_name
+    from gpu_check.speed import peer_of
 
-    assert peer_name(NETS["d2l"]) == "plain PyTorch"
+    assert peer_of(NETS["d2l"]).name == "plain PyTorch"
     assert re.fullmatch(
-        r"torchvision \d.*|densely with fused=False, as .* missing", peer_name(NETS["121"])
+        r"torchvision \d.*|densely with fused=False, as .* missing", peer_of(NETS["121"]).name
     )
 
 

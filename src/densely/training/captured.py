@@ -175,8 +175,8 @@ class _CapturedStep(TrainingStep):
             self.reset()
 
         def every_size() -> None:
-            for size in (len(labels), *other_sizes):
-                self._run(images[:size], labels[:size], runtime.autocast(cache=False))
+            for size in (None, *other_sizes):
+                self._one_run(size)
 
         def compile_kernels() -> None:
             compile_kernels_of(every_size)
@@ -203,10 +203,11 @@ class _CapturedStep(TrainingStep):
                 self._device_rates[i].fill_(self._rates[i])
         self._graph.replay()
 
-    def _one_run(self) -> None:
+    def _one_run(self, size: int | None = None) -> None:
         # Gradients are set to None first, so those of the last run are made by the graph. Without
         # the cache: a copy of a weight made before the capture would be replayed stale.
-        self._run(self._images, self._labels, self.runtime.autocast(cache=False))
+        images, labels = self._images[:size], self._labels[:size]
+        self._run(images, labels, self.runtime.autocast(cache=False))
 
     def _run(
         self, images: Tensor, labels: Tensor, autocast: AbstractContextManager[object]
