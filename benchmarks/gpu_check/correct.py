@@ -144,20 +144,20 @@ def _check_step(
     if case.reads_images and not kernels.makes_image_stem(x, dtype, operands[0].weight):
         counted = "stem"  # the convolution by itself
     before = backend.fused_calls[counted]
-    given, learns = (x, operands, upstream), not case.reads_images
+    given, how = (x, operands, upstream), (not case.reads_images, training)
     runs = []
     for _ in range(2):
         _poison(device)
-        runs.append(steps.outcome(case.fused, *given, _autocast(device, dtype), learns))
-    ran_fused = backend.fused_calls[counted] == before + 2
-    plain = steps.outcome(case.plain, *given, _autocast(device, dtype), learns)
+        runs.append(steps.outcome(case.fused, *given, _autocast(device, dtype), *how))
+    ran_fused = backend.fused_calls[counted] == before + (2 if training else 4)
+    plain = steps.outcome(case.plain, *given, _autocast(device, dtype), *how)
     exact = steps.outcome(
         case.plain,
         x.double(),
         steps.mapped(operands, _double),
         upstream.double(),
         _autocast(device, torch.float64),
-        learns,
+        *how,
     )
     problem = None
     if not ran_fused:

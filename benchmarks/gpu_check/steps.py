@@ -176,10 +176,12 @@ def outcome(
     upstream: Tensor,
     autocast: AbstractContextManager[object],
     x_learns: bool,
+    training: bool,
 ) -> Outcome:
     """Run a step forward and backward on copies; the copies' gradients and statistics.
 
-    That of x is among them if `x_learns`.
+    The gradient of x is among them if `x_learns`, and unless in `training` what the step gives
+    where nothing is kept for backward, which has code of its own.
     """
     copies = mapped(operands, lambda tensor: tensor.detach().clone())
     x = x.detach().clone().requires_grad_(x_learns)
@@ -190,6 +192,9 @@ def outcome(
         y = run(x, *copies)
     y.backward(upstream.to(y.dtype))  # type: ignore[no-untyped-call]
     found = {"output": y.detach()} | ({"gradient of x": _there(x.grad)} if x_learns else {})
+    if not training:
+        with torch.no_grad(), autocast:
+            found["output at inference"] = run(x, *copies)
     for name, tensor in leaves.items():
         if tensor.requires_grad:
             found[f"gradient of {name}"] = _there(tensor.grad)

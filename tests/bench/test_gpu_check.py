@@ -156,6 +156,9 @@ def test_a_stage_runs_dry_and_keeps_what_it_found(tmp_path: Path) -> None:
     assert len(rows) == 16, done.stderr
     # Not that all are near enough: the numbers are others each time.
     assert all(row["same_bits"] and "problem" not in row for row in rows)
+    steps = [row for row in rows if row["mode"] == "eval" and "forward" not in row["case"]]
+    assert len(steps) == 6
+    assert all("output at inference" in row["kinds"] for row in steps)
     assert len((tmp_path / "correct.txt").read_text().splitlines()) == 17
     assert "16 checks" in done.stdout
 

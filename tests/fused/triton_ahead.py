@@ -22,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from densely.fused.kernels import triton_pointwise, triton_spatial
-from densely.fused.kernels.operands import Affine, Pending, Space
+from densely.fused.kernels.operands import Affine, Convolution, Pending, Space
+from densely.fused.kernels.triton_kernels import TritonKernels
 
 #: Shared memory of a program in bytes, and multiprocessors, by compute capability.
 CHIPS = {80: (166_912, 108), 90: (232_448, 132)}
@@ -154,6 +155,20 @@ def spatial(
     triton_spatial.backward(grad, x, affine, weight, dilation, space, True, total, None, add)
 
 
+def inference(batch: int, size: int, channels: int, width: int, made: tuple[int, int]) -> None:
+    """Both convolutions of a bottleneck, where nothing is kept."""
+    rows, space = batch * size * size, Space(batch, (size, size))
+    x = _empty(rows, width, BF16)[:, :channels]
+    first = torch.empty(made[0], channels, 1, 1, dtype=BF16)
+    second = torch.empty(made[1], made[0], 3, 3, dtype=BF16)
+    TritonKernels().convolve_twice(
+        x,
+        Convolution(_affine(channels), first, None, 1, space),
+        Convolution(_affine(made[0]), second, None, 1, space),
+        _empty(rows, width + made[1], BF16)[:, width:],
+    )
+
+
 def tf32(call: Callable[[], object]) -> Callable[[], object]:
     """The call where products of float32 may be rounded to tf32."""
 
@@ -193,6 +208,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "tf32 wide": tf32(lambda: pointwise(256 * 14 * 14, 512, 1024, 192, F32)),
     "tf32 3x3": tf32(lambda: spatial(64, 14, 128, 128, 32, False, F32)),
     "tf32 3x3 wide": tf32(lambda: spatial(64, 14, 128, 128, 48, True, F32)),
+    "densenet121 inference, block 1": lambda: inference(64, 56, 160, 256, (128, 32)),
+    "densenet121 inference, block 3": lambda: inference(8, 14, 512, 1024, (128, 32)),
+    "bc_100_12 inference": lambda: inference(256, 32, 120, 216, (48, 12)),
     "densenet161": lambda: pointwise(256 * 14 * 14, 512, 1024, 192, BF16),
 }
 

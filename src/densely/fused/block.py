@@ -25,7 +25,7 @@ Source: Huang et al. (2017), section 3; the algebra is that of batch norm (Ioffe
 summed over readers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain, islice, repeat
 from typing import Any, NamedTuple
@@ -169,15 +169,16 @@ def dense_block_forward(
     of_input = (mean[:channels], var[:channels]) if mean.numel() else None
     # Moments of what was made last, for its first reader to finish.
     left = kernels.place(space.matrix(x), buffer[:, :channels], of_input)
+    constant: Iterator[Affine] | None = None  # at inference
+    if not keep and not mean.numel():
+        constant = iter(kernels.affines([step.norm((mean, var)) for step in chain(*layers)]))
     inner: list[Tensor] = []
     for layer in layers:
         features, moments = buffer[:, :channels], (mean[:channels], var[:channels])
         columns = slice(channels, channels + layer[-1].weight.shape[0])
         channels = columns.stop
-        if not keep and not mean.numel() and len(layer) == 2 and not _drops(layer):
-            first, second = (
-                step.convolution(kernels.affine(step.norm(moments)), space) for step in layer
-            )
+        if constant and len(layer) == 2 and not _drops(layer):
+            first, second = (step.convolution(next(constant), space) for step in layer)
             kernels.convolve_twice(features, first, second, buffer[:, columns])
             inner += [x.new_empty(0, layer[1].weight.shape[1]), *two_vectors(x, 0)]
             continue
@@ -190,7 +191,10 @@ def dense_block_forward(
                 out_moments = two_vectors(x, width if following.training else 0)
                 inner += [out if keep else out.new_empty(0, width), *out_moments]
             wanted = out_moments if out_moments[0].numel() else None
-            affine = kernels.affine(step.norm(moments), left, next(rooms))
+            if constant:
+                affine = next(constant)
+            else:
+                affine = kernels.affine(step.norm(moments), left, next(rooms))
             conv = step.convolution(affine, space)
             left = kernels.convolve(features, conv, out, wanted if step.mask is None else None)
             if step.mask is not None:

@@ -4,6 +4,7 @@ Matrices are as `operands` has them. Sums over rows are made in the accumulation
 float64 for float64), whatever the dtype of the maps.
 """
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -51,6 +52,10 @@ class Kernels:
         vectors = torch.stack((scale, bias - mean * scale, rstd))
         scale, shift, rstd = vectors if out is None else out.copy_(vectors)
         return Affine(scale, shift, mean, rstd, norm.training)
+
+    def affines(self, norms: Sequence[NormVectors]) -> list[Affine]:
+        """`affine` of each of many norms in eval mode, whose statistics are all known before."""
+        return [self.affine(norm) for norm in norms]
 
     def finish(self, moments: Unfinished | None) -> None:
         """Write moments that were left in parts, if any; here none are."""

@@ -8,6 +8,8 @@ float64 is left to the reference, and so are poolings along three axes. A convol
 axes runs through cuDNN between kernels that norm and mask.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ from densely.fused.kernels.operands import (
     Space,
     Unfinished,
 )
-from densely.fused.kernels.reference import Kernels, convolve_backward
+from densely.fused.kernels.reference import Kernels, convolve, convolve_backward
 from densely.fused.kernels.triton_vectors import Finished
 
 
@@ -59,6 +61,12 @@ class TritonKernels(Kernels):
             after = None
         scale, shift, rstd = triton_vectors.affine(norm, after, out)
         return Affine(scale, shift, norm.mean.float().contiguous(), rstd, norm.training)
+
+    def affines(self, norms: Sequence[NormVectors]) -> list[Affine]:
+        """As the reference; by a few launches for all where they have one eps."""
+        if len({norm.eps for norm in norms}) != 1 or norms[0].mean.dtype == torch.float64:
+            return super().affines(norms)
+        return triton_vectors.affines(norms)
 
     def finish(self, moments: Unfinished | None) -> None:
         """As the reference."""
@@ -105,6 +113,27 @@ class TritonKernels(Kernels):
         if moments is None or taken is None:
             return None
         return Unfinished(*taken, x.shape[0], *moments)
+
+    def convolve_twice(
+        self, x: Tensor, first: Convolution, second: Convolution, out: Tensor
+    ) -> None:
+        """As the reference; a 1x1 convolution puts what it makes through the second norm and relu.
+
+        The second convolution reads that as it is, with no more than its products to do.
+        """
+        if not (_has_product(x, first) and first.pointwise):
+            super().convolve_twice(x, first, second, out)
+            return
+        weight = first.weight.flatten(1)
+        bias = None if first.bias is None else first.bias.contiguous()
+        between = x.new_empty(x.shape[0], weight.shape[0])
+        triton_pointwise.forward(x, first.affine, weight, bias, between, False, second.affine)
+        if second.pointwise or not _has_product(x, second):
+            self.place(convolve(between, second), out, None)
+        else:
+            weight, space = _planar(second)
+            bias = None if second.bias is None else second.bias.contiguous()
+            triton_spatial.forward(between, None, weight, bias, second.dilation, space, out, False)
 
     def convolve_backward(
         self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool

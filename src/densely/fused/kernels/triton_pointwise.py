@@ -1,7 +1,8 @@
 """1x1 convolution behind a norm and relu, in Triton: products of matrices with a prologue.
 
 Forward reads x once: a program makes a tile of rows times up to 128 outputs, and their moments
-from the same registers. Backward reads x and what has its shape once as well: a program owns a tile
+from the same registers; or, where nothing is kept for backward, puts them through the next norm and
+relu. Backward reads x and what has its shape once as well: a program owns a tile
 of channels, keeps its weights, and walks over row tiles; each gives the input's gradient, masked,
 the sums that the norm wants and its share of the weight's gradient, which stays in registers.
 """
@@ -117,6 +118,7 @@ def forward(
     bias: Tensor | None,
     out: Tensor,
     want_moments: bool,
+    after: Affine | None = None,
 ) -> tuple[Tensor, int] | None:
     """Relu(x * scale + shift) @ weight.T + bias, [rows, C] to `out` [rows, O].
 
@@ -127,6 +129,8 @@ def forward(
         bias: [O].
         out: as x.
         want_moments: whether to take the moments of the columns of `out`.
+        after: the norm of what reads `out`, [O], which is then normalised and without what is
+            below zero; rounded once.
 
     Returns:
         Mean and sum of squared differences from it of each tile of rows, [tiles, 2, O] in float32,
@@ -134,13 +138,14 @@ def forward(
     """
     rows, outputs = out.shape
     cols, weight = columns(x), weight.contiguous()
+    after_scale, after_shift = (None, None) if after is None else (after.scale, after.shift)
 
     def run(tile: _Launch) -> tuple[Tensor, int] | None:
         tiles = triton.cdiv(rows, tile.rows)
         parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
         launch(
             _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
-            x, affine.scale, affine.shift, weight, bias, out, parts, rows,
+            x, affine.scale, affine.shift, weight, bias, after_scale, after_shift, out, parts, rows,
             x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
             out.stride(0), UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit,
             BEYOND=cols.read > x.shape[1], EVEN=rows % tile.rows == 0, OUT=outputs, BM=tile.rows,
@@ -151,7 +156,7 @@ def forward(
 
     usual = _forward_launch(x, outputs)
     others = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in FORWARDS)
-    step = Step("pointwise forward", x, outputs)
+    step = Step("pointwise forward", x, outputs, () if after is None else (1,))
 
     def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
         return [out, *moments_of(taken, rows)]
@@ -266,10 +271,10 @@ def _active(
 
 @triton.jit(do_not_specialize=["rows", "c_units", "read_units", "x_units"])
 def _forward_kernel(
-    x, scale, shift, weight, bias, out, parts, rows, c_units, read_units, x_units, out_row,
-    UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, BEYOND: tl.constexpr,
-    EVEN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, scale, shift, weight, bias, after_scale, after_shift, out, parts, rows, c_units, read_units,
+    x_units, out_row, UNIT: tl.constexpr, READ_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr,
+    BEYOND: tl.constexpr, EVEN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    BO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     C, read, x_row = c_units * UNIT, read_units * READ_UNIT, x_units * ROW_UNIT
     ACROSS: tl.constexpr = (OUT + BO - 1) // BO
@@ -294,6 +299,10 @@ def _forward_kernel(
         acc = tl.dot(w, act, acc, input_precision=PRECISION)
     if bias is not None:
         acc += tl.load(bias + outputs, mask=out_mask, other=0.0).to(tl.float32)[:, None]
+    if after_scale is not None:
+        scales = tl.load(after_scale + outputs, mask=out_mask, other=0.0)
+        shifts = tl.load(after_shift + outputs, mask=out_mask, other=0.0)
+        acc = normalised(acc, scales[:, None], shifts[:, None])
     result = acc.to(out.dtype.element_ty)
     mask = out_mask[:, None] if EVEN else out_mask[:, None] & row_mask[None, :]
     tl.store(out + places[None, :] * out_row + outputs[:, None], result, mask=mask)

@@ -96,7 +96,7 @@ def _turn(x: Tensor, tile: _Launch, window: Window) -> int:
 
 def forward(
     x: Tensor,
-    affine: Affine,
+    affine: Affine | None,
     weight: Tensor,
     bias: Tensor | None,
     dilation: int,
@@ -108,7 +108,7 @@ def forward(
 
     Args:
         x: [rows, C]; rows may be further apart than they are long.
-        affine: vectors of float32.
+        affine: vectors of float32; None for an x that has been through its norm and relu.
         weight: [O, C, kh, kw] or [O, C, kw], odd sizes. Read without a copy if its memory is in
             channels-last order.
         bias: [O].
@@ -124,6 +124,7 @@ def forward(
     window = window_of(weight, dilation, space)
     rows, outputs = out.shape
     cols = columns(x)
+    scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
 
     def run(tile: _Launch) -> tuple[Tensor, int] | None:
         rim = window.rim if tile.together > 1 else 0
@@ -132,7 +133,7 @@ def forward(
         parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
         launch(
             _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
-            x, affine.scale, affine.shift, window.weight, bias, out, parts, rows,
+            x, scale, shift, window.weight, bias, out, parts, rows,
             x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
             out.stride(0), window.height, window.width, UNIT=cols.unit, READ_UNIT=cols.read_unit,
             ROW_UNIT=cols.row_unit, BEYOND=cols.read > x.shape[1], OUT=outputs, KH=window.kh,
@@ -149,7 +150,8 @@ def forward(
         for tile in FORWARDS
         if tile[0] > 2 * window.rim
     )
-    step = Step("spatial forward", x, outputs, (window.kh, window.kw, dilation))
+    more = (window.kh, window.kw, dilation)
+    step = Step("spatial forward", x, outputs, more if affine is not None else (*more, 1))
 
     def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
         return [out, *moments_of(taken, rows)]
@@ -190,8 +192,9 @@ def _forward_kernel(
     acc = tl.zeros((BM, SIDE * BO), tl.float32)
     for step in range(0, GROUPS // TURN * tl.cdiv(C, BC)):
         cols = (step // (GROUPS // TURN)) * BC + tl.arange(0, BC)
-        scales = tl.load(scale + cols, mask=cols < C, other=0.0)
-        shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
+        if scale is not None:
+            scales = tl.load(scale + cols, mask=cols < C, other=0.0)
+            shifts = tl.load(shift + cols, mask=cols < C, other=0.0)
         at_x = index[:, None] * x_row + cols[None, :]
         for part in tl.static_range(TURN):
             group = step % (GROUPS // TURN) * TURN + part
@@ -202,11 +205,12 @@ def _forward_kernel(
             row_mask = inside & (at_h + down >= 0) & (at_h + down < height)
             row_mask &= (at_w + right >= 0) & (at_w + right < width)
             source = (start - RIM + down * width + right).to(tl.int64) * x_row
-            values = tl.load(x + source + at_x, mask=row_mask[:, None] & (cols < read)[None, :],
-                             other=0.0)  # fmt: skip
-            # Zero padding comes after norm and relu: beside the maps x and the shift are zero.
-            shift_there = tl.where(row_mask[:, None], shifts[None, :], 0.0)
-            act = normalised(values, scales[None, :], shift_there)
+            act = tl.load(x + source + at_x, mask=row_mask[:, None] & (cols < read)[None, :],
+                          other=0.0)  # fmt: skip
+            if scale is not None:
+                # Zero padding comes after norm and relu: beside the maps x and the shift are zero.
+                shift_there = tl.where(row_mask[:, None], shifts[None, :], 0.0)
+                act = normalised(act, scales[None, :], shift_there)
             if BEYOND:  # columns beyond C may hold anything
                 act = tl.where((cols < C)[None, :], act, 0.0)
             tap = (outputs * KH + kh) * KW + kw + side

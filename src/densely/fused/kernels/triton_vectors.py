@@ -18,6 +18,7 @@ Source of the combination of moments: Chan, Golub and LeVeque (1979), equation 2
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,20 @@ def affine(
         num_warps=2 if after is None else _warps(taken),
     )  # fmt: skip
     return found
+
+
+def affines(norms: Sequence[NormVectors]) -> list[Affine]:
+    """Those of norms in eval mode with one eps: as one long norm, of copies beside each other."""
+    sizes = [norm.mean.shape[0] for norm in norms]
+    starts = list(accumulate((size + -size % 4 for size in sizes), initial=0))  # of wide loads
+    places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    beside = norms[0].mean.new_empty(4, starts[-1], dtype=torch.float32)
+    copies = [vector[place] for vector in beside for place in places]
+    torch._foreach_copy_(copies, [norm[i] for i in range(4) for norm in norms])
+    weight, bias, mean, var = beside
+    long = NormVectors(weight, bias, mean, var, norms[0].eps, False)
+    scale, shift, rstd = affine(long)
+    return [Affine(scale[place], shift[place], mean[place], rstd[place], False) for place in places]
 
 
 def finish_moments(
