@@ -3,9 +3,11 @@
 import statistics
 from typing import Any
 
-from result_files import read, rows
+from gpu_check import pictures
+from result_files import RESULTS, read, rows
 
 COMPILED = "compiled default captured"
+PRECISIONS = ("bfloat16", "float32", "float16")
 #: Of Fashion-MNIST, and what the chapter publishes.
 IMAGES, PUBLISHED_RATE = 60_000, 5505
 
@@ -54,10 +56,29 @@ This card copies {ceilings["copy_tb_per_s"]} TB/s and multiplies
 
 {table}
 
+![bars](../benchmarks/results/gpu-h100/speed.png)
+
 The peak is that of the memory which PyTorch has given out, network and images left out; two work
 spaces of cuBLAS, 67 MB, are in all of them. The compiled peer was ready after
 {ready["bc"]:.0f} s for bc and {ready["121"]:.0f} s for 121, densely after {min(own_ready):.0f} to
 {max(own_ready):.0f} s, as its kernels were to be compiled or not."""
+
+
+def draw() -> None:
+    """The pictures of these sections."""
+    folder, speeds = RESULTS / "gpu-h100", []
+    now, peers = read("gpu-h100/speed-now.json"), read("gpu-h100/speed-peers.json")
+    for row in now["rows"]:
+        net = row["net"]
+        compiled = read(f"gpu-h100/speed-{'d2l' if net == 'd2l' else f'compiled-{net}'}.json")
+        speeds += [row, timed(compiled, net, COMPILED)]
+        speeds += [timed(peers, net, variant) for variant in ("captured NHWC", "eager NHWC")]
+    card = now["environment"]["device_name"]
+    title = f"A training step, batch {now['batch']}, bfloat16; {card}, several runs"
+    pictures.draw_speed(speeds, folder / "speed.png", title)
+    results = [read(f"gpu-h100/correct-{name}.json") for name in PRECISIONS]
+    checks = [row for result in results for row in result["rows"]]
+    pictures.draw_distances(checks, folder / "correct.png", f"Distance from float64; {card}")
 
 
 def timed(result: dict[str, Any], net: str, variant: str) -> dict[str, Any]:
@@ -171,7 +192,7 @@ others took {others:.2f} s (median). From the start of Python to the model card 
 
 def gpu_correct() -> str:
     lines = ["| precision | checks | within 1.5x | failed | left out |", "|---|---|---|---|---|"]
-    for name in ("bfloat16", "float32", "float16"):
+    for name in PRECISIONS:
         result = read(f"gpu-h100/correct-{name}.json")
         fine = sum(row["ok"] for row in result["rows"])
         count = len(result["rows"])
@@ -188,6 +209,8 @@ of the three nets in train and eval mode, and the nets as a whole; a result may 
 from float64 as plain PyTorch's in the same precision.
 
 {table}
+
+![distances](../benchmarks/results/gpu-h100/correct.png)
 
 What was left out in bfloat16, for want of time, are DenseNet-121 behind its first block, whole
 nets, and captured beside launched steps and forward passes. Maps of 3x3 pixels have some 4,000 rows

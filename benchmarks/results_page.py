@@ -306,5 +306,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    results_gpu.draw()
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written to {PAGE}")

@@ -23,7 +23,7 @@ from densely.forward import Forward
 from densely.fused import backend, kernels, restore
 from densely.fused.plain import Conv, FirstConv, Norm
 from densely.runtime import Runtime
-from gpu_check import steps
+from gpu_check import pictures, steps
 from gpu_check.distance import FACTOR, Distance, compare
 from gpu_check.setting import CheckedNet, Findings, Setting, in_a_line
 from gpu_check.steps import Outcome, StepCase
@@ -77,6 +77,8 @@ def run(setting: Setting) -> int:
                 print(line, flush=True)
         findings.flush()
     _print_summary(findings.rows)
+    where = f"{findings.facts['environment']['device_name']}: distance from float64"
+    pictures.draw(pictures.draw_distances, findings.rows, setting.out / "correct.png", where)
     wrong = [row for row in findings.rows if not row["ok"]]
     return 1 if wrong or "left_out" in findings.facts else 0
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_check.setting import CheckedNet, Setting, in_a_line
+from gpu_check.setting import OUT_OF_TIME, CheckedNet, Setting, in_a_line
 from gpu_check.speed import batch_of, peer_of
 from gpu_check.training import batch_for, step_for
 
@@ -25,7 +25,7 @@ ROWS, ROWS_SHOWN = 60, 14
 
 
 def run(setting: Setting) -> int:
-    """Run the stage; 0 if all could be profiled."""
+    """Run the stage; 0 if all was profiled."""
     torch.backends.cudnn.benchmark = True
     failed = 0
     with setting.forced_kernels() as kernels:
@@ -36,10 +36,9 @@ def run(setting: Setting) -> int:
                 ("densely eager", net.build, False),
                 ("plain NHWC captured", peer_of(net).build, True),
             ):
-                if setting.left_s() < 0:
-                    parts.append(f"{title}: out of time")
-                    continue
                 try:
+                    if setting.left_s() < 0:
+                        raise TimeoutError(OUT_OF_TIME)
                     parts.append(_profiled(setting, net, title, build, captured))
                 except Exception as error:
                     failed += 1

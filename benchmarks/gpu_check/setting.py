@@ -19,6 +19,9 @@ from densely.models.registry import build_model
 from densely.runtime import Runtime
 from densely.whole_file import write_whole
 
+#: Why something is not there; a stage with such a gap does not end with 0.
+OUT_OF_TIME = "out of time"
+
 
 @dataclass(frozen=True)
 class CheckedNet:

@@ -21,7 +21,8 @@ from densely.bench.kept import kept_bytes
 from densely.bench.trial import Trial
 from densely.fused import backend
 from densely.runtime import Runtime
-from gpu_check.setting import NETS, CheckedNet, Findings, Setting, in_a_line
+from gpu_check import pictures
+from gpu_check.setting import NETS, OUT_OF_TIME, CheckedNet, Findings, Setting, in_a_line
 from gpu_check.training import batch_for, step_for
 
 BATCH = 256
@@ -71,7 +72,7 @@ class Entrant:
 
 
 def run(setting: Setting) -> int:
-    """Run the stage; 0 if densely's variants all ran, fused and captured."""
+    """Run the stage; 0 if nothing was left for want of time, and densely ran fused and captured."""
     with setting.forced_kernels() as kernels:
         whose = {net.name: peer_of(net).name for net in setting.nets}
         findings = Findings(setting, "speed", kernels=kernels, batch=batch_of(setting), peers=whose)
@@ -82,11 +83,12 @@ def run(setting: Setting) -> int:
         for mode, net, variants in _groups(setting):
             _compare(setting, findings, net, mode, variants)
             if net is setting.nets[-1]:
-                _print_table(setting, findings.rows)  # what comes may be cut off
+                _tell(setting, findings)  # what comes may be cut off
     if not findings.rows:
         print("nothing measured: none of --variants is one of these --modes and --compile")
         return 1
-    return 1 if any(row["ours"] and "error" in row for row in findings.rows) else 0
+    wrong = any(row["ours"] and "error" in row for row in findings.rows)
+    return 1 if wrong or any(row.get("gap") == OUT_OF_TIME for row in findings.rows) else 0
 
 
 def _groups(setting: Setting) -> Iterator[tuple[str, CheckedNet, Sequence[Variant]]]:
@@ -121,6 +123,9 @@ def _variants(net: CheckedNet, mode: str) -> Iterator[Variant]:
     yield Variant(
         "as shipped fp32 NCHW", plain, memory_format="contiguous", precision="float32", tuned=False
     )
+    if net.name == "121":  # other packages have no other of these networks
+        yield Variant("timm eager NHWC", peers.timm_densenet121)
+        yield Variant("MONAI eager NHWC", peers.monai_densenet121)
 
 
 def _compiled(net: CheckedNet, mode: str) -> Iterator[Variant]:
@@ -135,7 +140,7 @@ def _compiled(net: CheckedNet, mode: str) -> Iterator[Variant]:
 
 def names(compile_modes: Sequence[str]) -> list[str]:
     """Of all variants."""
-    net = NETS["d2l"]
+    net = NETS["121"]
     compiled = [v for mode in compile_modes if mode for v in _compiled(net, mode)]
     return list(dict.fromkeys(v.name for v in [*_variants(net, "train"), *compiled]))
 
@@ -187,12 +192,15 @@ def _compare(
             variant.compiled != entrant.variant.compiled for entrant in entrants
         )
         if setting.left_s() < (COMPILE_RESERVE_S if compiles else RESERVE_S):
-            row["gap"] = "out of time"
+            row["gap"] = OUT_OF_TIME
+            findings.flush()
             continue
         begin = time.monotonic()
         try:
             entrants.append(_ready(setting, net, mode, variant, row))
             _turn(setting, entrants[-1])
+        except ModuleNotFoundError as error:
+            row["gap"] = f"{error.name} is not installed"
         except Exception as error:  # one that fails must not stop the others
             row["error"] = in_a_line(error)
             entrants = [entrant for entrant in entrants if entrant.row is not row]
@@ -334,26 +342,36 @@ def _progress(row: dict[str, Any]) -> str:
     return f"{row['net']:4} {row['mode']:9} {row['variant']:26} {found} {ready}"
 
 
-def _print_table(setting: Setting, rows: Sequence[dict[str, Any]]) -> None:
-    print(f"\nbatch {batch_of(setting)}; ratios are of images/s")
-    print(
+def _tell(setting: Setting, findings: Findings) -> None:
+    """All rows as a table, printed and kept, and as a picture."""
+    table = _table(setting, findings.rows)
+    print(f"\n{table}")
+    (setting.out / "speed.txt").write_text(table + "\n", encoding="utf-8")
+    where = f"{findings.facts['environment']['device_name']}, batch {batch_of(setting)}"
+    pictures.draw(pictures.draw_speed, findings.rows, setting.out / "speed.png", where)
+
+
+def _table(setting: Setting, rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"batch {batch_of(setting)}; ratios are of images/s",
         f"{'net':4} {'mode':9} {'variant':26} {'ms/step':>8} {'images/s':>9} {'/eager':>6} "
-        f"{'/captd':>6} {'/compd':>6} {'peak GB':>7} {'kept MB':>7}"
-    )
+        f"{'/captd':>6} {'/compd':>6} {'peak GB':>7} {'kept MB':>7}",
+    ]
     for row in rows:
         head = f"{row['net']:4} {row['mode']:9} {row['variant']:26}"
         if "images_per_s" not in row:
-            print(f"{head} {row.get('error') or row.get('gap')}")
+            lines.append(f"{head} {row.get('error') or row.get('gap')}")
             continue
         ratios = "".join(
             f" {_ratio(row, _best(rows, row, kind)):>6}"
             for kind in ("eager", "captured", "compiled")
         )
         peak, kept = (str(row.get(name, "")) for name in ("peak_gb", "kept_mb_per_image"))
-        print(
+        lines.append(
             f"{head} {row['step_ms']:8.3f} {row['images_per_s']:9,.0f}{ratios} {peak:>7} {kept:>7}"
             + (f"  {row['error']}" if "error" in row else "")
         )
+    return "\n".join(lines)
 
 
 def _best(rows: Sequence[dict[str, Any]], row: dict[str, Any], kind: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpu_check import tune_stem
-from gpu_check.setting import Setting, in_a_line
+from gpu_check.setting import OUT_OF_TIME, Setting, in_a_line
 
 LIBRARY = ("library",)
 PENDING = ("pending",)
@@ -97,7 +97,7 @@ class _ByRule:
 
 
 def run(setting: Setting) -> int:
-    """Run the stage; 0 if the present tables could be timed."""
+    """Run the stage; 0 if all candidates had their turn, and the present tables could be timed."""
     from densely.fused.kernels.triton_launches import tuning
 
     with tuning(_ByRule()):
@@ -126,7 +126,7 @@ def _timed(setting: Setting) -> int:
                 row: dict[str, Any] = {"kind": kind, "shape": shape.name, "launch": candidate}
                 rows.append(row)
                 if setting.left_s() < 0:
-                    row["gap"] = "out of time"
+                    row["gap"], failed = OUT_OF_TIME, True
                     continue
                 try:
                     row["us"] = round(_microseconds(_work(kind, shape, candidate)), 1)

@@ -1,6 +1,7 @@
 """The checks for a GPU see what is wrong: tried on a CPU, with results made wrong on purpose."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,3 +186,137 @@ def test_the_papers_training_runs_dry_and_is_not_begun_twice(
         (row,) = found["rows"]
         assert (row["finished"], row["epochs"]) == (True, 2)
     assert len(list((tmp_path / "out" / "cifar-runs").iterdir())) == 1
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Iterator[Any]:
+    """A dry run of one small net."""
+    from gpu_check.setting import NETS, Setting
+
+    def make(net: str = "bc", **options: Any) -> Any:
+        usual: dict[str, Any] = {
+            "out": tmp_path, "nets": (NETS[net],), "dtypes": (torch.float32,), "kernels": "auto",
+            "compile_modes": (), "modes": ("train",), "variants": (), "kinds": (),
+            "budget_s": 600.0, "smoke": True,
+        }  # fmt: skip
+        return Setting(**usual | options)
+
+    changed = [(torch.backends.cuda.matmul, "allow_tf32")]
+    changed += [(torch.backends.cudnn, n) for n in ("allow_tf32", "deterministic", "benchmark")]
+    before = [getattr(*switch) for switch in changed]
+    yield make
+    for switch, value in zip(changed, before, strict=True):
+        setattr(*switch, value)
+
+
+def test_speeds_are_a_table_a_picture_and_rows(setting: Any, tmp_path: Path) -> None:
+    from gpu_check import speed
+
+    some = ("densely captured", "eager NHWC")
+    assert speed.run(setting(variants=some)) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == list(some)
+    assert all(row["images_per_s"] > 0 for row in rows)
+    own, peer = (row["images_per_s"] for row in rows)
+    line = (tmp_path / "speed.txt").read_text().splitlines()[2]
+    assert line.split()[:4] == ["bc", "train", "densely", "captured"]
+    assert f"{own / peer:.2f}" in line
+    with Image.open(tmp_path / "speed.png") as picture:
+        assert picture.width > 1000
+
+
+def test_a_peer_that_is_missing_or_fails_stops_nobody(
+    setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_check import speed
+
+    def missing() -> torch.nn.Module:
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
+
+    def failing() -> torch.nn.Module:
+        raise ValueError("of another version")
+
+    monkeypatch.setattr(speed.peers, "timm_densenet121", missing)
+    monkeypatch.setattr(speed.peers, "monai_densenet121", failing)
+    some = ("timm eager NHWC", "MONAI eager NHWC", "densely captured")
+    given = setting("121", variants=some)
+    assert speed.run(given) == 0
+    rows = {
+        row["variant"]: row for row in json.loads((given.out / "speed.json").read_text())["rows"]
+    }
+    assert rows["timm eager NHWC"]["gap"] == "timm is not installed"
+    assert "ValueError: of another version" in rows["MONAI eager NHWC"]["error"]
+    assert rows["densely captured"]["images_per_s"] > 0
+
+
+def test_plain_code_is_not_taken_for_densely(
+    setting: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu_check import correct, speed
+
+    monkeypatch.setattr("densely.fused.backend.obstacle", lambda *_: "a reason")
+    assert speed.run(setting(variants=("densely captured",))) == 1
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert row["error"] == "densely ran plain PyTorch: see `correct`"
+    assert correct.run(setting()) == 1
+    rows = json.loads((tmp_path / "correct.json").read_text())["rows"]
+    steps = [row for row in rows if row["case"].split()[1] in ("block", "transition", "final")]
+    assert len(steps) == 12
+    assert {row["problem"] for row in steps} == {"ran plain: a reason"}
+    assert not any(row["ok"] for row in steps)
+
+
+def test_what_learns_nothing_is_wrong(
+    setting: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu_check import correct
+
+    monkeypatch.setattr("densely.fused.block.update_running_statistics", lambda *_: None)
+    assert correct.run(setting()) == 1
+    wrong = [row for row in json.loads((tmp_path / "correct.json").read_text())["rows"]
+             if not row["ok"] and row["mode"] == "train" and "block" in row["case"]]  # fmt: skip
+    assert len(wrong) == 3
+    for row in wrong:
+        assert not row["kinds"]["running_mean"]["ok"]
+        assert row["kinds"]["output"]["ok"]
+        assert row["draws"] == 4  # each of them wrong
+    with Image.open(tmp_path / "correct.png") as picture:
+        assert picture.width > 900
+
+
+@pytest.mark.parametrize("stage", ["correct", "speed", "profile"])
+def test_a_stage_without_time_says_what_it_left(
+    setting: Any, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpu_check.__main__ import STAGES
+
+    assert STAGES[stage](setting(budget_s=-1.0)) == 1
+    if stage == "correct":
+        assert json.loads((tmp_path / "correct.json").read_text())["left_out"] == 16
+        assert "16 of 16 checks left out" in capsys.readouterr().out
+    elif stage == "speed":
+        rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+        assert {row["gap"] for row in rows} == {"out of time"}
+        assert not (tmp_path / "speed.png").exists()  # of nothing
+    else:
+        text = (tmp_path / "profile-bc.txt").read_text()
+        assert text.count("out of time") == 3
+
+
+def test_what_cannot_be_drawn_stops_nothing(
+    setting: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gpu_check import pictures
+
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda _: None)
+    pictures.draw(pictures.draw_speed, [], tmp_path / "speed.png", "")
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    monkeypatch.undo()
+    pictures.draw(pictures.draw_speed, [{"images_per_s": 1}], tmp_path / "speed.png", "")
+    assert "speed.png is not drawn: KeyError" in capsys.readouterr().out
+    nan = {"dtype": "fp32", "kinds": {"output": {"plain": 1e-7, "fused": math.nan, "ok": False}}}
+    pictures.draw(pictures.draw_distances, [nan], tmp_path / "correct.png", "")
+    assert (tmp_path / "correct.png").exists()
