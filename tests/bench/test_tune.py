@@ -176,7 +176,17 @@ def test_a_table_of_no_use_is_left_out_with_a_word(
     assert "is left out" in caplog.text
 
 
-def test_each_step_of_a_net_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "kinds"),
+    [
+        ("train", ["pointwise backward", "pointwise forward", "spatial forward", "spatial input",
+                   "spatial weight"]),
+        ("inference", ["pointwise forward", "spatial forward"]),
+    ],
+)  # fmt: skip
+def test_each_step_of_a_net_is_measured_once(
+    monkeypatch: pytest.MonkeyPatch, mode: str, kinds: list[str]
+) -> None:
     """In Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton_tiles, "multiprocessors", lambda device: 2)
@@ -196,7 +206,9 @@ def test_each_step_of_a_net_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
         in_channels=3,
         num_classes=5,
     )
-    trial = Trial(model.train(), runtime, torch.rand(2, 3, 4, 4), torch.tensor([1, 2]))
+    model.train(mode == "train")
+    before = [parameter.clone() for parameter in model.parameters()]
+    trial = Trial(model, runtime, torch.rand(2, 3, 4, 4), torch.tensor([1, 2]))
     monkeypatch.setattr(tune, "_trial", lambda *_: trial)
     measured: list[float] = []
 
@@ -205,10 +217,10 @@ def test_each_step_of_a_net_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
         return 1.0
 
     with kernels.use("triton"), Progress() as progress:
-        tuner = tune.tune_net(NETS["bc_100_12"], "cpu", 2, measure, progress)
-    kinds = [key.split(" float32")[0] for key in tuner.gains]
-    assert [kinds.count(kind) for kind in sorted(set(kinds))] == [1] * 5
+        tuner = tune.tune_net(NETS["bc_100_12"], mode, "cpu", 2, measure, progress)
+    assert sorted(key.split(" float32")[0] for key in tuner.gains) == kinds
     assert len(measured) > 2 * len(kinds), "others were not measured"
+    assert all(map(torch.equal, before, model.parameters())), "it has learnt"
     assert not tuner.launches
 
 

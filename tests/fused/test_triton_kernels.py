@@ -150,7 +150,7 @@ TRIED = (
     *(triton_pointwise.FORWARDS, triton_pointwise.BACKWARDS, triton_spatial.FORWARDS),
     *(triton_spatial_backward.INPUTS, triton_spatial_backward.WEIGHTS),
 )
-MOST = max(map(len, TRIED))
+MOST = max(map(len, TRIED)) + 1  # the library
 
 
 @pytest.mark.parametrize(

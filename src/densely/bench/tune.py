@@ -1,14 +1,16 @@
 """`densely bench --tune`: the fastest launches of the Triton kernels on this very GPU.
 
-A training step runs once, and each launch that may be chosen is measured in its place, on its own
-operands, beside others. One that makes something else than the usual one is out. Before that the
-step runs without launching anything, while all that will be tried is compiled, many at once.
+A training step and an inference run once each, and each launch that may be chosen is measured in
+its place, on its own operands, beside others. One that makes something else than the usual one is
+out. Before that all runs without launching anything, while what will be tried is compiled, many at
+once.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -152,17 +154,20 @@ def run_tune(config: BenchConfig) -> Path:
 
     gpu = torch.cuda.get_device_name(runtime.device)
     path, console = table_path(gpu), Console(highlight=False)
-    table = Table("net", "steps", "faster ones", "time of all, ms", "training step, ms", title=gpu)
+    table = Table(
+        "net", "mode", "steps", "faster ones", "time of all, ms", "all as one graph, ms", title=gpu
+    )
     with Progress() as progress:
-        for net in config.nets:
+        for net, mode in product(config.nets, config.modes):
             batch = config.batch or net.batch("cuda")
-            before = _step_ms(net, config.device, batch, measure)
-            tuner = tune_net(net, config.device, batch, measure, progress)
+            before = _whole_ms(net, mode, config.device, batch, measure)
+            tuner = tune_net(net, mode, config.device, batch, measure, progress)
             write_table(path, tuner.added_to(read_table(path)))
-            after = _step_ms(net, config.device, batch, measure)
+            after = _whole_ms(net, mode, config.device, batch, measure)
             usual, chosen = (sum(times) for times in zip(*tuner.gains.values(), strict=True))
             table.add_row(
                 f"{net.name}, batch {batch}",
+                mode,
                 str(len(tuner.gains)),
                 str(len(tuner.launches)),
                 f"{usual:.2f} -> {chosen:.2f}",
@@ -175,15 +180,17 @@ def run_tune(config: BenchConfig) -> Path:
 
 def tune_net(
     net: Net,
+    mode: str,
     device: str,
     batch: int,
     measure: Callable[[Callable[[], object]], float],
     progress: Progress,
 ) -> Tuner:
-    """Measure the launches of a training step.
+    """Measure the launches of a training step, or of inference.
 
     Args:
         net: whose step it is.
+        mode: "train" or "inference".
         device: as `densely.runtime.choose_runtime` takes it.
         batch: images of the step.
         measure: see `Tuner`.
@@ -191,30 +198,42 @@ def tune_net(
     """
     from densely.fused.kernels.triton_launches import tuning
 
-    trial = _trial(net, device, batch)
+    trial = _trial(net, mode, device, batch)
     ahead = compiling_ahead()
+
+    def once() -> None:
+        """Without learning: from what nobody has computed yet the weights would get NaN."""
+        if mode == "train":
+            trial.loss().backward()  # type: ignore[no-untyped-call]
+        else:
+            trial.step()
+
     every = _All(compiles=ahead is not None)
-    progress.stage(f"{net.name}: compiling what will be tried", 1)
+    progress.stage(f"{net.name}, {mode}: compiling what will be tried", 1)
     progress.turn("kernels")
     with ahead or nullcontext(), tuning(every):
-        trial.loss().backward()  # type: ignore[no-untyped-call]
-    progress.stage(f"{net.name}: launches", len(every.keys))
+        once()
+    progress.stage(f"{net.name}, {mode}: launches", len(every.keys))
     tuner = Tuner(measure, progress.turn)
     with tuning(tuner):
-        trial.loss().backward()  # type: ignore[no-untyped-call]
+        once()
     return tuner
 
 
-def _trial(net: Net, device: str, batch: int) -> Trial:
-    """Densely's own way to train the net, kernel after kernel."""
-    return make_trial(variants(net, device)[0], net, "train", batch)
+def _trial(net: Net, mode: str, device: str, batch: int) -> Trial:
+    """Densely's own way to run the net, kernel after kernel."""
+    return make_trial(variants(net, device)[0], net, mode, batch)
 
 
-def _step_ms(
-    net: Net, device: str, batch: int, measure: Callable[[Callable[[], object]], float]
+def _whole_ms(
+    net: Net,
+    mode: str,
+    device: str,
+    batch: int,
+    measure: Callable[[Callable[[], object]], float],
 ) -> float:
-    """Of the whole step as it trains."""
-    trial = _trial(net, device, batch)
+    """Of a whole step or inference as densely runs it."""
+    trial = _trial(net, mode, device, batch)
     trial.captured = True
     trial.warm_up()
     return measure(trial.step)

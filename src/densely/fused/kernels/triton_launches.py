@@ -53,7 +53,7 @@ class Step(NamedTuple):
     def key(self) -> str:
         """Names it in tables. Rows go by powers of two: batches differ a little."""
         rows, columns = self.x.shape
-        more = "".join(f" {number}" for number in self.more)
+        more = "".join(f" {int(number)}" for number in self.more)
         even = "even" if self.x.stride(0) % 8 == 0 else "odd"
         dtype = str(self.x.dtype).removeprefix("torch.")
         dtype += " tf32" if precision(self.x) == "tf32" else ""

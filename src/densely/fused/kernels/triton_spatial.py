@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from densely.fused.kernels import triton_library
 from densely.fused.kernels.operands import Affine, Space
 from densely.fused.kernels.triton_launches import Choice, Step, fastest, moments_of
 from densely.fused.kernels.triton_spatial_backward import backward
@@ -56,6 +57,8 @@ class _Launch(NamedTuple):
     registers: int | None = None
 
 
+#: No launch of the kernel.
+LIBRARY = _Launch(0, 0, 0, 0, 0, 0)
 #: Rows, channels, warps, stages and registers that `densely bench --tune` tries.
 FORWARDS = (
     (128, 32, 8, 2, 128), (128, 32, 8, 3, 128), (128, 64, 8, 1, 128), (256, 32, 8, 2, None),
@@ -127,6 +130,10 @@ def forward(
     scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
 
     def run(tile: _Launch) -> tuple[Tensor, int] | None:
+        if tile == LIBRARY:
+            return triton_library.spatial(
+                x, affine, weight, bias, dilation, space, out, want_moments
+            )
         rim = window.rim if tile.together > 1 else 0
         tile_rows = tile.rows - 2 * rim
         tiles = triton.cdiv(rows, tile_rows)
@@ -145,13 +152,14 @@ def forward(
         return None if parts is None else (parts, tile_rows)
 
     usual = _forward_launch(x, outputs, window)
-    others = (
+    others = [
         _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
         for tile in FORWARDS
         if tile[0] > 2 * window.rim
-    )
-    more = (window.kh, window.kw, dilation)
-    step = Step("spatial forward", x, outputs, more if affine is not None else (*more, 1))
+    ]
+    others += [] if exact(x) else [LIBRARY]  # which may round float32 where this may not
+    more = (window.kh, window.kw, dilation, want_moments, affine is not None)
+    step = Step("spatial forward", x, outputs, more)
 
     def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
         return [out, *moments_of(taken, rows)]

@@ -1,0 +1,63 @@
+"""The convolutions' forward through cuBLAS and cuDNN, between kernels that norm and take moments.
+
+It writes what is normalised to memory and reads it again, which the kernels do not; for some shapes
+on some GPUs the library's products are so much faster that it is ahead all the same. Whether they
+are is measured by `densely bench --tune`, see `triton_launches`; by rule nothing goes this way.
+
+There is no backward: cuDNN's gradients may be other ones the next time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densely.fused.kernels import triton_elementwise
+from densely.fused.kernels.operands import Affine, Space
+from densely.fused.kernels.reference import same_padding
+
+
+def pointwise(
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    want_moments: bool,
+    after: Affine | None,
+) -> tuple[Tensor, int] | None:
+    """As `triton_pointwise.forward`."""
+    act, columns = _normalised(x, affine), weight.t()
+    made = torch.mm(act, columns) if bias is None else torch.addmm(bias, act, columns)
+    if after is None:
+        return _placed(made, out, want_moments)
+    triton_elementwise.norm_relu(made, after, out)
+    return None
+
+
+def spatial(
+    x: Tensor,
+    affine: Affine | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    space: Space,
+    out: Tensor,
+    want_moments: bool,
+) -> tuple[Tensor, int] | None:
+    """As `triton_spatial.forward`, on images."""
+    maps = space.maps(x if affine is None else _normalised(x, affine))
+    made = F.conv2d(maps, weight, bias, 1, same_padding(weight, dilation), dilation)
+    return _placed(space.matrix(made), out, want_moments)
+
+
+def _normalised(x: Tensor, affine: Affine) -> Tensor:
+    act = x.new_empty(x.shape)
+    triton_elementwise.norm_relu(x, affine, act)
+    return act
+
+
+def _placed(made: Tensor, out: Tensor, want_moments: bool) -> tuple[Tensor, int] | None:
+    if want_moments:
+        return triton_elementwise.moments(made, out)
+    out.copy_(made)
+    return None
