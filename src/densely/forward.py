@@ -7,6 +7,8 @@ eval mode no image of a batch knows of the others.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -59,20 +61,33 @@ class Forward:
 
         The mode of the model is put back.
         """
+        with self._in_mode():
+            recorded = self._recorded(inputs) if self.records else None
+            return _replay(recorded, inputs) if recorded else self._launch(inputs).float()
+
+    def filled(self, count: int) -> int:
+        """The size of the batch that so many images recur in."""
+        return 1 << (count - 1).bit_length() if self._fills_up else count
+
+    def launched(self, inputs: Tensor) -> Tensor:
+        """The same, kernel after kernel; it does not count as a batch of its size."""
+        with self._in_mode():
+            return self._launch(inputs).float()
+
+    @contextmanager
+    def _in_mode(self) -> Iterator[None]:
         was_training = self.model.training
         if was_training != self.training:
             self.model.train(self.training)
         try:
-            recorded = self._recorded(inputs) if self.records else None
-            return _replay(recorded, inputs) if recorded else self._launch(inputs).float()
+            yield
         finally:
             if was_training != self.training:
                 self.model.train(was_training)
 
     def _recorded(self, inputs: Tensor) -> _Recorded | None:
         """The graph for such batches; None for the first of them, and where none can be."""
-        count, shape = len(inputs), inputs.shape[1:]
-        size = 1 << (count - 1).bit_length() if self._fills_up else count
+        shape, size = inputs.shape[1:], self.filled(len(inputs))
         key = (size, shape, inputs.dtype)
         if key not in self._graphs:
             self._graphs[key] = None

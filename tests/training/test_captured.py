@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densely.forward import Forward
 from densely.models.registry import build_model
 from densely.runtime import Runtime, choose_runtime
 from densely.training import captured
@@ -155,7 +157,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(captured, "compile_kernels_of", lambda work: work())
 
-    def make(model: nn.Module, *sizes: int) -> captured._CapturedStep:
+    def make(
+        model: nn.Module, *sizes: int, beside: tuple[Callable[[], object], ...] = ()
+    ) -> captured._CapturedStep:
         optimizer = sgd(model)
 
         def record(
@@ -166,7 +170,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
 
         monkeypatch.setattr(captured, "record_graph", record)
         return captured._CapturedStep(
-            model, optimizer, CPU, F.cross_entropy, *batch(8, seed=99), sizes
+            model, optimizer, CPU, F.cross_entropy, *batch(8, seed=99), sizes, beside
         )
 
     return make
@@ -187,8 +191,10 @@ def test_nothing_is_learnt_while_a_step_is_recorded_and_kernels_of_every_size_ar
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     start = copy.deepcopy(model.state_dict())
-    step = recorded(model, 3)
-    assert sizes == [8, 3, 8]  # compiled, compiled, recorded
+    by_batch = Forward(model, CPU, training=True)
+    evaluation = partial(by_batch.launched, batch(5, seed=1)[0])
+    step = recorded(model, 3, beside=(evaluation,))
+    assert sizes == [8, 3, 5, 8]  # compiled, compiled, compiled beside them, recorded
     assert same(model.state_dict(), start)
     momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
     assert momenta

@@ -297,20 +297,35 @@ def test_the_first_epoch_of_the_chapter_learns(tmp_path: Path, fashion_mnist_dir
     assert rows[0].train_accuracy > 0.3  # of ten classes, after ten steps
 
 
-def test_a_step_is_told_which_sizes_will_come(
+def test_a_step_is_told_what_else_will_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Batches of other sizes, and the evaluation of an epoch; nothing of that leaves a trace."""
     told: list[tuple[int, set[int]]] = []
+    sizes: list[tuple[int, bool]] = []
     original = loop.training_step
 
-    def spy(*given: Any, other_sizes: set[int]) -> Any:
+    def spy(model: Any, *given: Any, other_sizes: set[int], beside: Any) -> Any:
         told.append((len(given[-1]), other_sizes))
-        return original(*given, other_sizes=other_sizes)
+        hook = model.register_forward_pre_hook(
+            lambda module, inputs: sizes.append((len(inputs[0]), module.training))
+        )
+        for work in beside:
+            work()
+        hook.remove()
+        assert model.training
+        return original(model, *given, other_sizes=other_sizes)
 
     monkeypatch.setattr(loop, "training_step", spy)
     for limit, batch_size in ((100, 30), (90, 30), (91, 30)):
         train(config(tmp_path, limit=limit, batch_size=batch_size, epochs=1, validation=0.0))
     assert told == [(30, {10}), (30, set()), (30, set())]  # the last has a batch of 31 at its end
+    evaluated = [(104, False), (128, False), (256, False)]  # 360 test images; 104 fill up to 128
+    assert sizes == 3 * evaluated
+    sizes.clear()
+    settings = config(tmp_path, limit=600, batch_size=120, epochs=1, validation=0.05)
+    train(dataclasses.replace(settings, norm_batches=1))
+    assert sizes == [(72, False), (128, False), (120, True)]  # 72 for validation
 
 
 def test_batches_cover_all_images_once_and_none_is_single() -> None:

@@ -39,6 +39,7 @@ from densely.fused.coefficients import in_places, like, update_running_statistic
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, Pending, Space
 from densely.fused.kernels.reference import accumulation_dtype, three_vectors, two_vectors
+from densely.fused.operators import Operator
 from densely.fused.ownership import owners, sole_owners
 from densely.fused.packing import PackedStep, convert, pack, unpack
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
@@ -145,7 +146,7 @@ class _DenseBlock(torch.autograd.Function):
         return grad_x, None, None, None, *grad_tensors
 
 
-@torch.library.custom_op("densely::dense_block_forward", mutates_args=())
+@Operator
 def dense_block_forward(
     x: Tensor,
     tensors: Sequence[Tensor],
@@ -225,7 +226,7 @@ def _(
     return [space.maps(buffer), mean, var, affines, *inner, *(copies if keep else ())]
 
 
-@torch.library.custom_op("densely::dense_block_backward", mutates_args=())
+@Operator
 def dense_block_backward(
     grad: Tensor,
     output: Tensor,

@@ -27,6 +27,7 @@ from densely.fused.coefficients import (
 from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, NormVectors, Pooling, Space
 from densely.fused.kernels.reference import three_vectors, two_vectors
+from densely.fused.operators import Operator
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 from densely.fused.zero_sums import is_marked, mark
 
@@ -129,7 +130,7 @@ class _Reader(torch.autograd.Function):
         return None, None, None, *in_places(found, ctx.needed)
 
 
-@torch.library.custom_op("densely::reader_forward", mutates_args=())
+@Operator
 def reader_forward(
     x: Tensor,
     norm: Sequence[Tensor],
@@ -180,7 +181,7 @@ def _(
     return [output, *taken, choice, vectors, *in_dtype(conv, x.dtype)[1]]
 
 
-@torch.library.custom_op("densely::reader_backward", mutates_args=())
+@Operator
 def reader_backward(
     grad: Tensor,
     x: Tensor,

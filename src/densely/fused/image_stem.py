@@ -33,6 +33,7 @@ from densely.fused.kernels.reference import (
     three_vectors,
     two_vectors,
 )
+from densely.fused.operators import Operator
 from densely.fused.second_order import gradients_with_gradients, second_order_wanted
 
 
@@ -113,7 +114,7 @@ class _ImageStem(torch.autograd.Function):
         return None, None, None, None, *in_places(found, ctx.needed)
 
 
-@torch.library.custom_op("densely::image_stem_forward", mutates_args=())
+@Operator
 def image_stem_forward(
     images: Tensor,
     learnt: Sequence[Tensor],
@@ -164,7 +165,7 @@ def _(
     return [space.maps(pooled), *moments, kernels.choice(pooled, pooling), sums, vectors, *copies]
 
 
-@torch.library.custom_op("densely::image_stem_backward", mutates_args=())
+@Operator
 def image_stem_backward(
     grad: Tensor,
     images: Tensor,

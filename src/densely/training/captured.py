@@ -94,6 +94,7 @@ def training_step(
     labels: Tensor,
     loss: Loss = F.cross_entropy,
     other_sizes: Iterable[int] = (),
+    beside: Iterable[Callable[[], object]] = (),
 ) -> TrainingStep:
     """The fastest training step there is here: captured on a GPU, else one kernel after another.
 
@@ -112,6 +113,8 @@ def training_step(
         loss: of a batch; may wait for no number to be read from the GPU.
         other_sizes: of batches that will come too, up to this one's: the kernels of all are
             compiled at once.
+        beside: work of the same model that will come too, such as an evaluation, whose kernels are
+            compiled with them; what it changes of model and optimizer is put back.
 
     Returns:
         The step; `captured` says which one, and a line in the log says why it is not.
@@ -119,7 +122,9 @@ def training_step(
     why = _obstacle(model, optimizer, runtime)
     if why is None:
         try:
-            return _CapturedStep(model, optimizer, runtime, loss, images, labels, other_sizes)
+            return _CapturedStep(
+                model, optimizer, runtime, loss, images, labels, other_sizes, beside
+            )
         except Exception as error:  # CUDA, cuDNN, the allocator and Triton raise different ones
             why = first_line(error)
             _log.warning("training runs without a CUDA graph, slower than it could: %s", why)
@@ -156,6 +161,7 @@ class _CapturedStep(TrainingStep):
         images: Tensor,
         labels: Tensor,
         other_sizes: Iterable[int],
+        beside: Iterable[Callable[[], object]],
     ) -> None:
         super().__init__(model, optimizer, runtime, loss)
         self._images, self._labels = images.clone(), labels.clone()
@@ -174,12 +180,14 @@ class _CapturedStep(TrainingStep):
                     tensor.copy_(value)
             self.reset()
 
-        def every_size() -> None:
+        def all_work() -> None:
             for size in (None, *other_sizes):
                 self._one_run(size)
+            for work in beside:
+                work()
 
         def compile_kernels() -> None:
-            compile_kernels_of(every_size)
+            compile_kernels_of(all_work)
             put_back()
 
         try:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import shlex
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from densely.training.curves import draw_curves
 from densely.training.norm_statistics import average_norm_statistics
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics, RunDirectory
-from densely.training.scoring import Score, score_of
+from densely.training.scoring import Score, batch_sizes, score_of
 from densely.training.splits import splits_of
 from densely.training.start import begin, check_start
 from densely.training.stopping import StopRequest
@@ -260,15 +262,26 @@ class _Trainer:
     def _training_step(self) -> TrainingStep:
         first, end = self.batches[0]
         index = self._order()[first:end]
+        inputs = self._inputs(index)
         sizes = {end - first for first, end in self.batches if end - first < len(index)}
         return training_step(
             self.model.train(),
             self.optimizer,
             self.runtime,
-            self._inputs(index),
+            inputs,
             self.train_set.labels[index],
             other_sizes=sizes,
+            beside=self._evaluations(inputs),
         )
+
+    def _evaluations(self, inputs: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """What an epoch ends with, on batches of the sizes that it has."""
+        counts = batch_sizes(len(self.validation_set or self.test_set))
+        for size in sorted({n for count in counts for n in (count, self.forward.filled(count))}):
+            some = inputs[torch.arange(size, device=inputs.device) % len(inputs)]
+            yield partial(self.forward.launched, self.runtime.layout(some))
+        if self.config.norm_batches:
+            yield partial(self.forward_by_batch.launched, inputs)
 
     def _learning_rate(self, step: int) -> float:
         config = self.config

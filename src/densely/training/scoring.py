@@ -13,6 +13,11 @@ from densely.forward import Forward
 BATCH_SIZE = 256
 
 
+def batch_sizes(count: int) -> set[int]:
+    """Of the batches in which `logits_of` takes so many images."""
+    return {size for size in (min(count, BATCH_SIZE), count % BATCH_SIZE) if size}
+
+
 def logits_of(
     forward: Forward,
     images: Tensor,
