@@ -5,6 +5,7 @@
 #   benchmarks/gpu_check.sh OUTDIR correct          every step and net against float64
 #   benchmarks/gpu_check.sh OUTDIR speed            beside plain PyTorch, tuned, captured, compiled
 #   benchmarks/gpu_check.sh OUTDIR profile          the kernels that steps spend their time in
+#   benchmarks/gpu_check.sh OUTDIR kernels          each kernel of a step, beside its memory traffic
 #   benchmarks/gpu_check.sh OUTDIR traffic          bytes moved: by ncu, or without a GPU by account
 #   benchmarks/gpu_check.sh OUTDIR tune             tiles and warps, for the tables in the kernels
 #   benchmarks/gpu_check.sh OUTDIR chapter          densely train --recipe d2l, everything included
@@ -60,7 +61,7 @@ case $stage in
     run speed 240 "$@" || code=$?
     exit $code
     ;;
-  correct | speed | profile | traffic | tune)
+  correct | speed | profile | kernels | traffic | tune)
     run "$stage" 480 "$@"
     ;;
   chapter | cifar)

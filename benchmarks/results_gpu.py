@@ -231,6 +231,7 @@ WAITING = {
     "captured steps and forward passes beside launched ones": "correct",
     "peers compiled by max-autotune": "speed --compile max-autotune",
     "bytes moved, counted by ncu": "traffic",
+    "each kernel by itself, beside the time of its memory traffic": "kernels",
     "DenseNet-BC-100-12 on CIFAR-10, 300 epochs: time and error": "cifar",
 }
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from gpu_check import correct, profiles, speed, traffic, trainings, tune
+from gpu_check import correct, each_kernel, profiles, speed, traffic, trainings, tune
 from gpu_check.setting import NETS, Setting
 
 STAGES = {
     "correct": correct.run,
     "speed": speed.run,
     "profile": profiles.run,
+    "kernels": each_kernel.run,
     "traffic": traffic.run,
     "tune": tune.run,
     "chapter": trainings.chapter,

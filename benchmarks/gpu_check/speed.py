@@ -78,7 +78,7 @@ def run(setting: Setting) -> int:
         findings = Findings(setting, "speed", kernels=kernels, batch=batch_of(setting), peers=whose)
         print(f"speed: kernels {kernels}; {findings.facts['environment']['device_name']}")
         if not setting.smoke:
-            findings.facts["ceilings"] = _ceilings(setting.device)
+            findings.facts["ceilings"] = ceilings(setting.device)
             print(f"ceilings: {findings.facts['ceilings']}", flush=True)
         for mode, net, variants in _groups(setting):
             _compare(setting, findings, net, mode, variants)
@@ -310,7 +310,7 @@ def _memory_mark(setting: Setting) -> int | None:
     return torch.cuda.memory_allocated()
 
 
-def _ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(device: torch.device) -> dict[str, float]:
     """What this card reaches: bytes copied and bf16 products a second."""
     source = torch.randn(2**29, device=device)
     target = torch.empty_like(source)

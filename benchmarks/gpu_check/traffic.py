@@ -9,23 +9,19 @@ kernel reads more than once.
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from densely.fused import kernels
 from densely.runtime import choose_runtime
+from gpu_check.launches import Launch, each_launch
 from gpu_check.setting import NETS, CheckedNet, Findings, Setting, in_a_line
 from gpu_check.training import batch_for, step_for
 
@@ -61,7 +57,11 @@ def run(setting: Setting) -> int:
 def account(net: CheckedNet, batch: int) -> dict[str, float]:
     """MB an image by kernel, from what a step on a CPU hands to kernels that do not run."""
     moved: Counter[str] = Counter()
-    with _left_out(moved), kernels.use("triton"), torch.random.fork_rng([]):
+
+    def count(launch: Launch) -> None:
+        moved[launch.kernel] += launch.bytes
+
+    with each_launch(count, anywhere=True), torch.random.fork_rng([]):
         step = _step(net, "cpu", batch)
         step()
         moved.clear()
@@ -73,37 +73,6 @@ def account(net: CheckedNet, batch: int) -> dict[str, float]:
             inputs = event.extra_fields.inputs
             moved["PyTorch"] += sum(_size(x) for x in inputs if hasattr(x, "sizes"))
     return {name: round(count / batch / 1e6, 3) for name, count in moved.most_common()}
-
-
-@contextmanager
-def _left_out(moved: Counter[str]) -> Iterator[None]:
-    """Count the operands of all launches, and launch nothing."""
-
-    def counted(kernel: Any, grid: Any, x: Tensor, *args: Any, **options: Any) -> None:
-        operands = dict(zip(kernel.arg_names, args, strict=False))
-        size = sum(t.numel() * t.element_size() for t in operands.values() if _is_tensor(t))
-        if options.get("ADD") is True and operands.get("base") is None and "total" in operands:
-            size += operands["total"].numel() * operands["total"].element_size()
-        moved[kernel.__name__.strip("_")] += size
-
-    with (
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-        mock.patch.multiple(kernels, _HAS_TRITON=True),
-    ):
-        assert "triton" in kernels.available()
-        modules = [
-            module
-            for name, module in list(sys.modules.items())
-            if name.startswith("densely.fused.kernels.triton_") and hasattr(module, "launch")
-        ]
-        patches = [mock.patch.object(module, "launch", counted) for module in modules]
-        for patch in patches:
-            patch.start()
-        try:
-            yield
-        finally:
-            for patch in patches:
-                patch.stop()
 
 
 def _step(net: CheckedNet, device: str, batch: int) -> Callable[[], None]:
@@ -167,10 +136,6 @@ def _flat(events: Any) -> Iterator[Any]:
     for event in events:
         yield event
         yield from _flat(event.children)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _size(metadata: Any) -> int:

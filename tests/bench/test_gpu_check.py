@@ -1,5 +1,6 @@
 """The checks for a GPU see what is wrong: tried on a CPU, with results made wrong on purpose."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +284,33 @@ def test_what_learns_nothing_is_wrong(
         assert row["draws"] == 4  # each of them wrong
     with Image.open(tmp_path / "correct.png") as picture:
         assert picture.width > 900
+
+
+def test_kernels_are_timed_one_by_one(
+    setting: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu_check import each_kernel, launches
+
+    @contextmanager
+    def on_cpu(do: Any, _: bool) -> Iterator[None]:
+        with launches.each_launch(lambda one: do(one._replace(run=lambda: None)), anywhere=True):
+            yield
+
+    monkeypatch.setattr(each_kernel, "each_launch", on_cpu)
+    monkeypatch.setattr(each_kernel, "_clock", lambda: lambda run: 2.0)
+    monkeypatch.setattr(each_kernel, "ceilings", lambda device: {"copy_tb_per_s": 3.0})
+    dry = setting()
+    timed = dataclasses.replace(dry, smoke=False, nets=dry.nets)
+    monkeypatch.setattr(each_kernel, "batch_of", lambda _: 4)
+    assert each_kernel.run(timed) == 0
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {"forward_kernel", "backward_kernel", "form", "affine"} <= {r["kernel"] for r in rows}
+    assert all(row["us"] == 2.0 * row["calls"] and row["mb"] > 0 for row in rows)
+    layers = {r["rows"]: r["calls"] for r in rows if r["kernel"] == "backward_kernel"}
+    assert layers == {4 * 16 * 16: 2, 4 * 8 * 8: 2, 4 * 4 * 4: 2}  # rows of the maps, layers
+    assert each_kernel.run(dataclasses.replace(timed, budget_s=-1.0)) == 1
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["gap"] for row in rows} == {"out of time"}
 
 
 @pytest.mark.parametrize("stage", ["correct", "speed", "profile"])
