@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 import densely
 
 SOURCE = Path(densely.__file__).parent
@@ -73,6 +75,25 @@ def test_importing_densely_and_its_config_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_training_and_predicting_import_what_they_need(tmp_path: Path) -> None:
+    """Neither PyTorch's compiler nor scikit-learn: a second or two of each command."""
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    run = tmp_path / "runs" / "quickstart-001"
+    commands = (
+        ["train", "--epochs", "1", "--limit", "100", "--output", str(tmp_path / "runs"), "--json"],
+        ["predict", str(run), str(tmp_path / "digit.png")],
+    )
+    for command in commands:
+        code = (
+            "import sys, densely.cli\n"
+            f"code = densely.cli.main({command})\n"
+            "heavy = {'torch._dynamo', 'sklearn', 'scipy', 'sympy', 'torchvision'}\n"
+            "sys.exit(code or ', '.join(heavy & set(sys.modules)) or 0)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), command
 
 
 def test_public_names_are_these_and_exist() -> None:

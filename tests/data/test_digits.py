@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
 
+from densely.data import digits
 from densely.data.dataset import ImageSet
 from densely.data.digits import load_digits
 
@@ -23,6 +25,14 @@ def test_shapes_types_and_classes() -> None:
         assert part.labels.shape == (count,)
         assert (part.images.dtype, part.labels.dtype) == (torch.uint8, torch.int64)
         assert part.classes == tuple("0123456789")
+
+
+def test_without_its_file_scikit_learn_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = digits._rows()
+    monkeypatch.setattr(digits, "find_spec", lambda _: None)
+    found = digits._rows()
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected)
 
 
 def test_pixels_use_the_whole_range() -> None:

@@ -18,6 +18,7 @@ from densely.models.registry import build_model
 from densely.runtime import Runtime, choose_runtime
 from densely.training import captured
 from densely.training.captured import TrainingStep, training_step
+from densely.training.sgd import SGD
 
 CPU = choose_runtime("cpu", "float32")
 RATES = (1 / 8, 1 / 8, 1 / 16, 1 / 32, 1 / 4)  # exact in float32
@@ -95,6 +96,7 @@ def test_sums_begin_anew() -> None:
         (lambda p: torch.optim.AdamW(p), "the optimizer is AdamW"),
         (lambda p: torch.optim.SGD(p, momentum=0.9, dampening=0.1), "dampening"),
         (lambda p: torch.optim.SGD(p), None),
+        (lambda p: SGD(p, momentum=0.9), None),
     ],
 )
 def test_what_cannot_be_captured_is_told(optimizer, why: str | None) -> None:  # type: ignore[no-untyped-def]

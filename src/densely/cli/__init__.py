@@ -5,6 +5,8 @@ SIGTERM, 129 for a closed terminal.
 """
 
 import argparse
+import atexit
+import gc
 import io
 import os
 import sys
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
+    """Run a command and return its exit code; by default the one that this process is for."""
+    if arguments is None:
+        atexit.register(gc.freeze)  # or all of torch is searched for garbage, in most of a second
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no text at all

@@ -18,6 +18,7 @@ from densely.models.registry import count_macs
 from densely.runtime import Runtime, ran_out_of_memory
 from densely.training.captured import training_step
 from densely.training.checkpoint import ModelInfo
+from densely.training.sgd import SGD
 
 #: A batch that arrives alone, and one that keeps the machine busy.
 BATCH_SIZES = (1, 64)
@@ -102,7 +103,7 @@ def _training(
     learner = copy.deepcopy(model).train()
     images = _images(info, batch, runtime)
     labels = torch.arange(batch, device=runtime.device) % len(info.classes)
-    optimizer = torch.optim.SGD(learner.parameters(), lr=1e-6, momentum=0.9, nesterov=True)
+    optimizer = SGD(learner.parameters(), lr=1e-6, momentum=0.9, nesterov=True)
     return partial(training_step(learner, optimizer, runtime, images, labels), images, labels)
 
 

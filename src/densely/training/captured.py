@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from densely.cuda_graphs import compile_kernels_of, record_graph
 from densely.errors import first_line
 from densely.runtime import Runtime
+from densely.training.sgd import SGD
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runti
     """Why a step cannot be captured; None if it may be."""
     if runtime.device.type != "cuda":
         return f"it runs on {runtime.device.type}"
-    if type(optimizer) is not torch.optim.SGD:
+    if type(optimizer) not in (torch.optim.SGD, SGD):
         return f"the optimizer is {type(optimizer).__name__}, and SGD can be captured"
     if any(group["momentum"] and group["dampening"] for group in optimizer.param_groups):
         return "momentum has dampening, which treats the first step apart"

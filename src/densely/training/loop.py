@@ -34,6 +34,7 @@ from densely.training.norm_statistics import average_norm_statistics
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics, RunDirectory
 from densely.training.scoring import Score, batch_sizes, score_of
+from densely.training.sgd import SGD
 from densely.training.splits import splits_of
 from densely.training.start import begin, check_start
 from densely.training.stopping import StopRequest
@@ -136,7 +137,7 @@ class _Trainer:
         self.train_set, self.test_set = train_set.to(device), splits.test.to(device)
         self.validation_set = splits.validation.to(device) if splits.validation else None
         self.batches = batches(len(train_set), config.batch_size)
-        self.optimizer = torch.optim.SGD(
+        self.optimizer = SGD(
             self.model.parameters(),
             lr=config.lr,
             momentum=config.momentum,
