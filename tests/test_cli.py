@@ -277,6 +277,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
 ) -> None:
     run_folder = tmp_path / "quickstart-001"
     rows = run_folder / "metrics.csv"
+    before = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP is ignored
 
     def send() -> None:
         while not (rows.exists() and rows.stat().st_size):
@@ -285,7 +286,10 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
-    ended, _, err = run(capsys, *ENDLESS, tmp_path)
+    try:
+        ended, _, err = run(capsys, *ENDLESS, tmp_path)
+    finally:
+        signal.signal(number, before)
     sender.join(10)
     assert ended == code
     assert f"go on with: densely train --resume {run_folder}" in err
