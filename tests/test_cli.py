@@ -298,6 +298,19 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert run(capsys, "train", "--resume", run_folder, "--epochs", epochs, "--quiet")[0] == 0
 
 
+def test_a_process_that_ends_is_not_searched_for_garbage() -> None:
+    code = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count() > 0))  # runs after what is registered later
+from densely.cli import main
+sys.argv = ["densely", "--version"]
+main()
+print(gc.get_freeze_count())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["0", "True"]
+
+
 def test_interrupting_before_training_is_no_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,13 +16,18 @@ from gpu_check.training import batch_for, step_for
 
 SHOWN = 16
 HEADING = (
-    f"{'kernel':20} {'rows':>8} {'calls':>5} {'us':>8} {'MB':>8} {'GB/s':>6} {'of copying':>10}"
+    f"{'kernel':34} {'rows':>8} {'calls':>5} {'us':>8} {'MB':>8} {'GB/s':>6} {'of copying':>10}"
 )
 
 
 def run(setting: Setting) -> int:
     """Run the stage; 0 if every launch was measured."""
-    findings = Findings(setting, "kernels", batch=batch_of(setting))
+    with setting.forced_kernels() as name:
+        return _run(setting, name)
+
+
+def _run(setting: Setting, name: str) -> int:
+    findings = Findings(setting, "kernels", kernels=name, batch=batch_of(setting))
     copy = None if setting.smoke else ceilings(setting.device)["copy_tb_per_s"]
     findings.facts["copy_tb_per_s"] = copy
     left = False
@@ -48,15 +53,14 @@ def _measured(setting: Setting, net: CheckedNet) -> list[dict[str, Any]]:
     found: dict[tuple[str, int], dict[str, Any]] = defaultdict(lambda: {"calls": 0, "mb": 0.0})
 
     def measure(launch: Launch) -> None:
-        row = found[launch.kernel, launch.rows]
-        row["calls"] += 1
-        row["mb"] += launch.bytes / 1e6
-        if clock is None:
-            return
-        if setting.left_s() < 0:
+        row = found[f"{launch.of} {launch.kernel}", launch.rows]
+        if clock is not None and setting.left_s() < 0:
             row["gap"] = OUT_OF_TIME
             launch.run()
-        else:
+            return
+        row["calls"] += 1
+        row["mb"] += launch.bytes / 1e6
+        if clock is not None:
             row["us"] = row.get("us", 0.0) + clock(launch.run)
 
     runtime = setting.runtime
@@ -67,6 +71,8 @@ def _measured(setting: Setting, net: CheckedNet) -> list[dict[str, Any]]:
         step(images, labels)
     with each_launch(measure, setting.smoke):
         step(images, labels)
+    if not found:
+        raise RuntimeError("densely ran plain PyTorch: see `correct`")
     rows = [{"net": net.name, "kernel": name, "rows": n} | row for (name, n), row in found.items()]
     return sorted(rows, key=lambda row: (-row.get("us", 0.0), -row["mb"]))
 
@@ -81,9 +87,9 @@ def _clock() -> Callable[[Callable[[], None]], float]:
 
 
 def _line(row: dict[str, Any], copy: float | None) -> str:
-    head = f"{row['kernel']:20} {row['rows']:8} {row['calls']:5}"
-    if "us" not in row or not row["us"]:
-        return f"{head} {row.get('gap', ''):>8} {row['mb']:8.1f}"
+    head, gap = f"{row['kernel']:34} {row['rows']:8} {row['calls']:5}", row.get("gap", "")
+    if "us" not in row:
+        return f"{head} {'':8} {row['mb']:8.1f} {gap}"
     speed = 1000 * row["mb"] / row["us"]
     share = "" if copy is None else f"{speed / copy / 1000:10.2f}"
-    return f"{head} {row['us']:8.1f} {row['mb']:8.1f} {speed:6.0f} {share}"
+    return f"{head} {row['us']:8.1f} {row['mb']:8.1f} {speed:6.0f} {share} {gap}".rstrip()

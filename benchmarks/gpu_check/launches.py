@@ -1,5 +1,6 @@
 """What densely's kernels are launched with, one after another."""
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,18 +13,22 @@ from torch import Tensor
 
 from densely.fused import kernels
 
+_FILES = "densely.fused.kernels.triton_"
+
 
 class Launch(NamedTuple):
     """A kernel that is about to be launched.
 
     Args:
         kernel: its name.
+        of: the file that it stands in, less "triton_": some kernels of two files share a name.
         rows: of the matrix that it works on, or of what else it is given first.
         bytes: of its operands, each once, and what is added to twice.
         run: launches it.
     """
 
     kernel: str
+    of: str
     rows: int
     bytes: int
     run: Callable[[], None]
@@ -50,21 +55,29 @@ def each_launch(do: Callable[[Launch], None], anywhere: bool = False) -> Iterato
 
 @contextmanager
 def _launches_go_to(do: Callable[[Launch], None]) -> Iterator[None]:
-    kernels_loaded = [
+    importlib.import_module(f"{_FILES}kernels")  # all of them: what comes later keeps the patch
+    loaded = [
         module
         for name, module in list(sys.modules.items())
-        if name.startswith("densely.fused.kernels.triton_") and hasattr(module, "launch")
+        if name.startswith(_FILES) and hasattr(module, "launch")
     ]
     patches = []
-    for module in kernels_loaded:
+    for module in loaded:
         own: Any = module.launch
+        of = module.__name__.removeprefix(_FILES)
 
         def instead(
-            kernel: Any, grid: Any, x: Tensor, *args: Any, own: Any = own, **options: Any
+            kernel: Any,
+            grid: Any,
+            x: Tensor,
+            *args: Any,
+            own: Any = own,
+            of: str = of,
+            **options: Any,
         ) -> None:
             run = partial(own, kernel, grid, x, *args, **options)
             name = kernel.__name__.strip("_")
-            do(Launch(name, x.shape[0], _operands(kernel, args, options), run))
+            do(Launch(name, of, x.shape[0], _operands(kernel, args, options), run))
 
         patches.append(mock.patch.object(module, "launch", instead))
     for patch in patches:

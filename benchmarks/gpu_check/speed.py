@@ -199,10 +199,11 @@ def _compare(
         try:
             entrants.append(_ready(setting, net, mode, variant, row))
             _turn(setting, entrants[-1])
-        except ModuleNotFoundError as error:
-            row["gap"] = f"{error.name} is not installed"
         except Exception as error:  # one that fails must not stop the others
-            row["error"] = in_a_line(error)
+            if isinstance(error, ModuleNotFoundError) and not variant.ours:
+                row["gap"] = f"{error.name} is not installed"
+            else:
+                row["error"] = in_a_line(error)
             entrants = [entrant for entrant in entrants if entrant.row is not row]
         row["ready_s"] = round(time.monotonic() - begin, 1)
         findings.flush()

@@ -1,6 +1,7 @@
 """The checks for a GPU see what is wrong: tried on a CPU, with results made wrong on purpose."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -290,27 +291,63 @@ def test_kernels_are_timed_one_by_one(
     setting: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from gpu_check import each_kernel, launches
+    from gpu_check.setting import Setting
 
     @contextmanager
     def on_cpu(do: Any, _: bool) -> Iterator[None]:
         with launches.each_launch(lambda one: do(one._replace(run=lambda: None)), anywhere=True):
             yield
 
+    calls, until = itertools.count(), math.inf
     monkeypatch.setattr(each_kernel, "each_launch", on_cpu)
     monkeypatch.setattr(each_kernel, "_clock", lambda: lambda run: 2.0)
+    monkeypatch.setattr(Setting, "left_s", lambda _: until - next(calls))
     monkeypatch.setattr(each_kernel, "ceilings", lambda device: {"copy_tb_per_s": 3.0})
+    monkeypatch.setattr(each_kernel, "batch_of", lambda _: 4)
     dry = setting()
     timed = dataclasses.replace(dry, smoke=False, nets=dry.nets)
-    monkeypatch.setattr(each_kernel, "batch_of", lambda _: 4)
+
     assert each_kernel.run(timed) == 0
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert {"forward_kernel", "backward_kernel", "form", "affine"} <= {r["kernel"] for r in rows}
     assert all(row["us"] == 2.0 * row["calls"] and row["mb"] > 0 for row in rows)
-    layers = {r["rows"]: r["calls"] for r in rows if r["kernel"] == "backward_kernel"}
-    assert layers == {4 * 16 * 16: 2, 4 * 8 * 8: 2, 4 * 4 * 4: 2}  # rows of the maps, layers
-    assert each_kernel.run(dataclasses.replace(timed, budget_s=-1.0)) == 1
+    for name in ("pointwise forward", "spatial forward", "pointwise backward"):
+        layers = {row["rows"]: row["calls"] for row in rows if row["kernel"] == f"{name}_kernel"}
+        assert layers == {4 * 16 * 16: 2, 4 * 8 * 8: 2, 4 * 4 * 4: 2}  # rows of the maps, layers
+    assert {"elementwise form", "vectors affine"} <= {row["kernel"] for row in rows}
+    every = sum(row["calls"] for row in rows)
+
+    calls, until = itertools.count(), 30  # launches
+    assert each_kernel.run(timed) == 1
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert {row["gap"] for row in rows} == {"out of time"}
+    assert 0 < sum(row["calls"] for row in rows) < every
+    assert all(row.get("us", 0.0) == 2.0 * row["calls"] for row in rows)
+    late = [row for row in rows if row.get("gap") == "out of time"]
+    assert len(late) > 5
+    assert all(each_kernel._line(row, 3.0).endswith(" out of time") for row in late)
+
+
+def test_patched_launches_are_put_back_in_files_that_were_imported_meanwhile() -> None:
+    code = """
+import sys
+from gpu_check.launches import each_launch
+names = []
+with each_launch(lambda launch: names.append(launch.kernel), anywhere=True):
+    pass
+from densely.fused.kernels import triton_pointwise, triton_tiles
+sys.exit(triton_pointwise.launch is not triton_tiles.launch)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, check=True)
+
+
+def test_without_kernels_none_is_timed(
+    setting: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu_check import each_kernel
+
+    monkeypatch.setattr("densely.fused.backend.obstacle", lambda *_: "a reason")
+    assert each_kernel.run(setting()) == 1
+    (row,) = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert "densely ran plain PyTorch" in row["error"]
 
 
 @pytest.mark.parametrize("stage", ["correct", "speed", "profile"])
@@ -346,6 +383,10 @@ def test_what_cannot_be_drawn_stops_nothing(
     monkeypatch.undo()
     pictures.draw(pictures.draw_speed, [{"images_per_s": 1}], tmp_path / "speed.png", "")
     assert "speed.png is not drawn: KeyError" in capsys.readouterr().out
+    beside_launched = {"output 0": {"plain": 0.0, "fused": 1e-4, "ok": True}}
+    nothing = [{"dtype": "bf16", "kinds": beside_launched}]
+    pictures.draw(pictures.draw_distances, nothing, tmp_path / "correct.png", "")
+    assert not (tmp_path / "correct.png").exists()
     nan = {"dtype": "fp32", "kinds": {"output": {"plain": 1e-7, "fused": math.nan, "ok": False}}}
     pictures.draw(pictures.draw_distances, [nan], tmp_path / "correct.png", "")
     assert (tmp_path / "correct.png").exists()

@@ -224,6 +224,38 @@ def test_each_step_of_a_net_is_measured_once(
     assert not tuner.launches
 
 
+def test_every_net_and_mode_is_measured_and_kept(
+    monkeypatch: pytest.MonkeyPatch, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(tune, "choose_runtime", lambda _: gpu)
+    monkeypatch.setattr(tune, "missing", lambda _: None)
+    asked: list[tuple[str, ...]] = []
+
+    def measured(net: Any, mode: str, device: str, batch: int, *_: Any) -> Tuner:
+        asked.append((net.name, mode, str(batch)))
+        tuner = Tuner(lambda work: 1.0, lambda name: None)
+        key = f"{net.name} {mode}"
+        tuner.gains[key], tuner.launches[key] = tune.Gain(2.0, 1.5), [32, 4]
+        return tuner
+
+    def whole(net: Any, mode: str, *_: Any) -> float:
+        asked.append((net.name, mode))
+        return 10.0
+
+    monkeypatch.setattr(tune, "tune_net", measured)
+    monkeypatch.setattr(tune, "_whole_ms", whole)
+    assert main(["bench", "--tune", "--net", "d2l", "--batch", "32"]) == 0
+    one = [("d2l", "train"), ("d2l", "train", "32"), ("d2l", "train")]
+    two = [("d2l", "inference"), ("d2l", "inference", "32"), ("d2l", "inference")]
+    assert asked == [*one, *two]
+    assert launches.read_table(table) == {"d2l train": [32, 4], "d2l inference": [32, 4]}
+    assert "2.00 -> 1.50" in capsys.readouterr().out
+    asked.clear()
+    assert main(["bench", "--tune", "--net", "bc_100_12", "--mode", "inference"]) == 0
+    assert {row[:2] for row in asked} == {("bc_100_12", "inference")}
+
+
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--tune"]) == 2
     assert "--tune: it is for GPUs" in capsys.readouterr().err

@@ -21,11 +21,13 @@ class ByLibrary:
 
     def __init__(self) -> None:
         self.chosen: list[str] = []
+        self.keys: list[str] = []
 
     def choose(self, choice: Any) -> Any:
         for other in choice.others:
             if other in LIBRARY:
                 self.chosen.append(choice.step.kind)
+                self.keys.append(choice.step.key)
                 return other
         return choice.usual
 
@@ -64,8 +66,10 @@ def test_inference_through_the_library_is_the_kernels(name: str) -> None:
     tree = blocks.change(blocks.Inputs(x, layers), lambda t: t.to(DEVICE))
     with kernels.use("triton"), torch.no_grad():
         expected = backend.dense_block(*tree)
-        with triton_launches.tuning(ByLibrary()):
+        tuner = ByLibrary()
+        with triton_launches.tuning(tuner):
             found = backend.dense_block(*tree)
+    assert len(tuner.chosen) == sum(len(layer) for layer in layers)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
@@ -77,6 +81,21 @@ def test_float32_that_may_not_be_rounded_stays_with_the_kernels() -> None:
         run(backend.dense_block, blocks.Inputs(*blocks.build(case, torch.float32)),
             blocks.gradient(case, torch.float32), "triton")  # fmt: skip
     assert not tuner.chosen
+
+
+def test_training_and_inference_are_measured_apart() -> None:
+    """What is faster for the one need not be for the other: moments, prologues, norms after."""
+    case = CASES["bottleneck"]
+    frozen = blocks.block((2, 3, 5, 4), norm=EVAL, count=2)._replace(learnt=0.0, x_learnt=False)
+    keys = []
+    for some in (case, frozen):
+        tuner = ByLibrary()
+        x, layers = blocks.build(some, torch.float16)
+        tree = blocks.change(blocks.Inputs(x, layers), lambda t: t.to(DEVICE))
+        with kernels.use("triton"), triton_launches.tuning(tuner):
+            backend.dense_block(*tree)
+        keys.append(set(tuner.keys))
+    assert keys[0].isdisjoint(keys[1])
 
 
 def test_the_library_is_asked_for_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ def bench(parser: Parser, arguments: list[str]) -> None:
     round by round. A peer that is not installed is a named gap. Run nothing beside it.
 
     `--tune` is for GPUs other than an H100, which the kernels' launches were made for: it measures
-    others in place, in a training step and an inference of each --net, and keeps the fastest.
+    others in place, in a step of each --net and --mode, and keeps the fastest.
     """
     from densely.bench.config import BenchConfig
 

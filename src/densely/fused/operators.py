@@ -13,7 +13,9 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_library = torch.library.Library("densely", "FRAGMENT")  # type: ignore[no-untyped-call]
+#: By the operators' names, among these, where a module that is imported again finds them: an
+#: operator is gone with its library, and may not be defined twice.
+_libraries: dict[str, torch.library.Library] = vars(torch.ops.densely).setdefault("_libraries", {})
 
 
 class Operator(Generic[P, R]):
@@ -28,14 +30,17 @@ class Operator(Generic[P, R]):
         self.name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=())
         tags = (torch.Tag.pt2_compliant_tag,)
-        _library.define(self.name + schema, tags=tags)  # type: ignore[no-untyped-call]
-        _library.impl(self.name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        self._operator: Callable[P, R] = getattr(torch.ops.densely, self.name).default
+        _libraries.pop(self.name, None)
+        library = torch.library.Library("densely", "FRAGMENT")  # type: ignore[no-untyped-call]
+        _libraries[self.name] = library
+        library.define(self.name + schema, tags=tags)  # type: ignore[no-untyped-call]
+        library.impl(self.name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run it."""
-        return self._operator(*args, **kwargs)
+        """Run it, as it was defined last."""
+        operator: Callable[P, R] = getattr(torch.ops.densely, self.name).default
+        return operator(*args, **kwargs)
 
     def register_fake(self, fake: Callable[P, R]) -> None:
         """Tell what it gives by empty tensors, for tensors that have no values."""
-        torch.library.register_fake(f"densely::{self.name}", fake, lib=_library)
+        torch.library.register_fake(f"densely::{self.name}", fake, lib=_libraries[self.name])

@@ -17,7 +17,7 @@ def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class SGD(torch.optim.SGD):
-    """The same optimizer, the same state and the same bits; not for steps that are compiled."""
+    """The same optimizer, state and bits; not for steps that are compiled or `differentiable`."""
 
     add_param_group = _itself(torch.optim.SGD.add_param_group)
     zero_grad = _itself(torch.optim.SGD.zero_grad)

@@ -4,11 +4,11 @@ It writes what is normalised to memory and reads it again, which the kernels do 
 on some GPUs the library's products are so much faster that it is ahead all the same. Whether they
 are is measured by `densely bench --tune`, see `triton_launches`; by rule nothing goes this way.
 
-There is no backward: cuDNN's gradients may be other ones the next time.
+Each time alike: cuDNN tries no algorithms, and takes none that adds up in any order. There is no
+backward, where that would cost most of its speed.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused.kernels import triton_elementwise
@@ -25,7 +25,7 @@ def pointwise(
     want_moments: bool,
     after: Affine | None,
 ) -> tuple[Tensor, int] | None:
-    """As `triton_pointwise.forward`."""
+    """As `triton_pointwise.forward`, but rounded before the norm `after` it too."""
     act, columns = _normalised(x, affine), weight.t()
     made = torch.mm(act, columns) if bias is None else torch.addmm(bias, act, columns)
     if after is None:
@@ -46,7 +46,10 @@ def spatial(
 ) -> tuple[Tensor, int] | None:
     """As `triton_spatial.forward`, on images."""
     maps = space.maps(x if affine is None else _normalised(x, affine))
-    made = F.conv2d(maps, weight, bias, 1, same_padding(weight, dilation), dilation)
+    made = torch.ops.aten._convolution(
+        maps, weight, bias, [1, 1], same_padding(weight, dilation), [dilation, dilation], False,
+        [0, 0], 1, benchmark=False, deterministic=True, cudnn_enabled=True, allow_tf32=True,
+    )  # fmt: skip
     return _placed(space.matrix(made), out, want_moments)
 
 

@@ -10,6 +10,7 @@ the sums that the norm wants and its share of the weight's gradient, which stays
 # Kernels are written in Triton's language, which has no types that mypy could follow.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -160,8 +161,9 @@ def forward(
         return None if parts is None else (parts, tile.rows)
 
     usual = _forward_launch(x, outputs)
-    others = [_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in FORWARDS]
-    others += [] if exact(x) else [LIBRARY]  # which may round float32 where this may not
+    tiles = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in FORWARDS)
+    # The library may round float32 where this may not.
+    others = chain(tiles, () if exact(x) else (LIBRARY,))
     step = Step("pointwise forward", x, outputs, (want_moments, after is not None))
 
     def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:

@@ -14,6 +14,7 @@ each place is taken by itself. The gradients are in `triton_spatial_backward`.
 # Kernels are written in Triton's language, which has no types that mypy could follow.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -152,12 +153,13 @@ def forward(
         return None if parts is None else (parts, tile_rows)
 
     usual = _forward_launch(x, outputs, window)
-    others = [
+    tiles = (
         _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
         for tile in FORWARDS
         if tile[0] > 2 * window.rim
-    ]
-    others += [] if exact(x) else [LIBRARY]  # which may round float32 where this may not
+    )
+    # The library may round float32 where this may not.
+    others = chain(tiles, () if exact(x) else (LIBRARY,))
     more = (window.kh, window.kw, dilation, want_moments, affine is not None)
     step = Step("spatial forward", x, outputs, more)
 
