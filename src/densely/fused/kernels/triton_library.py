@@ -1,11 +1,11 @@
 """The convolutions' forward through cuBLAS and cuDNN, between kernels that norm and take moments.
 
-It writes what is normalised to memory and reads it again, which the kernels do not; for some shapes
-on some GPUs the library's products are so much faster that it is ahead all the same. Whether they
-are is measured by `densely bench --tune`, see `triton_launches`; by rule nothing goes this way.
+It writes what is normalised to memory and reads it again, which the kernels do not; the library's
+products may be so much faster for a shape that it is ahead all the same. Whether they are is
+measured by `densely bench --tune`, see `triton_launches`; by rule nothing goes this way.
 
-Each time alike: cuDNN tries no algorithms, and takes none that adds up in any order. There is no
-backward, where that would cost most of its speed.
+Each time alike: cuDNN tries no algorithms, and takes none that adds up in any order. Of those for
+gradients some do, so there is no backward.
 """
 
 import torch
