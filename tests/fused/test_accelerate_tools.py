@@ -178,7 +178,11 @@ SHORT = {"blocks": (2, 1)}  # tracing takes its time, layer by layer
 
 @pytest.mark.parametrize(
     ("name", "train", "options"),
-    [("torchvision", True, SHORT), ("timm", False, SHORT), ("MONAI 2D", True, {})],
+    [
+        ("torchvision", True, SHORT),
+        ("timm", False, SHORT),
+        pytest.param("MONAI 2D", True, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_compiling_gives_one_graph(name: str, train: bool, options: dict[str, Any]) -> None:
     original, accelerated = pair(name, train=train, **options)

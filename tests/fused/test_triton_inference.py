@@ -42,7 +42,7 @@ CASES = {
     "biases": blocks.block((2, 5, 4, 3), growth=3, width=7, norm=EVAL, bias=True, count=2),
     "plain": blocks.block((2, 3, 5, 4), width=None, norm=EVAL, count=2),
     "wide": blocks.block((1, 70, 9, 8), growth=12, width=48, norm=EVAL, count=2),
-    "of 130 between": blocks.block((1, 9, 4, 5), growth=5, width=130, norm=EVAL),
+    "of 130 between": blocks.block((1, 9, 2, 3), growth=5, width=130, norm=EVAL, count=1),
     "1D": blocks.block((2, 3, 19), norm=EVAL),
     "3D": blocks.block((2, 3, 3, 2, 4), norm=EVAL),
     "two of 1x1, and 3x3 twice": blocks.Case(
