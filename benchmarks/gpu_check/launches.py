@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -56,37 +56,27 @@ def each_launch(do: Callable[[Launch], None], anywhere: bool = False) -> Iterato
 @contextmanager
 def _launches_go_to(do: Callable[[Launch], None]) -> Iterator[None]:
     importlib.import_module(f"{_FILES}kernels")  # all of them: what comes later keeps the patch
-    loaded = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith(_FILES) and hasattr(module, "launch")
-    ]
-    patches = []
-    for module in loaded:
-        own: Any = module.launch
-        of = module.__name__.removeprefix(_FILES)
-
-        def instead(
-            kernel: Any,
-            grid: Any,
-            x: Tensor,
-            *args: Any,
-            own: Any = own,
-            of: str = of,
-            **options: Any,
-        ) -> None:
-            run = partial(own, kernel, grid, x, *args, **options)
-            name = kernel.__name__.strip("_")
-            do(Launch(name, of, x.shape[0], _operands(kernel, args, options), run))
-
-        patches.append(mock.patch.object(module, "launch", instead))
-    for patch in patches:
-        patch.start()
-    try:
+    with ExitStack() as patches:
+        for name, module in list(sys.modules.items()):
+            if name.startswith(_FILES) and hasattr(module, "launch"):
+                instead = partial(_handed_on, do, name.removeprefix(_FILES), module.launch)
+                patches.enter_context(mock.patch.object(module, "launch", instead))
         yield
-    finally:
-        for patch in patches:
-            patch.stop()
+
+
+def _handed_on(
+    do: Callable[[Launch], None],
+    of: str,
+    launch: Callable[..., None],
+    kernel: Any,
+    grid: tuple[int, ...],
+    x: Tensor,
+    *args: Any,
+    **options: Any,
+) -> None:
+    run = partial(launch, kernel, grid, x, *args, **options)
+    name = kernel.__name__.strip("_")
+    do(Launch(name, of, x.shape[0], _operands(kernel, args, options), run))
 
 
 def _operands(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:

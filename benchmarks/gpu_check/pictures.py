@@ -55,19 +55,16 @@ def draw_speed(rows: Rows, path: Path, title: str) -> None:
 def _bars(axes: "Axes", rows: Rows) -> None:
     speeds = [row["images_per_s"] for row in rows]
     colors = [OURS if row["ours"] else OTHERS for row in rows]
-    axes.barh(range(len(rows)), speeds, color=colors, height=0.72)
-    for i, row in enumerate(rows):
-        words = f"{speeds[i]:,.0f} ({row['step_ms']:.2f} ms"
-        words += f", peak {row['peak_gb']:.2f} GB)" if "peak_gb" in row else ")"
-        axes.annotate(
-            words, (speeds[i], i), xytext=(3, 0), textcoords="offset points", va="center",
-            fontsize=7.5,
-        )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.45 * max(speeds))
-    axes.tick_params(axis="x", labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
+    drawing.bars(axes, [row["variant"] for row in rows], speeds, _texts(rows), colors, room=1.45)
+
+
+def _texts(rows: Rows) -> list[str]:
+    """Speed, time and peak memory."""
+    peaks = [f", peak {row['peak_gb']:.2f} GB" if "peak_gb" in row else "" for row in rows]
+    return [
+        f"{row['images_per_s']:,.0f} ({row['step_ms']:.2f} ms{peak})"
+        for row, peak in zip(rows, peaks, strict=True)
+    ]
 
 
 def draw_distances(rows: Rows, path: Path, title: str) -> None:

@@ -5,7 +5,7 @@ Not pyplot: it keeps global state and would look for a display.
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from densely.whole_file import whole_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
@@ -36,6 +37,30 @@ def new_figure(
     figure = Figure(figsize=(width, height), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def bars(
+    axes: "Axes",
+    names: Sequence[str],
+    values: Sequence[float],
+    texts: Sequence[str],
+    colors: Sequence[str],
+    room: float,
+) -> None:
+    """Horizontal bars, the first on top, each with its name before it and a text behind.
+
+    The axis is `room` times as long as the longest bar.
+    """
+    axes.barh(range(len(names)), values, color=colors, height=0.72)
+    for i, (value, text) in enumerate(zip(values, texts, strict=True)):
+        axes.annotate(
+            text, (value, i), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, room * max([*values, 1e-9]))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def anybodys(texts: "Iterable[Text]") -> None:

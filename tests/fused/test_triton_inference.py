@@ -10,30 +10,16 @@ import block_cases as blocks
 import pytest
 import torch
 from block_cases import EVAL, NormCase, StepCase
+from test_triton_kernels import DEVICE, few_programs, triton_kernels, triton_spatial, triton_tiles
 from torch import Tensor
 
 from densely.fused import backend, kernels, plain
+from densely.fused.kernels import triton_vectors
 from densely.fused.kernels.operands import NormVectors
 from densely.fused.kernels.reference import Kernels
 
-#: The interpreter computes what is masked out too.
+__all__ = ["few_programs"]  # a fixture of every test here too
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with pytest.MonkeyPatch.context() as patch:
-    if DEVICE == "cpu":
-        patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
-    pytest.importorskip("triton", reason="needs Triton")
-    from densely.fused.kernels import triton_kernels, triton_spatial, triton_tiles, triton_vectors
-if DEVICE == "cpu" and not hasattr(triton_tiles.normalised, "rewriter"):
-    pytest.skip("Triton was imported without its interpreter", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-
 
 OTHER_EPS = NormCase("eval", eps=1e-2)
 BARE = NormCase("eval", weight=False, bias=False)

@@ -128,19 +128,10 @@ def _bars(
     text: Callable[[Measured], str],
 ) -> None:
     rows = [comparison.find(name) for name in names]
-    values = [value(row) or 0.0 for row in rows]
-    axes.barh(range(len(rows)), values, color=[COLORS[row.kind] for row in rows], height=0.72)
-    for i, row in enumerate(rows):
-        label = text(row) if value(row) is not None else "not measured"
-        axes.annotate(
-            label, (values[i], i), xytext=(3, 0), textcoords="offset points", va="center",
-            fontsize=7.5,
-        )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.32 * max([*values, 1e-9]))
-    axes.tick_params(axis="x", labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
+    texts = [text(row) if value(row) is not None else "not measured" for row in rows]
+    colors = [COLORS[row.kind] for row in rows]
+    labels, values = [_label(row) for row in rows], [value(row) or 0.0 for row in rows]
+    drawing.bars(axes, labels, values, texts, colors, room=1.32)
 
 
 def _megabytes(panel: str) -> Callable[[Measured], float | None]:

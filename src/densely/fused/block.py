@@ -27,7 +27,7 @@ summed over readers.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, chain, islice, repeat
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor
 from densely.fused import plain
 from densely.fused.coefficients import in_places, like, update_running_statistics
 from densely.fused.kernels import chosen
-from densely.fused.kernels.operands import Affine, Pending, Space
+from densely.fused.kernels.operands import Affine, Pending, Space, side_by_side
 from densely.fused.kernels.reference import accumulation_dtype, three_vectors, two_vectors
 from densely.fused.operators import Operator
 from densely.fused.ownership import owners, sole_owners
@@ -404,24 +404,18 @@ def _allocate(
     channels = x.shape[1] + sum(layer[-1].weight.shape[0] for layer in layers)
     trained = any(step.training for layer in layers for step in layer)
     buffer = chosen(x).matrix(space.rows, channels, x, x.dtype)
-    length = sum(map(_room, chain(*layers))) if keep else 0
+    _, length = side_by_side(_norm_widths(layers) if keep else ())
     return buffer, *two_vectors(x, channels if trained else 0), three_vectors(x, length)
 
 
 def _rooms(affines: Tensor, layers: list[list[PackedStep]]) -> list[Tensor]:
     """Where scale, shift and rstd of each norm stand among those of all, as [3, C] each."""
-    steps = list(chain(*layers))
-    starts = accumulate((_room(step) for step in steps), initial=0)
-    return [
-        affines[:, start : start + step.weight.shape[1]]
-        for start, step in zip(starts, steps, strict=False)
-    ]
+    places, _ = side_by_side(_norm_widths(layers))
+    return [affines[:, place] for place in places]
 
 
-def _room(step: PackedStep) -> int:
-    """Values that a norm's vector takes: each begins where loads are wide."""
-    width = step.weight.shape[1]
-    return width + -width % 4
+def _norm_widths(layers: list[list[PackedStep]]) -> list[int]:
+    return [step.weight.shape[1] for step in chain(*layers)]
 
 
 def _first_needed(layers: list[list[PackedStep]], needed: Sequence[bool]) -> int:

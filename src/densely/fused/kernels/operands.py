@@ -5,6 +5,8 @@ place, and the first C' channels are a view of its first columns. Rows may be fu
 they are long; columns stand side by side.
 """
 
+from collections.abc import Iterable
+from itertools import accumulate
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -157,6 +159,16 @@ class NormGradient(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+
+
+def side_by_side(sizes: Iterable[int]) -> tuple[list[slice], int]:
+    """Where vectors stand in one that holds them all, and its length.
+
+    Each begins where loads are wide.
+    """
+    sizes = list(sizes)
+    *starts, length = accumulate((size + -size % 4 for size in sizes), initial=0)
+    return [slice(at, at + size) for at, size in zip(starts, sizes, strict=True)], length
 
 
 def is_pointwise(weight: Tensor) -> bool:

@@ -56,9 +56,10 @@ def tiling(values: int, *matrices: Tensor) -> Tiling:
     return Tiling(unit, values // max(wide, 32), wide, triton.cdiv(columns, wide))
 
 
-def norm_relu(x: Tensor, affine: Affine, out: Tensor) -> None:
-    """relu(x * scale + shift), [rows, C] to `out` of x's dtype."""
+def norm_relu(x: Tensor, affine: Affine, out: Tensor | None = None) -> Tensor:
+    """relu(x * scale + shift), [rows, C] of x's dtype; to `out`, if given."""
     rows, columns = x.shape
+    out = x.new_empty(x.shape) if out is None else out
     tiles = tiling(4096, x, out)
     grid = (triton.cdiv(rows, tiles.rows) * tiles.blocks,)
     launch(
@@ -66,6 +67,7 @@ def norm_relu(x: Tensor, affine: Affine, out: Tensor) -> None:
         x, affine.scale, affine.shift, out, rows, columns // tiles.unit,
         x.stride(0) // tiles.unit, out.stride(0) // tiles.unit, **tiles.options,
     )  # fmt: skip
+    return out
 
 
 def moments(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, int]:

@@ -91,9 +91,7 @@ class TritonKernels(Kernels):
         """As the reference."""
         if x.dtype == torch.float64:
             return super().norm_relu(x, affine)
-        out = x.new_empty(x.shape)
-        triton_elementwise.norm_relu(x, affine, out)
-        return out
+        return triton_elementwise.norm_relu(x, affine)
 
     def convolve(
         self, x: Tensor, conv: Convolution, out: Tensor, moments: tuple[Tensor, Tensor] | None
@@ -101,15 +99,13 @@ class TritonKernels(Kernels):
         """As the reference."""
         if not _has_product(x, conv):
             return super().convolve(x, conv, out, moments)
-        bias = None if conv.bias is None else conv.bias.contiguous()
-        ending = (bias, out, moments is not None)
         if conv.pointwise:
-            taken = triton_pointwise.forward(x, conv.affine, conv.weight.flatten(1), *ending)
-        else:
-            weight, space = _planar(conv)
-            taken = triton_spatial.forward(
-                x, conv.affine, weight, bias, conv.dilation, space, *ending[1:]
+            weight = conv.weight.flatten(1)
+            taken = triton_pointwise.forward(
+                x, conv.affine, weight, conv.bias, out, moments is not None
             )
+        else:
+            taken = _over_window(x, conv.affine, conv, out, moments is not None)
         if moments is None or taken is None:
             return None
         return Unfinished(*taken, x.shape[0], *moments)
@@ -125,15 +121,12 @@ class TritonKernels(Kernels):
             super().convolve_twice(x, first, second, out)
             return
         weight = first.weight.flatten(1)
-        bias = None if first.bias is None else first.bias.contiguous()
         between = x.new_empty(x.shape[0], weight.shape[0])
-        triton_pointwise.forward(x, first.affine, weight, bias, between, False, second.affine)
+        triton_pointwise.forward(x, first.affine, weight, first.bias, between, False, second.affine)
         if second.pointwise or not _has_product(x, second):
             self.place(convolve(between, second), out, None)
         else:
-            weight, space = _planar(second)
-            bias = None if second.bias is None else second.bias.contiguous()
-            triton_spatial.forward(between, None, weight, bias, second.dilation, space, out, False)
+            _over_window(between, None, second, out, False)
 
     def convolve_backward(
         self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool
@@ -305,6 +298,16 @@ def _has_product(x: Tensor, conv: Convolution) -> bool:
 def _has_places(space: Space) -> bool:
     """Whether kernels can tell where in the maps a row is."""
     return len(space.size) <= 2 and max(space.size) <= _LONGEST
+
+
+def _over_window(
+    x: Tensor, affine: Affine | None, conv: Convolution, out: Tensor, want_moments: bool
+) -> tuple[Tensor, int] | None:
+    """`triton_spatial.forward`."""
+    weight, space = _planar(conv)
+    return triton_spatial.forward(
+        x, affine, weight, conv.bias, conv.dilation, space, out, want_moments
+    )
 
 
 def _planar(conv: Convolution) -> tuple[Tensor, Space]:

@@ -26,7 +26,7 @@ def pointwise(
     after: Affine | None,
 ) -> tuple[Tensor, int] | None:
     """As `triton_pointwise.forward`, but rounded before the norm `after` it too."""
-    act, columns = _normalised(x, affine), weight.t()
+    act, columns = triton_elementwise.norm_relu(x, affine), weight.t()
     made = torch.mm(act, columns) if bias is None else torch.addmm(bias, act, columns)
     if after is None:
         return _placed(made, out, want_moments)
@@ -45,18 +45,13 @@ def spatial(
     want_moments: bool,
 ) -> tuple[Tensor, int] | None:
     """As `triton_spatial.forward`, on images."""
-    maps = space.maps(x if affine is None else _normalised(x, affine))
+    act = x if affine is None else triton_elementwise.norm_relu(x, affine)
+    maps = space.maps(act)
     made = torch.ops.aten._convolution(
         maps, weight, bias, [1, 1], same_padding(weight, dilation), [dilation, dilation], False,
         [0, 0], 1, benchmark=False, deterministic=True, cudnn_enabled=True, allow_tf32=True,
     )  # fmt: skip
     return _placed(space.matrix(made), out, want_moments)
-
-
-def _normalised(x: Tensor, affine: Affine) -> Tensor:
-    act = x.new_empty(x.shape)
-    triton_elementwise.norm_relu(x, affine, act)
-    return act
 
 
 def _placed(made: Tensor, out: Tensor, want_moments: bool) -> tuple[Tensor, int] | None:

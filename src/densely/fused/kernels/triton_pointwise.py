@@ -2,9 +2,9 @@
 
 Forward reads x once: a program makes a tile of rows times up to 128 outputs, and their moments
 from the same registers; or, where nothing is kept for backward, puts them through the next norm and
-relu. Backward reads x and what has its shape once as well: a program owns a tile
-of channels, keeps its weights, and walks over row tiles; each gives the input's gradient, masked,
-the sums that the norm wants and its share of the weight's gradient, which stays in registers.
+relu. Backward reads x and what has its shape once as well: a program owns a tile of channels, keeps
+its weights, and walks over row tiles; each gives the input's gradient, masked, the sums that the
+norm wants and its share of the weight's gradient, which stays in registers.
 """
 
 # Kernels are written in Triton's language, which has no types that mypy could follow.
@@ -142,6 +142,7 @@ def forward(
     """
     rows, outputs = out.shape
     cols, weight = columns(x), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     after_scale, after_shift = (None, None) if after is None else (after.scale, after.shift)
 
     def run(tile: _Launch) -> tuple[Tensor, int] | None:

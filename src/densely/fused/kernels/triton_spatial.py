@@ -126,6 +126,7 @@ def forward(
         and the rows of a tile.
     """
     window = window_of(weight, dilation, space)
+    bias = None if bias is None else bias.contiguous()
     rows, outputs = out.shape
     cols = columns(x)
     scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)

@@ -18,7 +18,6 @@ Source of the combination of moments: Chan, Golub and LeVeque (1979), equation 2
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densely.fused.kernels.operands import Affine, NormGradient, NormVectors, Unfinished
+from densely.fused.kernels.operands import (
+    Affine,
+    NormGradient,
+    NormVectors,
+    Unfinished,
+    side_by_side,
+)
 from densely.fused.kernels.triton_tiles import launch
 
 _COLUMNS = 8  # of a program: 32 bytes
@@ -65,10 +70,8 @@ def affine(
 
 def affines(norms: Sequence[NormVectors]) -> list[Affine]:
     """Those of norms in eval mode with one eps: as one long norm, of copies beside each other."""
-    sizes = [norm.mean.shape[0] for norm in norms]
-    starts = list(accumulate((size + -size % 4 for size in sizes), initial=0))  # of wide loads
-    places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
-    beside = norms[0].mean.new_empty(4, starts[-1], dtype=torch.float32)
+    places, length = side_by_side(norm.mean.shape[0] for norm in norms)
+    beside = norms[0].mean.new_empty(4, length, dtype=torch.float32)
     copies = [vector[place] for vector in beside for place in places]
     torch._foreach_copy_(copies, [norm[i] for i in range(4) for norm in norms])
     weight, bias, mean, var = beside
