@@ -3,6 +3,7 @@
 Source: PyTorch's notes on CUDA semantics, "CUDA Graphs".
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ def record_graph(
     work: Callable[[], T],
     device: torch.device,
     pool: Any = None,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[], None] | None = None,
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what some work does on a GPU; before, it is run `WARM_UP` times for real.
 
@@ -47,12 +48,13 @@ def record_graph(
     tries_kernels = torch.backends.cudnn.benchmark
     with torch.cuda.device(device):
         here = torch.cuda.current_stream()
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = _recording_stream(torch.cuda.current_device())
         try:
             torch.backends.cudnn.benchmark = True
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
-                before()
+                if before:
+                    before()
                 for _ in range(WARM_UP):
                     work()
             here.wait_stream(aside)
@@ -64,6 +66,12 @@ def record_graph(
             torch.cuda.set_stream(here)  # which a capture that fails does not do
             torch.cuda.set_rng_state(random_state, device)
     return graph, result
+
+
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: memory that is free again serves the stream it was taken for only."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def compile_kernels_of(work: Callable[[], object]) -> None:

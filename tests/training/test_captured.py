@@ -155,6 +155,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
     """Makes a captured step, with stand-ins for what a GPU has."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(captured, "compile_kernels_of", lambda work: work())
@@ -163,11 +164,18 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
         model: nn.Module, *sizes: int, beside: tuple[Callable[[], object], ...] = ()
     ) -> captured._CapturedStep:
         optimizer = sgd(model)
+        pools = set()
 
         def record(
-            work: Callable[[], None], device: torch.device, before: Callable[[], None]
+            work: Callable[[], None],
+            device: torch.device,
+            pool: object,
+            before: Callable[[], None] | None,
         ) -> tuple[GraphOfPython, None]:
-            before()
+            pools.add(pool)
+            assert len(pools) == 1
+            if before:
+                before()
             return GraphOfPython(work, optimizer), None
 
         monkeypatch.setattr(captured, "record_graph", record)
@@ -178,12 +186,33 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
     return make
 
 
+@pytest.mark.parametrize("other_sizes", [(), (3,), (2, 3)])
 def test_a_recorded_step_takes_new_images_labels_and_rates(
-    recorded: Callable[..., captured._CapturedStep],
+    other_sizes: tuple[int, ...], recorded: Callable[..., captured._CapturedStep]
 ) -> None:
     model, other = CPU.place(small_net()), CPU.place(small_net())
-    for mine, expected in zip(run(recorded(model)), plain_loop(other, sgd(other)), strict=True):
+    step = recorded(model, *other_sizes)
+    for mine, expected in zip(run(step), plain_loop(other, sgd(other)), strict=True):
         torch.testing.assert_close(mine, expected)
+    assert sorted(step._graphs) == sorted((8, *other_sizes))
+
+
+def test_batches_of_sizes_that_were_told_are_replayed(
+    recorded: Callable[..., captured._CapturedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = recorded(CPU.place(small_net()), 3)
+    replayed = [size for size in (8, 3) if not _launches(step, size, monkeypatch)]
+    assert replayed == [8, 3]
+    assert _launches(step, 5, monkeypatch)
+
+
+def _launches(step: captured._CapturedStep, size: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a batch of this size runs kernel after kernel."""
+    called: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", lambda self, images, labels: called.append(size))
+        step(*batch(size, seed=1))
+    return bool(called)
 
 
 def test_nothing_is_learnt_while_a_step_is_recorded_and_kernels_of_every_size_are_compiled(
@@ -196,7 +225,7 @@ def test_nothing_is_learnt_while_a_step_is_recorded_and_kernels_of_every_size_ar
     by_batch = Forward(model, CPU, training=True)
     evaluation = partial(by_batch.launched, batch(5, seed=1)[0])
     step = recorded(model, 3, beside=(evaluation,))
-    assert sizes == [8, 3, 5, 8]  # compiled, compiled, compiled beside them, recorded
+    assert sizes == [8, 3, 5, 8, 3]  # compiled, compiled, compiled beside them, recorded twice
     assert same(model.state_dict(), start)
     momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
     assert momenta
@@ -236,9 +265,11 @@ def test_graph_and_plain_step_agree_under_a_schedule(
         if capture:
             images, labels = batch(8, seed=99)
             step = training_step(
-                model, optimizer, runtime, runtime.layout(images.cuda()), labels.cuda()
-            )
-            assert step.captured
+                model, optimizer, runtime, runtime.layout(images.cuda()), labels.cuda(),
+                other_sizes=[3],
+            )  # fmt: skip
+            assert isinstance(step, captured._CapturedStep)
+            assert sorted(step._graphs) == [3, 8]
             assert all(p.grad is not None for p in model.parameters())
         else:
             step = TrainingStep(model, optimizer, runtime)

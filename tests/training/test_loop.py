@@ -18,6 +18,7 @@ from torch import Tensor
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.training import loop
 from densely.training.captured import TrainingStep
+from densely.training.checkpoint import load_state
 from densely.training.config import TrainConfig
 from densely.training.loop import batches, generator_seed, train
 from densely.training.reporting import Reporter, RunFacts, Summary
@@ -174,6 +175,35 @@ def test_work_is_saved_within_a_long_epoch(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RunError):  # nothing was really written: the best one is not there
         train(config(tmp_path, epochs=1, batch_size=50))
     assert [(p.epoch, p.step) for p in saved[:3]] == [(0, 1), (0, 2), (0, 3)]
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(0.0, [1, 2, 3]), (1e9, [3])])
+def test_short_epochs_are_not_each_saved(
+    seconds: float, epochs: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_EPOCH_SECONDS", seconds)
+    saved = []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *a: saved.append(a[-1].epoch))
+    train(config(tmp_path, epochs=3, validation=0.0))
+    assert saved == epochs
+
+
+def test_a_stop_between_short_epochs_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_EPOCH_SECONDS", 1e9)
+
+    class Stopper(Reporter):
+        def epoch(self, row: EpochMetrics) -> None:
+            if row.epoch == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = config(tmp_path, epochs=4, validation=0.0)
+    with pytest.raises(Stopped, match="stopped and saved"):
+        train(settings, reporter=Stopper())
+    (run,) = (tmp_path / "runs").iterdir()
+    assert load_state(run / "checkpoints" / "last").epoch == 2
+    assert same_bits(weights(train(settings, resume=run).run), weights(train(settings).run))
 
 
 def test_diverging_training_ends_with_advice_and_keeps_what_was_saved(tmp_path: Path) -> None:
@@ -370,10 +400,13 @@ def test_steps_are_nesterovs_with_weight_decay(tmp_path: Path) -> None:
     """As PyTorch has it after Sutskever et al. (2013): the decay is part of the gradient."""
     rate, momentum, decay = 0.05, 0.9, 0.03
     trainer = loop._Trainer(
-        config(tmp_path, lr=rate, momentum=momentum, weight_decay=decay, limit=40, device="cpu"),
+        config(
+            tmp_path, lr=rate, momentum=momentum, weight_decay=decay, limit=40, device="cpu",
+            precision="float32",
+        ),
         None,
         Reporter(),
-    )
+    )  # fmt: skip
     model = copy.deepcopy(trainer.model).double().train()
     images, labels = trainer._inputs(torch.arange(20)), trainer.train_set.labels[:20]
     step = trainer._training_step()

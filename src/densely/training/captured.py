@@ -16,6 +16,7 @@ Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +109,11 @@ def training_step(
         optimizer: `torch.optim.SGD` without dampening is captured, others are not. Let it load
             its state before. Other settings than the learning rate are fixed by the capture.
         runtime: device and precision.
-        images: a batch [N, C, H, W] as the steps will get them; batches of another shape, as the
-            last of an epoch, run one kernel after another.
+        images: a batch [N, C, H, W] as the steps will get them.
         labels: of these images, [N].
         loss: of a batch; may wait for no number to be read from the GPU.
-        other_sizes: of batches that will come too, up to this one's: the kernels of all are
-            compiled at once.
+        other_sizes: of batches that will come too, such as the last of an epoch, below this one's:
+            they are captured as well. Batches of yet other shapes run one kernel after another.
         beside: work of the same model that will come too, such as an evaluation, whose kernels are
             compiled with them; what it changes of model and optimizer is put back.
 
@@ -149,7 +149,7 @@ def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runti
 
 
 class _CapturedStep(TrainingStep):
-    """The step as a graph; it is captured when this is made."""
+    """The step as a graph for each size of batch; they are captured when this is made."""
 
     captured = True
 
@@ -181,8 +181,13 @@ class _CapturedStep(TrainingStep):
                     tensor.copy_(value)
             self.reset()
 
+        sizes = (len(images), *sorted(other_sizes, reverse=True))
+        # One memory for all: what a step leaves behind, the gradients, is nothing to the next.
+        pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
         def all_work() -> None:
-            for size in (None, *other_sizes):
+            for size in sizes:
                 self._one_run(size)
             for work in beside:
                 work()
@@ -191,28 +196,34 @@ class _CapturedStep(TrainingStep):
             compile_kernels_of(all_work)
             put_back()
 
+        before: Callable[[], None] | None = compile_kernels
         try:
             with _RatesOnDevice(optimizer, self._device_rates):
-                self._graph, _ = record_graph(self._one_run, runtime.device, before=compile_kernels)
+                for size in sizes:
+                    work = partial(self._one_run, size)
+                    self._graphs[size], _ = record_graph(work, runtime.device, pool, before)
+                    before = None
         finally:
             put_back()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        if any(
+        size = len(images)
+        into = self._images[:size], self._labels[:size]
+        if size not in self._graphs or any(
             (new.shape, new.dtype) != (old.shape, old.dtype)
-            for new, old in ((images, self._images), (labels, self._labels))
+            for new, old in zip((images, labels), into, strict=True)
         ):
             super().__call__(images, labels)
             return
-        self._images.copy_(images)
-        self._labels.copy_(labels)
+        into[0].copy_(images)
+        into[1].copy_(labels)
         for i, group in enumerate(self.optimizer.param_groups):
             if self._rates[i] != group["lr"]:
                 self._rates[i] = float(group["lr"])
                 self._device_rates[i].fill_(self._rates[i])
-        self._graph.replay()
+        self._graphs[size].replay()
 
-    def _one_run(self, size: int | None = None) -> None:
+    def _one_run(self, size: int) -> None:
         # Gradients are set to None first, so those of the last run are made by the graph. Without
         # the cache: a copy of a weight made before the capture would be replayed stale.
         images, labels = self._images[:size], self._labels[:size]

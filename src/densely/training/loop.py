@@ -42,9 +42,11 @@ from densely.whole_file import write_whole
 
 #: A crash costs at most so much work; a stop by Ctrl-C or SIGTERM costs none.
 SAVE_SECONDS = 300.0
+#: Between epochs too, saving may take 1% of the time, and drawing, which takes as long as an epoch
+#: of a small network.
+SAVE_EPOCH_SECONDS = 5.0
+DRAW_SECONDS = 60.0
 REPORT_SECONDS = 0.25
-#: Drawing takes as long as an epoch of a small network: not each epoch of those.
-DRAW_SECONDS = 20.0
 
 
 def train(
@@ -246,8 +248,8 @@ class _Trainer:
                 )
             if self.stop.signal is not None or now - self._saved_at > SAVE_SECONDS:
                 take_stock()
-                self._save_last()
                 self._stop_if_asked()
+                self._save_last()
         take_stock()
 
     def _order(self) -> Tensor:
@@ -327,11 +329,13 @@ class _Trainer:
         self.run.append(row)
         if improved:
             self._save(self.run.best)
-        self._save_last()
+        over = progress.epoch == self.config.epochs
+        if over or improved or time.monotonic() - self._saved_at > SAVE_EPOCH_SECONDS:
+            self._save_last()
         if time.monotonic() - self._drawn_at > DRAW_SECONDS:
             self._draw_curves()
         self.reporter.epoch(row)
-        if progress.epoch < self.config.epochs:
+        if not over:
             self._stop_if_asked()
 
     def _final_test(self) -> Score:
@@ -345,12 +349,7 @@ class _Trainer:
         return self._score(Forward(best, self.runtime), self.test_set)
 
     def _score(self, forward: Forward, data: ImageSet) -> Score:
-        def before_batch() -> None:
-            if self.stop.signal is not None:
-                self._save_last()
-                self._stop_if_asked()
-
-        return score_of(forward, data, self.info.preprocessing, before_batch)
+        return score_of(forward, data, self.info.preprocessing, self._stop_if_asked)
 
     def _draw_curves(self) -> None:
         if rows := self.run.rows():
@@ -368,6 +367,7 @@ class _Trainer:
 
     def _stop_if_asked(self) -> None:
         if self.stop.signal is not None:
+            self._save_last()
             self._draw_curves()
             raise Stopped(
                 "stopped and saved; go on with: densely train --resume "
