@@ -12,7 +12,7 @@
 #   benchmarks/gpu_check.sh OUTDIR cifar            densely train --recipe cifar: 300 epochs
 #
 # Words behind the stage go to it, such as --budget SECONDS, --nets d2l,bc,121, --dtypes bfloat16,
-# --compile default (or '' for none), --variants "densely captured,compiled default captured", and
+# --compile default (or '' for none), --train "--batch-size 256 --lr 0.4", --variants "densely captured,compiled default captured", and
 # --smoke: a dry run of tiny nets on a CPU.
 #
 # PYTHON      the Python with PyTorch and Triton (python3); nothing of densely need be installed

@@ -1,6 +1,7 @@
 """One stage: `python -m gpu_check STAGE OUTDIR`, as benchmarks/gpu_check.sh calls it."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--modes", default="train,inference", help="of `speed`")
     parser.add_argument("--variants", default="", help="of `speed`: these alone, by their names")
     parser.add_argument("--kinds", default="", help="of `tune`: some of them, by their names")
+    parser.add_argument("--train", default="", help="more words for `densely train`, in one string")
     parser.add_argument("--smoke", action="store_true", help="tiny nets on the CPU: a dry run")
     options = parser.parse_args()
     if unknown := set(options.nets.split(",")) - set(NETS):
@@ -61,6 +63,7 @@ def main() -> int:
             kinds=kinds,
             budget_s=options.budget,
             smoke=options.smoke,
+            train=tuple(shlex.split(options.train)),
         )
     )
 

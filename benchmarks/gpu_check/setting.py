@@ -101,6 +101,7 @@ class Setting:
     kinds: tuple[str, ...]
     budget_s: float
     smoke: bool
+    train: tuple[str, ...] = ()
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:

@@ -21,3 +21,25 @@ def test_a_picture_is_drawn(tmp_path: Path, epochs: int, loss: float) -> None:
         picture.load()
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10  # something is on it
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+@pytest.mark.parametrize("evaluated", [(), (3,), (2, 4)])
+def test_epochs_that_were_not_evaluated_have_no_point(
+    tmp_path: Path, evaluated: tuple[int, ...]
+) -> None:
+    rows = [
+        EpochMetrics(
+            i,
+            0.1,
+            1.0,
+            0.5,
+            None,
+            None,
+            *((1.0, 0.4) if i in evaluated else (None, None)),
+            1.0,
+            1.0,
+        )
+        for i in range(1, 5)
+    ]
+    draw_curves(rows, tmp_path / "curves.png", "a title")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

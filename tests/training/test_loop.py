@@ -222,6 +222,34 @@ def test_the_best_epoch_is_chosen_by_validation_and_judged_on_test(tmp_path: Pat
     assert summary.best_epoch == 1 + rows.index(max(rows))
 
 
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_epochs_between_evaluations_are_not_judged(tmp_path: Path, validation: float) -> None:
+    settings = config(tmp_path, epochs=5, validation=validation, limit=60)
+    sparse = train(dataclasses.replace(settings, evaluate_every=2))
+    rows, every = (loop.RunDirectory.open(s.run).rows() for s in (sparse, train(settings)))
+    name = "validation" if validation else "test"
+    judged = [getattr(row, f"{name}_accuracy") for row in rows]
+    assert [at for at, accuracy in enumerate(judged, 1) if accuracy is not None] == [2, 4, 5]
+    for row, full in zip(rows, every, strict=True):  # learning does not notice
+        assert row.train_loss == full.train_loss
+        if getattr(row, f"{name}_loss") is not None:
+            assert getattr(row, f"{name}_loss") == getattr(full, f"{name}_loss")
+    assert sparse.best_epoch in ((2, 4, 5) if validation else (5,))
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_a_run_that_is_cut_short_before_any_evaluation_is_judged_all_the_same(
+    tmp_path: Path, validation: float
+) -> None:
+    settings = config(tmp_path, epochs=9, evaluate_every=9, validation=validation)
+    with pytest.raises(Stopped):
+        train(settings, reporter=StopAt(epoch=2, step=1))
+    (run,) = (tmp_path / "runs").iterdir()
+    summary = train(dataclasses.replace(settings, epochs=1), resume=run)
+    assert (summary.epochs, summary.best_epoch) == (1, 1)
+    assert 0 <= summary.test.accuracy <= 1
+
+
 def test_without_validation_the_last_epoch_counts(tmp_path: Path) -> None:
     summary = train(config(tmp_path, validation=0))
     assert summary.best_epoch == summary.epochs

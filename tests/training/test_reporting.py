@@ -1,5 +1,6 @@
 """What a run says: lines, JSON, or next to nothing."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -40,6 +41,13 @@ def test_plain_lines_tell_what_the_chapter_tells() -> None:
     for part in ("758,226", "60,000 training", "96x96", "train loss 0.1440", "train acc 0.9470",
                  "test acc 0.8810", "5,505 examples/s", "c.png", "densely predict"):  # fmt: skip
         assert part in text
+
+
+def test_an_epoch_that_was_not_evaluated_tells_of_training_alone() -> None:
+    out = io.StringIO()
+    PlainReporter(out).epoch(dataclasses.replace(ROW, test_loss=None, test_accuracy=None))
+    line = " ".join(out.getvalue().split())
+    assert line == "epoch 1 train loss 0.1440 train acc 0.9470 5,505 examples/s"
 
 
 def test_json_is_one_object_a_line() -> None:

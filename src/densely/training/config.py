@@ -97,6 +97,11 @@ class TrainConfig:
         "average the statistics of batch norms over so many batches before evaluating, as is "
         "wise at a high constant rate; 0 keeps the running ones",
     )
+    evaluate_every: int = _option(
+        1,
+        _HOW,
+        "epochs from one evaluation on held-out images to the next; the last is always evaluated",
+    )
     seed: int = _option(0, _HOW, "of initial weights and of the order of images")
     device: str = _option(
         "auto", HARDWARE, "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
@@ -133,6 +138,7 @@ class TrainConfig:
             ("momentum", "at least 0 and below 1", 0 <= self.momentum < 1),
             ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
             ("norm_batches", "at least 0", self.norm_batches >= 0),
+            ("evaluate_every", "at least 1", self.evaluate_every >= 1),
             ("validation", "at least 0 and below 1", 0 <= self.validation < 1),
             ("limit", "at least 2", self.limit is None or self.limit >= 2),
             (

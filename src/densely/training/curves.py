@@ -15,18 +15,20 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     """
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [row.epoch for row in rows]
-    held_out = "validation" if rows[0].validation_accuracy is not None else "test"
-    accuracies = [getattr(row, f"{held_out}_accuracy") for row in rows]
+    held_out = "validation" if any(row.validation_accuracy is not None for row in rows) else "test"
 
     figure = drawing.new_figure(6, 4)
     axes = figure.subplots()
-    marker = "o" if len(rows) == 1 else None
-    for name, style, color, values in (
-        ("train loss", "-", "C0", [row.train_loss for row in rows]),
-        ("train acc", "--", "m", [row.train_accuracy for row in rows]),
-        (f"{held_out} acc", "-.", "g", accuracies),
+    for name, style, color, field in (
+        ("train loss", "-", "C0", "train_loss"),
+        ("train acc", "--", "m", "train_accuracy"),
+        (f"{held_out} acc", "-.", "g", f"{held_out}_accuracy"),
     ):
+        points = [(row.epoch, y) for row in rows if (y := getattr(row, field)) is not None]
+        if not points:  # no epoch was evaluated yet
+            continue
+        epochs, values = zip(*points, strict=True)
+        marker = "o" if len(points) == 1 else None
         label = f"{name} {values[-1]:.3f}"
         axes.plot(epochs, values, style, color=color, marker=marker, label=label)
     axes.set_ylim(0, min(2.0, max(1.08, 1.05 * max(row.train_loss for row in rows))))

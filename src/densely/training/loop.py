@@ -296,22 +296,21 @@ class _Trainer:
         return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def _finish_epoch(self) -> None:
-        progress, begin = self.progress, time.monotonic()
-        if self.config.norm_batches:
-            order, bounds = self._order(), self.batches[: self.config.norm_batches]
-            inputs = (self._inputs(order[first:end]) for first, end in bounds)
-            average_norm_statistics(self.forward_by_batch, inputs)
-        held_out = self._score(self.forward, self.validation_set or self.test_set)
-        has_validation = self.validation_set is not None
+        progress, config, begin = self.progress, self.config, time.monotonic()
+        over = progress.epoch + 1 == config.epochs
+        evaluates = over or (progress.epoch + 1) % config.evaluate_every == 0
+        held_out = self._evaluated(self.validation_set or self.test_set) if evaluates else None
+        on_validation = held_out if self.validation_set else None
+        on_test = None if self.validation_set else held_out
         row = EpochMetrics(
             epoch=progress.epoch + 1,
             lr=self._learning_rate(len(self.batches) - 1),
             train_loss=progress.loss_sum / progress.seen,
             train_accuracy=progress.correct / progress.seen,
-            validation_loss=held_out.loss if has_validation else None,
-            validation_accuracy=held_out.accuracy if has_validation else None,
-            test_loss=None if has_validation else held_out.loss,
-            test_accuracy=None if has_validation else held_out.accuracy,
+            validation_loss=on_validation.loss if on_validation else None,
+            validation_accuracy=on_validation.accuracy if on_validation else None,
+            test_loss=on_test.loss if on_test else None,
+            test_accuracy=on_test.accuracy if on_test else None,
             examples_per_s=progress.seen / progress.seconds,
             epoch_s=progress.seconds + time.monotonic() - begin,
         )
@@ -319,17 +318,14 @@ class _Trainer:
         progress.step = progress.seen = progress.correct = 0
         progress.loss_sum = progress.seconds = 0.0
         # Small splits give many epochs the same accuracy: the surer one of them is better.
-        improved = has_validation and (held_out.accuracy, -held_out.loss) > (
-            progress.best_accuracy,
-            -progress.best_loss,
-        )
-        if improved:
-            progress.best_epoch = progress.epoch
-            progress.best_accuracy, progress.best_loss = held_out.accuracy, held_out.loss
+        best = progress.best_accuracy, -progress.best_loss
+        improved = False
+        if on_validation and (on_validation.accuracy, -on_validation.loss) > best:
+            improved, progress.best_epoch = True, progress.epoch
+            progress.best_accuracy, progress.best_loss = on_validation.accuracy, on_validation.loss
         self.run.append(row)
         if improved:
             self._save(self.run.best)
-        over = progress.epoch == self.config.epochs
         if over or improved or time.monotonic() - self._saved_at > SAVE_EPOCH_SECONDS:
             self._save_last()
         if time.monotonic() - self._drawn_at > DRAW_SECONDS:
@@ -338,12 +334,20 @@ class _Trainer:
         if not over:
             self._stop_if_asked()
 
+    def _evaluated(self, data: ImageSet) -> Score:
+        """How good the weights are now."""
+        if self.config.norm_batches:
+            order, bounds = self._order(), self.batches[: self.config.norm_batches]
+            inputs = (self._inputs(order[first:end]) for first, end in bounds)
+            average_norm_statistics(self.forward_by_batch, inputs)
+        return self._score(self.forward, data)
+
     def _final_test(self) -> Score:
-        if self.validation_set is None:
-            last = self.run.rows()[-1]
-            assert last.test_loss is not None
-            assert last.test_accuracy is not None
+        last = self.run.rows()[-1]
+        if last.test_loss is not None and last.test_accuracy is not None:
             return Score(last.test_loss, last.test_accuracy)
+        if not self.progress.best_epoch:  # cut short on going on, before any evaluation
+            return self._evaluated(self.test_set)
         best, _ = load_model(self.run.best)
         self.runtime.place(best)
         return self._score(Forward(best, self.runtime), self.test_set)

@@ -133,14 +133,17 @@ class PlainReporter(Reporter):
 
     def epoch(self, row: EpochMetrics) -> None:
         """An epoch is over."""
-        held_out = (
-            f"validation acc {row.validation_accuracy:.4f}"
-            if row.validation_accuracy is not None
-            else f"test acc {row.test_accuracy:.4f}"
+        held_out = "".join(
+            f"{name} acc {accuracy:.4f}  "
+            for name, accuracy in (
+                ("validation", row.validation_accuracy),
+                ("test", row.test_accuracy),
+            )
+            if accuracy is not None
         )
         self.say(
             f"epoch {row.epoch:3d}  train loss {row.train_loss:.4f}  "
-            f"train acc {row.train_accuracy:.4f}  {held_out}  {row.examples_per_s:,.0f} examples/s"
+            f"train acc {row.train_accuracy:.4f}  {held_out}{row.examples_per_s:,.0f} examples/s"
         )
 
     def finished(self, summary: Summary) -> None:

@@ -33,8 +33,8 @@ class EpochMetrics:
 
     The learning rate is that of the epoch's last step. Training figures are means over the epoch,
     as the weights were while it went on. Examples/s counts the training pass as a whole, loading
-    and resizing included; `epoch_s` counts evaluation as well. The test split is looked at each
-    epoch only where no validation split is.
+    and resizing included; `epoch_s` counts evaluation as well. The test split is looked at only
+    where no validation split is; neither is after epochs that are not evaluated.
     """
 
     epoch: int
