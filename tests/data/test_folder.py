@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from densely.data import spread
 from densely.data.dataset import ImageSet
 from densely.data.folder import load_folder, load_labelled
 from densely.errors import DataError
@@ -249,6 +250,58 @@ def test_corrupt_image_is_named(photos: Path, keep: int) -> None:
     corrupt = photos / "b" / "3.png"
     corrupt.write_bytes(corrupt.read_bytes()[:keep])
     assert_refused(photos, str(corrupt))
+
+
+@pytest.fixture
+def many_kinds(photos: Path) -> Path:
+    """80 pictures to train on, enough for processes, of several sizes, modes and formats."""
+    noise = np.random.default_rng(0)
+    for i in range(84):
+        part = photos / ("test" if i < 4 else "train") / "ab"[i % 2]
+        part.mkdir(parents=True, exist_ok=True)
+        height, width = ((8, 8), (20, 33), (9, 5), (40, 12))[i // 2 % 4]
+        image = Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image = image.convert(("L", "RGB", "RGBA", "P")[i // 8 % 4] if i % 3 else "L")
+        image.save(part / f"{i:02}.{'jpg' if image.mode in ('L', 'RGB') and i % 5 else 'png'}")
+    return photos
+
+
+@pytest.mark.parametrize("size", [None, 8, 20])
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_processes_read_the_same_images(
+    many_kinds: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, channels: int | None
+) -> None:
+    monkeypatch.setattr(spread, "_processors", lambda: 2)
+    found = load_folder(many_kinds, size, 0, channels)
+    monkeypatch.setattr(spread, "_processors", lambda: 1)
+    expected = load_folder(many_kinds, size, 0, channels)
+    for ours, theirs in ((found.train, expected.train), (found.test, expected.test)):
+        assert ours.images.equal(theirs.images)
+        assert ours.labels.equal(theirs.labels)
+    assert found.train.images.shape[:2] == (80, channels or 3)
+    assert found.train.images.flatten(1).float().std(dim=1).min() > 0  # none was left out
+
+
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize("processors", [1, 2])
+def test_first_of_several_corrupt_images_is_named(
+    many_kinds: Path, monkeypatch: pytest.MonkeyPatch, processors: int, size: int | None
+) -> None:
+    monkeypatch.setattr(spread, "_processors", lambda: processors)
+    paths = sorted((many_kinds / "train").rglob("*.*"))
+    for path in (paths[30], paths[50], paths[79]):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError) as caught:
+        load_folder(many_kinds, size, 0)
+    assert str(caught.value).startswith(f"{paths[30]}: not a readable")
+    assert caught.value.__cause__ is None or processors == 1
+
+
+def test_one_grey_image_in_front_does_not_decide(photos: Path) -> None:
+    save_classes(photos / "train")
+    save(photos / "train" / "b" / "9.png", mode="RGB")
+    save_classes(photos / "test")
+    assert load_folder(photos, 8, 0).train.images.shape == (3, 3, 8, 8)
 
 
 def test_more_than_memory_holds_is_refused_before_it_is_taken(photos: Path) -> None:

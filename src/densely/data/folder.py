@@ -8,7 +8,6 @@ PNG, JPEG, BMP and WebP; grey or colour; any sizes.
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from densely.data.dataset import ImageSet, Splits, stratified_split
 from densely.data.images import SUFFIXES, decode, is_grey, open_image
 from densely.data.preprocessing import resize
+from densely.data.spread import shared_bytes, spread
 from densely.errors import DataError
 
 TEST_SHARE = 0.2
@@ -102,7 +102,7 @@ def _image_files(folder: Path) -> Iterator[Path]:
     for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield Path(top, name)
 
 
@@ -129,9 +129,10 @@ class _Reader:
     def __init__(
         self, paths: Sequence[Path], total: int, image_size: int | None, channels: int | None
     ) -> None:
-        # Threads, since decoding releases the interpreter's lock.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            headers = list(pool.map(_header, paths))
+        if channels is None and image_size is not None and not _header(paths[0])[1]:
+            channels = 3  # one image of colour decides, and most often the first one does
+        if channels is None or image_size is None:
+            headers = spread(lambda i: _header(paths[i]), len(paths))
         if channels is None:
             channels = 1 if all(grey for _, grey in headers) else 3
         if image_size is None:
@@ -154,18 +155,14 @@ class _Reader:
     def read(self, listing: dict[str, list[Path]], classes: tuple[str, ...]) -> ImageSet:
         paths = [path for files in listing.values() for path in files]
         labels = [classes.index(name) for name, files in listing.items() for _ in files]
-        images = torch.empty(
-            (len(paths), self.channels, self.image_size, self.image_size), dtype=torch.uint8
-        )
+        images = shared_bytes(len(paths), self.channels, self.image_size, self.image_size)
 
         def fill(i: int) -> None:
             with open_image(paths[i]) as image:
                 pixels = decode(image, self.channels, str(paths[i]))
-            images[i] = resize(pixels[None], self.image_size)[0]
+            images[i : i + 1] = resize(pixels[None], self.image_size)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(fill, range(len(paths))):
-                pass
+        spread(fill, len(paths))
         return ImageSet(images, torch.tensor(labels, dtype=torch.int64), classes)
 
 

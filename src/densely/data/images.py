@@ -1,10 +1,11 @@
 """Reading one image file that anybody may have made: any mode, any size, nothing trusted."""
 
+import stat
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from densely.errors import DataError
@@ -23,9 +24,15 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: there is no such file, it is no image of an allowed format, or too large.
     """
-    if path.is_dir():
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except PermissionError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError):  # nothing, a broken link, or no name that a file may have
+        kind = 0
+    if kind == stat.S_IFDIR:
         raise DataError(f"{path} is a folder, an image file was expected")
-    if not path.is_file():  # nothing, a broken link, or a pipe, which would never end
+    if kind != stat.S_IFREG:  # a pipe would never end
         raise DataError(f"there is no image file {path}")
     try:
         image = Image.open(path, formats=FORMATS)
@@ -69,12 +76,15 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
         raise DataError(f"{name}: Pillow mode '{image.mode}' has no known range; convert it to 'L'")
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        pixels = np.array(_eight_bit(upright).convert("L" if channels == 1 else "RGB"))
+        # What changes nothing is not called: Pillow would copy the image each time.
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        eight_bit = _eight_bit(ImageOps.exif_transpose(image) if turned else image)
+        mode = "L" if channels == 1 else "RGB"
+        pixels = np.array(eight_bit if eight_bit.mode == mode else eight_bit.convert(mode))
     except Exception as error:
         raise DataError(f"{name}: corrupt image ({error})") from error
-    planes = pixels[:, :, None] if channels == 1 else pixels
-    return torch.from_numpy(planes).permute(2, 0, 1).contiguous()
+    planes = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return torch.from_numpy(planes)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
