@@ -12,7 +12,8 @@
 #   benchmarks/gpu_check.sh OUTDIR cifar            densely train --recipe cifar: 300 epochs
 #
 # Words behind the stage go to it, such as --budget SECONDS, --nets d2l,bc,121, --dtypes bfloat16,
-# --compile default (or '' for none), --train "--batch-size 256 --lr 0.4", --variants "densely captured,compiled default captured", and
+# --compile default (or '' for none), --variants "densely captured,compiled default captured",
+# --train "--batch-size 256 --lr 0.4" (more words for densely train in chapter and cifar), and
 # --smoke: a dry run of tiny nets on a CPU.
 #
 # PYTHON      the Python with PyTorch and Triton (python3); nothing of densely need be installed
@@ -46,10 +47,15 @@ here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here/../src:$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 
-# run STAGE SECONDS [OPTIONS]: the stage itself keeps to its budget; timeout stops one that hangs.
+# run STAGE SECONDS [OPTIONS]: the stage itself keeps to its budget, SECONDS or what --budget says;
+# timeout stops one that hangs.
 run() {
-  local name=$1 seconds=$2
+  local name=$1 seconds=$2 before=
   shift 2
+  for word in "$@"; do
+    [ "$before" = --budget ] && seconds=${word%.*}
+    before=$word
+  done
   timeout --kill-after 10 $((seconds + 45)) \
     "$python" -m gpu_check "$name" "$out" --budget "$seconds" "$@" 2>&1 | tee -a "$out/log.txt"
 }

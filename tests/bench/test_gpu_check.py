@@ -148,6 +148,27 @@ def test_the_script_says_what_it_takes(tmp_path: Path) -> None:
     assert "DENSELY_DATA: set it to the folder" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [(["cifar"], 525), (["cifar", "--budget", "583.5", "--smoke"], 628), (["tune"], 525)],
+)
+def test_a_stage_that_hangs_is_stopped_after_its_budget(
+    words: list[str], seconds: int, tmp_path: Path
+) -> None:
+    stand_in = tmp_path / "timeout"
+    stand_in.write_text('#!/bin/sh\necho "$3"\n')  # after --kill-after 10
+    stand_in.chmod(0o755)
+    done = subprocess.run(
+        [BENCHMARKS / "gpu_check.sh", tmp_path / "out", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DENSELY_DATA": str(tmp_path)},
+    )
+    assert done.stdout.split() == [str(seconds)], done.stderr
+
+
 def test_a_stage_runs_dry_and_keeps_what_it_found(tmp_path: Path) -> None:
     words = ["correct", tmp_path, "--smoke", "--nets", "bc", "--dtypes", "float32"]
     done = subprocess.run(
