@@ -252,8 +252,8 @@ resolution in colour; others who trained on
 the batch costs waits for a run with the paper's 64, which takes 3.7 ms a step and so some 15
 minutes. What it is not: in float32 on a CPU the weights make the same error on test images
 (0.909 right of 2,000), and none on 2,000 training images, mirrored and moved by up to 4 pixels as
-they were seen in training, and 4% moved by 8, as they were not. So inference and augmentation on the
-GPU are right."""
+they were seen in training, and 4% moved by 8, as they were not. So inference and augmentation on
+the GPU are right."""
 
 
 #: What no file has yet, and the stage of gpu_check.sh that would make one.
