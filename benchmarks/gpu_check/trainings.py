@@ -4,8 +4,8 @@ Both need jsonargparse and rich, which benchmarks/gpu_check.sh installs from a f
 data below DENSELY_DATA: the four files of Fashion-MNIST in fashion-mnist/; CIFAR-10 as an image
 folder in cifar10/, or packed as cifar10*.tar*.
 
-A training that the budget cuts off is stopped as Ctrl-C does. What it saved stays in OUTDIR, and
-the same stage with the same OUTDIR goes on from there.
+A training that the budget or a SIGTERM cuts off is stopped as Ctrl-C does. What it saved stays in
+OUTDIR, and the same stage with the same OUTDIR goes on from there.
 """
 
 import csv
@@ -25,7 +25,7 @@ from typing import IO
 from gpu_check.setting import Findings, Setting
 
 KEPT = ("metrics.csv", "env.json", "config.yaml", "curves.png")
-STOPPED = 130  # by Ctrl-C, after saving
+STOPPED = (130, 143)  # by Ctrl-C and by SIGTERM, after saving
 SMOKE = [
     *("--limit", "64", "--epochs", "2", "--norm-batches", "1", "--image-size", "32"),
     *("--batch-size", "32", "--device", "cpu"),
@@ -34,9 +34,7 @@ SMOKE = [
 
 def chapter(setting: Setting) -> int:
     """Ten epochs of the chapter's recipe; the exit code."""
-    return _train(
-        setting, "chapter", 64 if setting.smoke else 60_000, ["--recipe", "d2l", *setting.train]
-    )
+    return _train(setting, "chapter", 64 if setting.smoke else 60_000, ["--recipe", "d2l"])
 
 
 def cifar(setting: Setting) -> int:
@@ -48,7 +46,7 @@ def cifar(setting: Setting) -> int:
             data = given / "cifar10"
         else:
             _unpack(next(given.glob("cifar10*.tar*")), data)
-    words = ["--recipe", "cifar", "--data", str(data), *setting.train]
+    words = ["--recipe", "cifar", "--data", str(data)]
     if setting.smoke:
         words += ["--model", "densenet_bc_22_12"]
     return _train(setting, "cifar", 64 if setting.smoke else 50_000, words)
@@ -74,8 +72,10 @@ def _train(setting: Setting, stage: str, images: int, words: list[str]) -> int:
     if begun:
         command = ["train", "--resume", str(begun[-1])]
     else:
-        command = ["train", *words, *(SMOKE if setting.smoke else []), "--output", str(runs)]
-    findings = Findings(setting, stage, command=["densely", "train", *words], resumed=bool(begun))
+        small = SMOKE if setting.smoke else []
+        command = ["train", *words, *small, *setting.train, "--output", str(runs)]
+    said = ["densely", "train", *words, *setting.train]
+    findings = Findings(setting, stage, command=said, resumed=bool(begun))
     begin = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "densely", *command, "--json"], stdout=subprocess.PIPE, text=True
@@ -84,8 +84,10 @@ def _train(setting: Setting, stage: str, images: int, words: list[str]) -> int:
     # Once: a second Ctrl-C would not wait until it has saved.
     clock = threading.Timer(max(1.0, setting.left_s()), process.send_signal, [signal.SIGINT])
     clock.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
     _echo(process.stdout)
     code = process.wait()
+    signal.signal(signal.SIGTERM, before)
     clock.cancel()
     wall_s = time.perf_counter() - begin
     run = max(runs.iterdir()) if runs.is_dir() else None
@@ -94,7 +96,7 @@ def _train(setting: Setting, stage: str, images: int, words: list[str]) -> int:
         if (run / name).exists():
             shutil.copy(run / name, setting.out / f"{stage}-{name}")
     metrics = setting.out / f"{stage}-metrics.csv"
-    if code not in (0, STOPPED) or not metrics.exists():
+    if code not in (0, *STOPPED) or not metrics.exists():
         findings.add({"error": f"exit code {code}"})
         return code or 1
     with metrics.open(newline="", encoding="utf-8") as file:

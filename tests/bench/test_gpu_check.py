@@ -189,10 +189,9 @@ def test_a_stage_runs_dry_and_keeps_what_it_found(tmp_path: Path) -> None:
     assert "16 checks" in done.stdout
 
 
-@pytest.mark.slow
-def test_the_papers_training_runs_dry_and_is_not_begun_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def packed_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stage `cifar` unpacks."""
     with tarfile.open(tmp_path / "cifar10-jpg.tar.xz", "w:xz") as packed:
         for part, images in (("train", 40), ("test", 5)):
             for name, shade in (("cat", 40), ("dog", 200)):
@@ -202,6 +201,11 @@ def test_the_papers_training_runs_dry_and_is_not_begun_twice(
                     Image.new("RGB", (32, 32), (shade, i, 90)).save(folder / f"{i}.jpg")
             packed.add(tmp_path / "made" / part, f"pictures/{part}")
     monkeypatch.setenv("DENSELY_DATA", str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("packed_images")
+def test_the_papers_training_runs_dry_and_is_not_begun_twice(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gpu_check", "cifar", tmp_path / "out", "--smoke"]
     for _ in range(2):
         subprocess.run(command, cwd=BENCHMARKS, capture_output=True, check=True)
@@ -209,6 +213,29 @@ def test_the_papers_training_runs_dry_and_is_not_begun_twice(
         assert not found["resumed"]
         (row,) = found["rows"]
         assert (row["finished"], row["epochs"]) == (True, 2)
+    assert len(list((tmp_path / "out" / "cifar-runs").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("packed_images")
+def test_a_training_that_is_cut_off_leaves_its_row_and_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gpu_check", "cifar", tmp_path / "out", "--smoke"]
+    command += ["--train", "--epochs 400 --evaluate-every 300"]
+    for resumed in (False, True):
+        with subprocess.Popen(
+            command, cwd=BENCHMARKS, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            next(line for line in process.stdout if '"epoch"' in line[:25])
+            process.terminate()
+            process.stdout.read()
+        assert process.returncode == 1
+        found = json.loads((tmp_path / "out" / "cifar.json").read_text())
+        assert found["resumed"] == resumed
+        (row,) = found["rows"]
+        assert not row["finished"]
+        assert 1 <= row["epochs"] < 300
+        assert row["test_accuracy"] is None
     assert len(list((tmp_path / "out" / "cifar-runs").iterdir())) == 1
 
 
