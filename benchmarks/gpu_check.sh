@@ -53,7 +53,10 @@ run() {
   local name=$1 seconds=$2 before=
   shift 2
   for word in "$@"; do
-    [ "$before" = --budget ] && seconds=${word%.*}
+    case $before$word in
+      --budget[0-9]*) seconds=${word%.*} ;;
+      *--budget=*) seconds=${word#--budget=} seconds=${seconds%.*} ;;
+    esac
     before=$word
   done
   timeout --kill-after 10 $((seconds + 45)) \

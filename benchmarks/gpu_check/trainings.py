@@ -74,7 +74,8 @@ def _train(setting: Setting, stage: str, images: int, words: list[str]) -> int:
     else:
         small = SMOKE if setting.smoke else []
         command = ["train", *words, *small, *setting.train, "--output", str(runs)]
-    said = ["densely", "train", *words, *setting.train]
+    # Of a run that goes on, what it was begun with; its config.yaml has it all.
+    said = ["densely", "train", *words, *([] if begun else setting.train)]
     findings = Findings(setting, stage, command=said, resumed=bool(begun))
     begin = time.perf_counter()
     process = subprocess.Popen(
@@ -85,10 +86,12 @@ def _train(setting: Setting, stage: str, images: int, words: list[str]) -> int:
     clock = threading.Timer(max(1.0, setting.left_s()), process.send_signal, [signal.SIGINT])
     clock.start()
     before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-    _echo(process.stdout)
-    code = process.wait()
-    signal.signal(signal.SIGTERM, before)
-    clock.cancel()
+    try:
+        _echo(process.stdout)
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        clock.cancel()
     wall_s = time.perf_counter() - begin
     run = max(runs.iterdir()) if runs.is_dir() else None
     for name in KEPT if run else ():

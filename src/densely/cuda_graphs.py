@@ -31,13 +31,14 @@ def record_graph(
 
     cuDNN tries its kernels in the first run, and keeps to the fastest for what is recorded.
     The state of the GPU's random numbers is put back; each replay goes on from where it then is.
+    All graphs are recorded on one stream, one after another, and share what libraries keep for it,
+    such as cuBLAS's work space: no two of them may run at the same time.
 
     Args:
         work: on tensors that stay where they are.
         device: the GPU.
-        pool: memory that graphs share, of `torch.cuda.graph_pool_handle`: such graphs may not run
-            at the same time, and what one has returned is overwritten by another. None for memory
-            of its own.
+        pool: memory that graphs share, of `torch.cuda.graph_pool_handle`: what one has returned is
+            overwritten by another. None for memory of its own.
         before: called first, on the stream that records.
 
     Returns:

@@ -150,7 +150,12 @@ def test_the_script_says_what_it_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "seconds"),
-    [(["cifar"], 525), (["cifar", "--budget", "583.5", "--smoke"], 628), (["tune"], 525)],
+    [
+        (["cifar"], 525),
+        (["cifar", "--budget", "583.5", "--smoke"], 628),
+        (["cifar", "--smoke", "--budget=60"], 105),
+        (["tune"], 525),
+    ],
 )
 def test_a_stage_that_hangs_is_stopped_after_its_budget(
     words: list[str], seconds: int, tmp_path: Path

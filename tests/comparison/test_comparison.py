@@ -4,12 +4,14 @@ import json
 import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import densely
+from densely import drawing
 from densely.cli import main
 from densely.comparison.compare import compare, grouped, mcnemar
 from densely.comparison.page import sentence, table, write_comparison
@@ -124,6 +126,24 @@ def test_the_page_and_the_picture(folder: Path, tmp_path: Path) -> None:
     result = compare({"$|<平均>": runs[:1], "b": runs[2:3]})
     write_comparison(result, tmp_path)
     assert "| $\\|<平均> |" in table(result)  # a bar within a cell is escaped
+
+
+@pytest.mark.parametrize("validation", ["0", "0.2"])
+def test_epochs_that_were_not_evaluated_are_left_out_of_the_picture(
+    tmp_path: Path, validation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, list[float]] = {}
+
+    def look(figure: Any, path: Path) -> None:
+        for axes in figure.axes[:2] if len(figure.axes) > 1 else ():  # no run's own curves
+            drawn[axes.get_title()] = list(axes.lines[0].get_xdata())
+
+    monkeypatch.setattr(drawing, "save", look)
+    flags = ["--epochs", "3", "--limit", "60", "--seeds", "1", "--evaluate-every", "2"]
+    flags += ["--variant", "a: {lr: 0.1}", "--variant", "b: {lr: 0.05}"]
+    words = ["compare", *flags, "--validation", validation, "--quiet", "--output", str(tmp_path)]
+    assert main(words) == 0
+    assert drawn == {"held-out accuracy": [2, 3], "training loss": [1, 2, 3]}
 
 
 def test_a_stopped_comparison_goes_on(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from densely.data import spread
+from densely.data import parallel
 from densely.data.dataset import ImageSet
 from densely.data.folder import load_folder, load_labelled
 from densely.errors import DataError
@@ -253,8 +253,9 @@ def test_corrupt_image_is_named(photos: Path, keep: int) -> None:
 
 
 @pytest.fixture
-def many_kinds(photos: Path) -> Path:
+def many_kinds(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """80 pictures to train on, enough for processes, of several sizes, modes and formats."""
+    monkeypatch.setattr(parallel, "LEAST_FILES", 64)
     noise = np.random.default_rng(0)
     for i in range(84):
         part = photos / ("test" if i < 4 else "train") / "ab"[i % 2]
@@ -271,9 +272,9 @@ def many_kinds(photos: Path) -> Path:
 def test_processes_read_the_same_images(
     many_kinds: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, channels: int | None
 ) -> None:
-    monkeypatch.setattr(spread, "_processors", lambda: 2)
+    monkeypatch.setattr(parallel, "_processors", lambda: 2)
     found = load_folder(many_kinds, size, 0, channels)
-    monkeypatch.setattr(spread, "_processors", lambda: 1)
+    monkeypatch.setattr(parallel, "_processors", lambda: 1)
     expected = load_folder(many_kinds, size, 0, channels)
     for ours, theirs in ((found.train, expected.train), (found.test, expected.test)):
         assert ours.images.equal(theirs.images)
@@ -287,7 +288,7 @@ def test_processes_read_the_same_images(
 def test_first_of_several_corrupt_images_is_named(
     many_kinds: Path, monkeypatch: pytest.MonkeyPatch, processors: int, size: int | None
 ) -> None:
-    monkeypatch.setattr(spread, "_processors", lambda: processors)
+    monkeypatch.setattr(parallel, "_processors", lambda: processors)
     paths = sorted((many_kinds / "train").rglob("*.*"))
     for path in (paths[30], paths[50], paths[79]):
         path.write_bytes(b"no image")

@@ -1,10 +1,12 @@
 """The picture of the curves is made for runs of any length."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from densely import drawing
 from densely.training.curves import draw_curves
 from densely.training.run import EpochMetrics
 
@@ -25,8 +27,14 @@ def test_a_picture_is_drawn(tmp_path: Path, epochs: int, loss: float) -> None:
 
 @pytest.mark.parametrize("evaluated", [(), (3,), (2, 4)])
 def test_epochs_that_were_not_evaluated_have_no_point(
-    tmp_path: Path, evaluated: tuple[int, ...]
+    tmp_path: Path, evaluated: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn: list[tuple[float, ...]] = []
+
+    def look(figure: Any, path: Path) -> None:
+        drawn.extend(tuple(line.get_xdata()) for line in figure.axes[0].lines)
+
+    monkeypatch.setattr(drawing, "save", look)
     rows = [
         EpochMetrics(
             i,
@@ -42,4 +50,4 @@ def test_epochs_that_were_not_evaluated_have_no_point(
         for i in range(1, 5)
     ]
     draw_curves(rows, tmp_path / "curves.png", "a title")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [(1, 2, 3, 4)] * 2 + ([evaluated] if evaluated else [])

@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
+from densely.forward import Forward
+from densely.runtime import choose_runtime
 from densely.training import loop
 from densely.training.captured import TrainingStep
-from densely.training.checkpoint import load_state
+from densely.training.checkpoint import load_model, load_state
 from densely.training.config import TrainConfig
 from densely.training.loop import batches, generator_seed, train
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics
+from densely.training.scoring import score_of
 from densely.training.splits import splits_of
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -206,10 +209,24 @@ def test_a_stop_between_short_epochs_is_saved(
     assert same_bits(weights(train(settings, resume=run).run), weights(train(settings).run))
 
 
-def test_diverging_training_ends_with_advice_and_keeps_what_was_saved(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"diverged; try a smaller --lr") as caught:
-        train(config(tmp_path, lr=1e30, epochs=5))
+@pytest.mark.parametrize("saved", [False, True])
+def test_diverging_training_ends_with_advice_and_keeps_what_was_saved(
+    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if saved:
+        monkeypatch.setattr(loop, "SAVE_EPOCH_SECONDS", 0.0)
+    learning_rate = loop._Trainer._learning_rate
+    monkeypatch.setattr(
+        loop._Trainer,
+        "_learning_rate",
+        lambda self, step: 1e30 if self.progress.epoch else learning_rate(self, step),
+    )
+    with pytest.raises(TrainingError, match=r"diverged; try a smaller --lr than") as caught:
+        train(config(tmp_path, epochs=5, validation=0.0))
     assert caught.value.exit_code == 1
+    (run,) = (tmp_path / "runs").iterdir()
+    assert ("keeps what was saved before" in str(caught.value)) == saved
+    assert (run / "checkpoints" / "last").exists() == saved
 
 
 def test_the_best_epoch_is_chosen_by_validation_and_judged_on_test(tmp_path: Path) -> None:
@@ -241,13 +258,26 @@ def test_epochs_between_evaluations_are_not_judged(tmp_path: Path, validation: f
 def test_a_run_that_is_cut_short_before_any_evaluation_is_judged_all_the_same(
     tmp_path: Path, validation: float
 ) -> None:
-    settings = config(tmp_path, epochs=9, evaluate_every=9, validation=validation)
+    settings = config(
+        tmp_path, epochs=9, evaluate_every=9, validation=validation, norm_batches=2, lr=0.2,
+        schedule="constant", precision="float32", device="cpu",
+    )  # fmt: skip
     with pytest.raises(Stopped):
-        train(settings, reporter=StopAt(epoch=2, step=1))
-    (run,) = (tmp_path / "runs").iterdir()
-    summary = train(dataclasses.replace(settings, epochs=1), resume=run)
-    assert (summary.epochs, summary.best_epoch) == (1, 1)
-    assert 0 <= summary.test.accuracy <= 1
+        train(settings, reporter=StopAt(epoch=4, step=1))
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = train(dataclasses.replace(settings, epochs=3), resume=folder)
+    assert (summary.epochs, summary.best_epoch) == (3, 3)
+    run = loop.RunDirectory.open(folder)
+    last, name = run.rows()[-1], "validation" if validation else "test"
+    assert getattr(last, f"{name}_accuracy") is not None
+    assert (folder / "checkpoints" / "best").exists() == bool(validation)
+    # What was judged is what was kept.
+    model, info = load_model(run.weights())
+    test = splits_of(settings).test
+    runtime = choose_runtime("cpu", "float32")
+    runtime.place(model)
+    found = score_of(Forward(model, runtime), test, info.preprocessing)
+    assert found == summary.test
 
 
 def test_without_validation_the_last_epoch_counts(tmp_path: Path) -> None:

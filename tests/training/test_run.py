@@ -1,5 +1,6 @@
 """Run directories: numbered, never overwritten, damage named."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
     run.metrics_file.write_text(run.metrics_file.read_text().replace("1.5", "x"))
     with pytest.raises(RunError, match=r"metrics\.csv"):
         run.rows()
+
+
+def test_the_last_row_is_replaced(tmp_path: Path) -> None:
+    run, second = create(tmp_path), dataclasses.replace(ROW, epoch=2, test_loss=None)
+    for row in (ROW, second):
+        run.append(row)
+    judged = dataclasses.replace(second, test_loss=1.0)
+    run.replace_last(judged)
+    assert run.rows() == [ROW, judged]
+
+
+@pytest.mark.parametrize("late", ["augment", "evaluate_every", "options"])
+def test_a_config_of_before_a_field_was_there_has_its_default(tmp_path: Path, late: str) -> None:
+    run = create(tmp_path)
+    path = run.path / "config.yaml"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if not line.startswith(late)))
+    assert late not in path.read_text()
+    assert getattr(run.config(), late) == getattr(TrainConfig(), late)
 
 
 @pytest.mark.parametrize("kept", [0, 1])

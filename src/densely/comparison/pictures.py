@@ -20,7 +20,8 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     accuracy, loss, end = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     for i, group in enumerate(comparison.groups):
         for axes, values in ((accuracy, _held_out(group)), (loss, _curves(group, "train_loss"))):
-            epochs = np.arange(1, values.shape[1] + 1)
+            judged = ~np.isnan(values).any(axis=0)
+            epochs, values = 1 + np.flatnonzero(judged), values[:, judged]
             marker = "o" if len(epochs) == 1 else None
             axes.plot(epochs, values.mean(axis=0), color=f"C{i}", marker=marker, label=group.name)
             axes.fill_between(
@@ -60,11 +61,13 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def _held_out(group: Group) -> NDArray[np.float64]:
-    has_validation = group.curves[0][0].validation_accuracy is not None
+    has_validation = any(row.validation_accuracy is not None for row in group.curves[0])
     return _curves(group, "validation_accuracy" if has_validation else "test_accuracy")
 
 
 def _curves(group: Group, column: str) -> NDArray[np.float64]:
-    """[runs, epochs], up to the shortest run."""
+    """[runs, epochs], up to the shortest run; NaN where an epoch was not evaluated."""
     length = min(len(rows) for rows in group.curves)
-    return np.array([[getattr(row, column) for row in rows[:length]] for rows in group.curves])
+    return np.array(
+        [[getattr(row, column) for row in rows[:length]] for rows in group.curves], dtype=float
+    )

@@ -14,8 +14,8 @@ import torch
 
 from densely.data.dataset import ImageSet, Splits, stratified_split
 from densely.data.images import SUFFIXES, decode, is_grey, open_image
+from densely.data.parallel import shared_bytes, spread
 from densely.data.preprocessing import resize
-from densely.data.spread import shared_bytes, spread
 from densely.errors import DataError
 
 TEST_SHARE = 0.2

@@ -201,7 +201,14 @@ class _CapturedStep(TrainingStep):
             with _RatesOnDevice(optimizer, self._device_rates):
                 for size in sizes:
                     work = partial(self._one_run, size)
-                    self._graphs[size], _ = record_graph(work, runtime.device, pool, before)
+                    try:
+                        self._graphs[size], _ = record_graph(work, runtime.device, pool, before)
+                    except Exception as error:
+                        if not self._graphs:
+                            raise
+                        _log.warning(
+                            "batches of %d train without a CUDA graph: %s", size, first_line(error)
+                        )
                     before = None
         finally:
             put_back()

@@ -10,8 +10,8 @@ from densely.training.run import EpochMetrics
 def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     """Draw train loss, train accuracy and held-out accuracy into a PNG.
 
-    Colours and dashes are the chapter's, and the legend ends in the last epoch's values. Losses
-    above 2 are cut off.
+    Colours and dashes are the chapter's, and the legend ends in the last values. Epochs that were
+    not evaluated have no held-out accuracy. Losses above 2 are cut off.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -100,7 +100,7 @@ class RunDirectory:
         except DenselyError as error:
             raise RunError(f"{path}: {error}") from error
         # Fields that came after runs had been written; these had the default.
-        late = {"augment", "options"}
+        late = {"augment", "evaluate_every", "options"}
         if missing := [f.name for f in fields(config) if f.name not in {*values, *late}]:
             raise RunError(f"{path}: damaged: {', '.join(missing)} missing")
         return config
@@ -179,6 +179,10 @@ class RunDirectory:
             raise RunError(f"{self.metrics_file}: damaged: it lacks rows of epochs 1 to {epochs}")
         if len(rows) > epochs:
             write_whole(self.metrics_file, _csv(rows[:epochs], header=True))
+
+    def replace_last(self, row: EpochMetrics) -> None:
+        """Write the last row of `metrics.csv` anew, the old one standing until it is whole."""
+        write_whole(self.metrics_file, _csv([*self.rows()[:-1], row], header=True))
 
 
 def numbered_folder(output: Path, name: str) -> Path:

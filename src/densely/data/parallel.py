@@ -6,6 +6,7 @@ that it knows. Elsewhere a new process imports PyTorch first, and threads do it.
 """
 
 import ctypes
+import gc
 import math
 import mmap
 import multiprocessing
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from densely.errors import DataError
 
-LEAST_FILES = 64  # of fewer the start of the processes takes longer than they save
+LEAST_FILES = 256  # of fewer, if they are small, the start of processes takes what they save
 FILES_PER_PROCESS = 16  # at least, or most of many processors would start for nothing
+MOST_PROCESSES = 32  # a container may own a few of the processors that it sees
 CHUNKS_PER_PROCESS = 8  # at least, so that all are done at about the same time
 MOST_FILES_PER_CHUNK = 256
 
@@ -51,7 +53,10 @@ def spread(work: Callable[[int], Result], count: int) -> list[Result]:
         and processors > 1
         and not multiprocessing.current_process().daemon  # such a one may have no children
     ):
-        return _in_processes(work, count, min(processors, count // FILES_PER_PROCESS))
+        processes = min(processors, count // FILES_PER_PROCESS, MOST_PROCESSES)
+        results = _in_processes(work, count, processes)
+        if results is not None:
+            return results
     with ThreadPoolExecutor(processors) as pool:
         return list(pool.map(work, range(count)))
 
@@ -60,8 +65,15 @@ def shared_bytes(*shape: int) -> Tensor:
     """Zeros, uint8 of `shape`, in memory that this process shares with those of `spread`.
 
     Anonymous memory, and no file in /dev/shm, of which containers have 64 MB.
+
+    Raises:
+        MemoryError: there is not so much.
     """
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+    try:
+        memory = mmap.mmap(-1, math.prod(shape))
+    except OSError as error:
+        raise MemoryError(f"{math.prod(shape):,} bytes: {error.strerror}") from error
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
 
 
 def _processors() -> int:
@@ -71,7 +83,8 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _in_processes(work: Callable[[int], Result], count: int, processes: int) -> list[Result]:
+def _in_processes(work: Callable[[int], Result], count: int, processes: int) -> list[Result] | None:
+    """`spread` by processes; None where so many may not be started."""
     size = min(max(count // (processes * CHUNKS_PER_PROCESS), 1), MOST_FILES_PER_CHUNK)
     stop = mmap.mmap(-1, 1)  # not 0: the children are to begin no other file
     pool = ProcessPoolExecutor(
@@ -81,19 +94,26 @@ def _in_processes(work: Callable[[int], Result], count: int, processes: int) -> 
         initializer=_begin,
         initargs=(work, stop, os.getpid()),
     )
+    others = set(multiprocessing.active_children())
     try:
         with _forking():
             chunks = [
                 pool.submit(_run, start, min(start + size, count))
                 for start in range(0, count, size)
             ]
+    except OSError:  # the pool knows nothing of those that were started, and would not end them
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+            child.join()
+        return None
+    try:
         # In their order: the failure that is met first is that of the lowest index.
         return [result for chunk in chunks for result in chunk.result()]
     except BaseException as error:  # Ctrl-C too
         stop[0] = 1
         if isinstance(error, BrokenProcessPool):
             raise DataError(
-                "a process that read images was killed, most likely since memory ran out; "
+                "a process that read images ended, most likely killed since memory ran out; "
                 "choose a smaller --image-size, or end other programs"
             ) from None
         if isinstance(error, DataError):
@@ -127,6 +147,7 @@ _stop: mmap.mmap
 
 def _begin(work: Callable[[int], Any], stop: mmap.mmap, parent: int) -> None:
     """Prepare a child, first thing in it."""
+    gc.freeze()  # what is garbage in the parent, perhaps of its GPU, is not this one's to end
     global _work, _stop
     _work, _stop = work, stop
     # Ctrl-C reaches every process in a terminal and is the parent's to handle: SIGINT stays

@@ -1,3 +1,5 @@
+import errno
+import gc
 import multiprocessing
 import os
 import select
@@ -13,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from densely.data import spread as module
-from densely.data.spread import LEAST_FILES, shared_bytes, spread
+from densely.data import parallel
+from densely.data.parallel import LEAST_FILES, shared_bytes, spread
 from densely.errors import DataError
 
 if sys.platform != "linux":
     pytest.skip("processes are for Linux alone", allow_module_level=True)
 
-COUNT = 200
+COUNT = LEAST_FILES
 
 
 def own_pid(_: int) -> int:
@@ -30,7 +32,7 @@ def own_pid(_: int) -> int:
 @pytest.fixture(autouse=True)
 def _two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine has."""
-    monkeypatch.setattr(module, "_processors", lambda: 2)
+    monkeypatch.setattr(parallel, "_processors", lambda: 2)
 
 
 @pytest.mark.parametrize("count", [0, 1, LEAST_FILES - 1, LEAST_FILES, COUNT, 5001])
@@ -49,13 +51,57 @@ def test_few_files_stay_in_this_process() -> None:
 
 
 def test_one_processor_stays_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_processors", lambda: 1)
+    monkeypatch.setattr(parallel, "_processors", lambda: 1)
     assert set(spread(own_pid, COUNT)) == {os.getpid()}
 
 
 def test_daemonic_process_has_no_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
     assert set(spread(own_pid, COUNT)) == {os.getpid()}
+
+
+def test_where_no_more_processes_may_start_threads_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_processors", lambda: 8)
+    fork, forks = os.fork, iter(range(100))
+
+    def limited() -> int:
+        if next(forks) >= 3:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+    assert set(spread(own_pid, COUNT)) == {os.getpid()}
+    assert not multiprocessing.active_children()
+
+
+def test_garbage_of_this_process_is_left_alone_in_the_others(tmp_path: Path) -> None:
+    class Garbage:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    def work(i: int) -> None:
+        gc.collect()
+
+    gc.disable()
+    try:
+        Garbage()
+        spread(work, COUNT)
+        gc.collect()
+    finally:
+        gc.enable()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+def test_too_much_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(parallel.mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="1,000 bytes"):
+        shared_bytes(10, 100)
 
 
 def test_what_is_written_to_shared_bytes_is_seen_here() -> None:
@@ -123,7 +169,7 @@ def test_signals_are_handled_here_as_before() -> None:
 
 
 def test_only_the_warning_of_forking_is_kept_quiet() -> None:
-    with module._forking():
+    with parallel._forking():
         told = "This process (pid=1) is multi-threaded, use of fork() may lead to deadlocks"
         warnings.warn(told, DeprecationWarning, stacklevel=1)
         with pytest.warns(DeprecationWarning, match="another"):
@@ -171,7 +217,9 @@ def test_no_process_outlives_this_one(
     pid = fork_group(lambda: spread(work, COUNT), tmp_path / "errors")
     os.close(writing)
     try:
+        until = time.monotonic() + 20
         while not started.any():
+            assert time.monotonic() < until, (tmp_path / "errors").read_text()
             time.sleep(0.01)
         (os.killpg if whole_group else os.kill)(pid, number)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
