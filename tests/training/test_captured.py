@@ -170,7 +170,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
             work: Callable[[], None],
             device: torch.device,
             pool: object,
-            before: Callable[[], None] | None,
+            before: Callable[[], None] | None = None,
         ) -> tuple[GraphOfPython, None]:
             pools.add(pool)
             assert len(pools - {None}) == len(pools) == 1

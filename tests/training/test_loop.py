@@ -1,60 +1,27 @@
-"""Training: it learns, twice the same, and goes on from where it was stopped to the same bits."""
+"""Training: it learns, twice the same, what is held out is judged, and mistakes are said."""
 
 import copy
 import csv
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from run_cases import StopAt, config, same_bits, weights
 from torch import Tensor
 
-from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
-from densely.forward import Forward
-from densely.runtime import choose_runtime
+from densely.errors import ConfigError, Stopped, TrainingError
 from densely.training import loop
 from densely.training.captured import TrainingStep
-from densely.training.checkpoint import load_model, load_state
 from densely.training.config import TrainConfig
 from densely.training.loop import batches, generator_seed, train
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics
-from densely.training.scoring import score_of
-from densely.training.splits import splits_of
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-
-
-def config(tmp_path: Path, **values: Any) -> TrainConfig:
-    return TrainConfig.from_values(
-        {"output": str(tmp_path / "runs"), "limit": 200, "epochs": 2} | values
-    )
-
-
-def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / which / "model.safetensors")
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-class StopAt(Reporter):
-    """Sends this process a signal at a step of an epoch, as a person or a scheduler would."""
-
-    def __init__(self, epoch: int, step: int, number: int = signal.SIGINT) -> None:
-        super().__init__()
-        self.at, self.number = (epoch, step), number
-
-    def step(self, epoch: int, done: int, total: int, loss: float, accuracy: float) -> None:
-        if (epoch, done) == self.at:
-            os.kill(os.getpid(), self.number)
 
 
 def test_the_quick_start_learns_the_digits(tmp_path: Path) -> None:
@@ -89,124 +56,6 @@ def test_the_same_command_gives_the_same_bits(tmp_path: Path) -> None:
 def test_another_seed_gives_another_network(tmp_path: Path) -> None:
     first, second = (train(config(tmp_path, seed=seed)).run for seed in (0, 1))
     assert not same_bits(weights(first), weights(second))
-
-
-LONGER = {"epochs": 3, "batch_size": 50}
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    return train(config(tmp_path_factory.mktemp("unbroken"), **LONGER))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 3), (3, 4)])
-def test_stop_and_resume_give_the_bits_of_an_unbroken_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    unbroken: Summary,
-    epoch: int,
-    step: int,
-    number: int,
-) -> None:
-    monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
-    settings = config(tmp_path, **LONGER)
-    with pytest.raises(Stopped, match="--resume") as caught:
-        train(settings, reporter=StopAt(epoch, step, number))
-    assert caught.value.exit_code == 128 + number
-    broken = tmp_path / "runs" / "quickstart-001"
-    resumed = train(settings, resume=broken)
-    assert resumed.test == unbroken.test
-    for which in ("last", "best"):
-        assert same_bits(weights(broken, which), weights(unbroken.run, which))
-    timings = {"examples_per_s", "epoch_s"}
-    tables = []
-    for run in (broken, unbroken.run):
-        with (run / "metrics.csv").open() as file:
-            tables.append([{k: v for k, v in row.items() if k not in timings}
-                           for row in csv.DictReader(file)])  # fmt: skip
-    assert tables[0] == tables[1]
-
-
-def test_a_stop_during_evaluation_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = config(tmp_path)
-    unbroken = train(settings)
-    score_of = loop.score_of
-
-    def stopping(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return score_of(*arguments)
-
-    monkeypatch.setattr(loop, "score_of", stopping)
-    with pytest.raises(Stopped):
-        train(settings)
-    monkeypatch.setattr(loop, "score_of", score_of)
-    broken = tmp_path / "runs" / "quickstart-002"
-    state = json.loads((broken / "checkpoints" / "last" / "state.json").read_text())
-    assert (state["epoch"], state["seen"]) == (0, 200)
-    train(settings, resume=broken)
-    assert same_bits(weights(broken), weights(unbroken.run))
-
-
-def test_a_crash_after_a_row_was_written_does_not_double_it(tmp_path: Path) -> None:
-    settings = config(tmp_path)
-    run = train(dataclasses.replace(settings, epochs=1)).run
-    row = (run / "metrics.csv").read_text().splitlines()[1]
-    with (run / "metrics.csv").open("a") as file:
-        file.write("2" + row[1:] + "\n")  # an epoch of which the checkpoint knows nothing
-    train(settings, resume=run)
-    with (run / "metrics.csv").open() as file:
-        assert [line["epoch"] for line in csv.DictReader(file)] == ["1", "2"]
-
-
-def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
-    settings = config(tmp_path, schedule="constant")
-    longer = dataclasses.replace(settings, epochs=3)
-    run = train(settings).run
-    assert train(longer, resume=run).epochs == 3
-    assert same_bits(weights(run), weights(train(longer).run))
-
-
-def test_work_is_saved_within_a_long_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-    saved = []
-    monkeypatch.setattr(
-        loop, "save_checkpoint", lambda *a: saved.append(dataclasses.replace(a[-1]))
-    )
-    with pytest.raises(RunError):  # nothing was really written: the best one is not there
-        train(config(tmp_path, epochs=1, batch_size=50))
-    assert [(p.epoch, p.step) for p in saved[:3]] == [(0, 1), (0, 2), (0, 3)]
-
-
-@pytest.mark.parametrize(("seconds", "epochs"), [(0.0, [1, 2, 3]), (1e9, [3])])
-def test_short_epochs_are_not_each_saved(
-    seconds: float, epochs: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "SAVE_EPOCH_SECONDS", seconds)
-    saved = []
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *a: saved.append(a[-1].epoch))
-    train(config(tmp_path, epochs=3, validation=0.0))
-    assert saved == epochs
-
-
-def test_a_stop_between_short_epochs_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "SAVE_EPOCH_SECONDS", 1e9)
-
-    class Stopper(Reporter):
-        def epoch(self, row: EpochMetrics) -> None:
-            if row.epoch == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    settings = config(tmp_path, epochs=4, validation=0.0)
-    with pytest.raises(Stopped, match="stopped and saved"):
-        train(settings, reporter=Stopper())
-    (run,) = (tmp_path / "runs").iterdir()
-    assert load_state(run / "checkpoints" / "last").epoch == 2
-    assert same_bits(weights(train(settings, resume=run).run), weights(train(settings).run))
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -254,32 +103,6 @@ def test_epochs_between_evaluations_are_not_judged(tmp_path: Path, validation: f
     assert sparse.best_epoch in ((2, 4, 5) if validation else (5,))
 
 
-@pytest.mark.parametrize("validation", [0.0, 0.2])
-def test_a_run_that_is_cut_short_before_any_evaluation_is_judged_all_the_same(
-    tmp_path: Path, validation: float
-) -> None:
-    settings = config(
-        tmp_path, epochs=9, evaluate_every=9, validation=validation, norm_batches=2, lr=0.2,
-        schedule="constant", precision="float32", device="cpu",
-    )  # fmt: skip
-    with pytest.raises(Stopped):
-        train(settings, reporter=StopAt(epoch=4, step=1))
-    (folder,) = (tmp_path / "runs").iterdir()
-    summary = train(dataclasses.replace(settings, epochs=3), resume=folder)
-    assert (summary.epochs, summary.best_epoch) == (3, 3)
-    run = loop.RunDirectory.open(folder)
-    last, name = run.rows()[-1], "validation" if validation else "test"
-    assert getattr(last, f"{name}_accuracy") is not None
-    assert (folder / "checkpoints" / "best").exists() == bool(validation)
-    # What was judged is what was kept.
-    model, info = load_model(run.weights())
-    test = splits_of(settings).test
-    runtime = choose_runtime("cpu", "float32")
-    runtime.place(model)
-    found = score_of(Forward(model, runtime), test, info.preprocessing)
-    assert found == summary.test
-
-
 def test_without_validation_the_last_epoch_counts(tmp_path: Path) -> None:
     summary = train(config(tmp_path, validation=0))
     assert summary.best_epoch == summary.epochs
@@ -292,30 +115,6 @@ def test_a_wrong_model_for_the_data_leaves_no_run_behind(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="at least 29"):
         train(config(tmp_path, model="d2l"))
     assert not (tmp_path / "runs").exists()
-
-
-def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(tmp_path)
-    run = train(settings).run
-    monkeypatch.setattr(loop, "splits_of", lambda config: splits_of(
-        dataclasses.replace(config, split_seed=1)))  # fmt: skip
-    with pytest.raises(DataError, match="began with other training images than digits"):
-        train(settings, resume=run)
-
-
-def test_resume_refuses_a_config_that_was_edited(tmp_path: Path) -> None:
-    settings = config(tmp_path)
-    run = train(settings).run
-    with pytest.raises(RunError, match="began with another batch_size, lr"):
-        train(dataclasses.replace(settings, lr=0.9, batch_size=16), resume=run)
-    assert train(settings, resume=run).epochs == 2  # and the run is free for the right one
-
-
-def test_resume_refuses_fewer_epochs_than_are_done(tmp_path: Path) -> None:
-    settings = config(tmp_path)
-    run = train(settings).run
-    with pytest.raises(ConfigError, match="epochs=1: 2 are already done"):
-        train(dataclasses.replace(settings, epochs=1), resume=run)
 
 
 def test_odd_folder_names_do_not_matter(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from densely import drawing
 from densely.comparison.compare import Comparison, Group
+from densely.training.run import held_out_split
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
@@ -61,8 +62,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def _held_out(group: Group) -> NDArray[np.float64]:
-    has_validation = any(row.validation_accuracy is not None for row in group.curves[0])
-    return _curves(group, "validation_accuracy" if has_validation else "test_accuracy")
+    return _curves(group, f"{held_out_split(group.curves[0])}_accuracy")
 
 
 def _curves(group: Group, column: str) -> NDArray[np.float64]:

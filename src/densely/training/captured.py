@@ -182,9 +182,6 @@ class _CapturedStep(TrainingStep):
             self.reset()
 
         sizes = (len(images), *sorted(other_sizes, reverse=True))
-        # One memory for all: what a step leaves behind, the gradients, is nothing to the next.
-        pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
         def all_work() -> None:
             for size in sizes:
@@ -196,20 +193,10 @@ class _CapturedStep(TrainingStep):
             compile_kernels_of(all_work)
             put_back()
 
-        before: Callable[[], None] | None = compile_kernels
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         try:
             with _RatesOnDevice(optimizer, self._device_rates):
-                for size in sizes:
-                    work = partial(self._one_run, size)
-                    try:
-                        self._graphs[size], _ = record_graph(work, runtime.device, pool, before)
-                    except Exception as error:
-                        if not self._graphs:
-                            raise
-                        _log.warning(
-                            "batches of %d train without a CUDA graph: %s", size, first_line(error)
-                        )
-                    before = None
+                self._record(sizes, compile_kernels)
         finally:
             put_back()
 
@@ -229,6 +216,22 @@ class _CapturedStep(TrainingStep):
                 self._rates[i] = float(group["lr"])
                 self._device_rates[i].fill_(self._rates[i])
         self._graphs[size].replay()
+
+    def _record(self, sizes: tuple[int, ...], compile_kernels: Callable[[], None]) -> None:
+        """Make a graph for each size; those after the first may fail."""
+        # One memory for all: what a step leaves behind, the gradients, is nothing to the next.
+        device, pool = self.runtime.device, torch.cuda.graph_pool_handle()
+        first, *others = sizes
+        self._graphs[first], _ = record_graph(
+            partial(self._one_run, first), device, pool, compile_kernels
+        )
+        for size in others:
+            try:
+                self._graphs[size], _ = record_graph(partial(self._one_run, size), device, pool)
+            except Exception as error:
+                _log.warning(
+                    "batches of %d train without a CUDA graph: %s", size, first_line(error)
+                )
 
     def _one_run(self, size: int) -> None:
         # Gradients are set to None first, so those of the last run are made by the graph. Without

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from densely import drawing
-from densely.training.run import EpochMetrics
+from densely.training.run import EpochMetrics, held_out_split
 
 
 def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
@@ -15,8 +15,7 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     """
     from matplotlib.ticker import MaxNLocator
 
-    held_out = "validation" if any(row.validation_accuracy is not None for row in rows) else "test"
-
+    held_out = held_out_split(rows)
     figure = drawing.new_figure(6, 4)
     axes = figure.subplots()
     for name, style, color, field in (

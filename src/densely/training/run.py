@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from densely.environment import environment
 from densely.errors import DenselyError, RunError
@@ -47,6 +48,11 @@ class EpochMetrics:
     test_accuracy: float | None
     examples_per_s: float
     epoch_s: float
+
+
+def held_out_split(rows: Sequence[EpochMetrics]) -> Literal["validation", "test"]:
+    """The split that the epochs of a run were judged on, where they were."""
+    return "validation" if any(row.validation_loss is not None for row in rows) else "test"
 
 
 class RunDirectory:
