@@ -71,8 +71,11 @@ def record_graph(
 
 @functools.cache
 def _recording_stream(device: int) -> torch.cuda.Stream:
-    """One for all graphs: memory that is free again serves the stream it was taken for only."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    """One for all graphs: memory that is free again serves the stream it was taken for only.
+
+    Of a higher priority than what recorded work puts aside, which each kernel of a graph keeps.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def compile_kernels_of(work: Callable[[], object]) -> None:

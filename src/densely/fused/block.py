@@ -293,48 +293,49 @@ def _backward(
     zeros: list[Tensor] = []
     stop = buffer.shape[1]
     layers = layers[_first_needed(layers, needed) :]
-    for layer in reversed(layers):
-        start = stop - layer[-1].weight.shape[0]
-        upstream: Tensor | Pending = arrived(slice(start, stop))
-        for n, step in reversed(list(enumerate(layer))):
-            if step.mask is not None:
-                upstream = step.drop(kernels.form(upstream))
-            if needs(step, "bias"):
-                following = layer[n + 1 :]
-                if step.mask is not None or (following and not following[0].training):
-                    upstream = kernels.form(upstream)
-                    grads[step.places["bias"]] = upstream.sum(0, dtype=a.dtype)
-                elif following or column_sums is None:  # the next norm's mean takes the bias off
-                    zeros.append(a.new_empty(step.weight.shape[0]))
-                    grads[step.places["bias"]] = zeros[-1]
+    with kernels.putting_aside(buffer):
+        for layer in reversed(layers):
+            start = stop - layer[-1].weight.shape[0]
+            upstream: Tensor | Pending = arrived(slice(start, stop))
+            for n, step in reversed(list(enumerate(layer))):
+                if step.mask is not None:
+                    upstream = step.drop(kernels.form(upstream))
+                if needs(step, "bias"):
+                    following = layer[n + 1 :]
+                    if step.mask is not None or (following and not following[0].training):
+                        upstream = kernels.form(upstream)
+                        grads[step.places["bias"]] = upstream.sum(0, dtype=a.dtype)
+                    elif following or column_sums is None:  # the next norm takes the bias off
+                        zeros.append(a.new_empty(step.weight.shape[0]))
+                        grads[step.places["bias"]] = zeros[-1]
+                    else:
+                        grads[step.places["bias"]] = column_sums[start:stop].clone()
+                if n == 0:
+                    features, moments = buffer[:, :start], (mean[:start], var[:start])
                 else:
-                    grads[step.places["bias"]] = column_sums[start:stop].clone()
-            if n == 0:
-                features, moments = buffer[:, :start], (mean[:start], var[:start])
-            else:
-                features, *taken = inner[-3:]
-                moments = taken[0], taken[1]
-                del inner[-3:]
-            affine = Affine.kept(rooms.pop(), step.norm(moments).mean, step.training)
-            conv = step.convolution(affine, space)
-            given = (upstream, features, conv, needs(step, "weight"))
-            if n == 0:
-                base = None if any_reader else direct[:, :start]
-                grad_weight, norm = kernels.convolve_backward_add(
-                    *given, total[:, :start], base, (a[:start], b[:start])
-                )
-                any_reader = True
-                if sums_wanted and not step.training:
-                    if column_sums is None:
-                        column_sums = a.new_zeros(columns)
-                    column_sums[:start] += conv.affine.scale * norm.bias
-            else:
-                grad_weight, norm, upstream = kernels.convolve_backward(*given)
-            grads[step.places["norm_weight"]] = norm.weight
-            grads[step.places["norm_bias"]] = norm.bias
-            if grad_weight is not None:
-                grads[step.places["weight"]] = grad_weight
-        stop = start
+                    features, *taken = inner[-3:]
+                    moments = taken[0], taken[1]
+                    del inner[-3:]
+                affine = Affine.kept(rooms.pop(), step.norm(moments).mean, step.training)
+                conv = step.convolution(affine, space)
+                given = (upstream, features, conv, needs(step, "weight"))
+                if n == 0:
+                    base = None if any_reader else direct[:, :start]
+                    grad_weight, norm = kernels.convolve_backward_add(
+                        *given, total[:, :start], base, (a[:start], b[:start])
+                    )
+                    any_reader = True
+                    if sums_wanted and not step.training:
+                        if column_sums is None:
+                            column_sums = a.new_zeros(columns)
+                        column_sums[:start] += conv.affine.scale * norm.bias
+                else:
+                    grad_weight, norm, upstream = kernels.convolve_backward(*given)
+                grads[step.places["norm_weight"]] = norm.weight
+                grads[step.places["norm_bias"]] = norm.bias
+                if grad_weight is not None:
+                    grads[step.places["weight"]] = grad_weight
+            stop = start
     if zeros:
         torch._foreach_zero_(zeros)
     found = []

@@ -5,6 +5,7 @@ float64 for float64), whatever the dtype of the maps.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 
 import torch
@@ -106,6 +107,10 @@ class Kernels:
         between = x.new_empty(x.shape[0], first.weight.shape[0])
         self.convolve(x, first, between, None)
         self.convolve(between, second, out, None)
+
+    def putting_aside(self, x: Tensor) -> AbstractContextManager[None]:
+        """Within it, weights' gradients may be given before they are made; at its end they are."""
+        return nullcontext()
 
     def convolve_backward(
         self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool

@@ -9,11 +9,13 @@ axes runs through cuDNN between kernels that norm and mask.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from densely.fused.kernels import (
+    triton_aside,
     triton_elementwise,
     triton_image_stem,
     triton_pointwise,
@@ -128,6 +130,10 @@ class TritonKernels(Kernels):
         else:
             _over_window(between, None, second, out, False)
 
+    def putting_aside(self, x: Tensor) -> AbstractContextManager[None]:
+        """As the reference."""
+        return triton_aside.aside(x)
+
     def convolve_backward(
         self, grad: Tensor | Pending, x: Tensor, conv: Convolution, needs_weight: bool
     ) -> tuple[Tensor | None, NormGradient, Pending]:
@@ -184,11 +190,14 @@ class TritonKernels(Kernels):
             found = done.weight
         else:
             weight, space = _planar(conv)
+            aside = triton_aside.current()
+            if aside is not None:
+                aside.wait()  # one convolution at a time, whose gradients take memory meanwhile
             formed = self.form(grad).contiguous()
             parts, partials = triton_spatial.backward(
-                formed, x, affine, weight, conv.dilation, space, needs_weight, *to
+                formed, x, affine, weight, conv.dilation, space, needs_weight, *to, aside
             )
-            done = triton_vectors.finish_norm(partials, affine, rows, mean_terms, parts)
+            done = triton_vectors.finish_norm(partials, affine, rows, mean_terms, parts, aside)
             found = None if done.weight is None else done.weight.permute(0, 3, 1, 2)
         return done._replace(weight=None if found is None else found.view(conv.weight.shape))
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Space
+from densely.fused.kernels.triton_aside import Aside
 from densely.fused.kernels.triton_launches import Choice, Step, fastest
 from densely.fused.kernels.triton_tiles import (
     Columns,
@@ -25,7 +26,6 @@ from densely.fused.kernels.triton_tiles import (
     columns,
     exact,
     launch,
-    launch_together,
     loaded_total,
     masked_back,
     multiprocessors,
@@ -112,6 +112,7 @@ def backward(
     total: Tensor,
     base: Tensor | None,
     add_scaled: bool,
+    aside: Aside | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Back through `triton_spatial.forward`: g is the normalised x's gradient, where that is > 0.
 
@@ -126,10 +127,12 @@ def backward(
         total: [rows, C]; becomes g, or with `add_scaled` (base or else total) + scale * g.
         base: [rows, C] or None.
         add_scaled: see `total`.
+        aside: where to make the weight's gradient, if given.
 
     Returns:
-        Parts of the weight's gradient, [splits, O, kh, kw, C] in float32; [parts, 2, C]: sums of g
-        and of g * (x - mean) over sets of rows that together are all rows.
+        Parts of the weight's gradient, [splits, O, kh, kw, C] in float32, which are there when
+        `aside` is waited for; [parts, 2, C]: sums of g and of g * (x - mean) over sets of rows that
+        together are all rows.
     """
     (rows, channels), outputs = x.shape, weight.shape[0]
     window = window_of(weight, dilation, space)
@@ -174,7 +177,11 @@ def backward(
         run_input()
         return None, norm_parts
     weight_parts, run_weight = _weight_gradient(grad, x, affine, window, dilation)
-    launch_together(x, run_input, run_weight)
+    if aside is not None:
+        aside.run(run_weight)
+    run_input()
+    if aside is None:
+        run_weight()
     return weight_parts, norm_parts
 
 

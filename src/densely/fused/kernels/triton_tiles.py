@@ -13,7 +13,7 @@ whether an integer divides by 16, so strides come in units: `stride // unit`, wi
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -248,29 +248,6 @@ def compiled_ahead() -> Iterator[None]:
             yield
         finally:
             _compiling_ahead.reset(token)
-
-
-def launch_together(x: Tensor, one: Callable[[], None], other: Callable[[], None]) -> None:
-    """Launch what does not wait for each other; recorded in a CUDA graph it runs at the same time.
-
-    So one fills the processors that the other leaves idle. Outside of a graph it is Python that
-    launches wait for, and a second stream would only add to that. Neither may allocate memory.
-    """
-    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        one()
-        other()
-        return
-    here, aside = torch.cuda.current_stream(x.device), _second_stream(x.device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        other()
-    one()
-    here.wait_stream(aside)
-
-
-@functools.cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 @functools.cache

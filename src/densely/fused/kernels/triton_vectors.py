@@ -18,6 +18,7 @@ Source of the combination of moments: Chan, Golub and LeVeque (1979), equation 2
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from densely.fused.kernels.operands import (
     Unfinished,
     side_by_side,
 )
+from densely.fused.kernels.triton_aside import Aside
 from densely.fused.kernels.triton_tiles import launch
 
 _COLUMNS = 8  # of a program: 32 bytes
@@ -127,13 +129,14 @@ def finish_norm(
     rows: int,
     mean_terms: tuple[Tensor, Tensor] | None = None,
     weight_parts: Tensor | None = None,
+    aside: Aside | None = None,
 ) -> Finished:
     """Gradients of a norm's parameters from its sums, and in train mode its a and b.
 
     a = scale / rows * sum(g), b = scale * rstd^2 / rows * sum(g * (x - mean)): see
     `densely.fused.block`. They are added to `mean_terms` where these are given, else new vectors;
     there are none for a norm in eval mode. `weight_parts` [parts, *shape], float32, are added up by
-    the same launch.
+    the same launch, or by one like it where they are made, `aside`.
     """
     parts, _, columns = partials.shape
     blocks = triton.cdiv(columns, _COLUMNS)
@@ -153,15 +156,24 @@ def finish_norm(
     if weight_parts is not None:
         weight = weight_parts.new_empty(weight_parts.shape[1:])
         weights = triton.cdiv(weight.numel(), _WEIGHTS)
-    launch(
-        _finish_norm, (blocks + weights,), partials,
-        partials, affine.scale, affine.rstd, made[0], made[1], *(terms or (None, None)),
-        weight_parts, weight, parts, rows, columns, blocks,
-        0 if weight_parts is None else weight_parts.shape[0],
-        0 if weight is None else weight.numel(),
-        ADD=mean_terms is not None, PARTS=taken, COLUMNS=_COLUMNS, WEIGHTS=_WEIGHTS,
-        num_warps=_warps(taken) if weight is None else 4,
-    )  # fmt: skip
+
+    def run(first: int, last: int) -> None:
+        launch(
+            _finish_norm, (last - first,), partials,
+            partials, affine.scale, affine.rstd, made[0], made[1], *(terms or (None, None)),
+            weight_parts, weight, parts, rows, columns, blocks - first,
+            0 if weight_parts is None else weight_parts.shape[0],
+            0 if weight is None else weight.numel(),
+            ADD=mean_terms is not None, PARTS=taken, COLUMNS=_COLUMNS, WEIGHTS=_WEIGHTS,
+            num_warps=_warps(taken) if weight is None else 4,
+        )  # fmt: skip
+
+    # The same kernel in both cases: none is left to be compiled while a graph is recorded.
+    if aside is None or weight is None:
+        run(0, blocks + weights)
+    else:
+        run(0, blocks)
+        aside.run(partial(run, blocks, blocks + weights))
     return Finished(NormGradient(made[0], made[1]), terms, weight)
 
 

@@ -1,0 +1,55 @@
+"""Work that is put aside: nobody reads what it makes too early, or changes what it reads."""
+
+from collections.abc import Callable
+
+import block_cases as blocks
+import pytest
+import torch
+from test_triton_kernels import BLOCKS, few_programs, run
+
+from densely.fused import backend
+from densely.fused.kernels import triton_aside
+
+__all__ = ["few_programs"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+class _Last(triton_aside.Aside):
+    """Runs all at the last moment, as a second stream may."""
+
+    opened: list["_Last"] = []
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.most = 0
+        self.opened.append(self)
+
+    def run(self, work: Callable[[], None]) -> None:
+        self._works.append(work)
+        self.most = max(self.most, len(self._works))
+
+    def wait(self) -> None:
+        for work in self._works:
+            work()
+        self._works.clear()
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "plain", "biases", "both modes", "partly frozen"])
+def test_gradients_are_the_same_when_weights_come_last(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = BLOCKS[name]
+    x, layers = blocks.build(case, torch.float32)
+    grad = blocks.gradient(case, torch.float32)
+    expected = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton").grads
+
+    monkeypatch.setattr(_Last, "opened", [])
+    monkeypatch.setattr(triton_aside, "Aside", _Last)
+    monkeypatch.setattr(triton_aside, "_is_recorded", lambda x: True)
+    got = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton").grads
+
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (got[key] == value).all(), key
+    # The gradient of one convolution, and the end of its sum: no more memory is held at a time.
+    assert [aside.most for aside in _Last.opened] == [2]
