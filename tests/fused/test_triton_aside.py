@@ -1,6 +1,7 @@
 """Work that is put aside: nobody reads what it makes too early, or changes what it reads."""
 
 from collections.abc import Callable
+from functools import partial
 
 import block_cases as blocks
 import pytest
@@ -17,12 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 class _Last(triton_aside.Aside):
     """Runs all at the last moment, as a second stream may."""
 
-    opened: list["_Last"] = []
-
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, opened: list["_Last"], device: torch.device) -> None:
         super().__init__(device)
         self.most = 0
-        self.opened.append(self)
+        opened.append(self)
 
     def run(self, work: Callable[[], None]) -> None:
         self._works.append(work)
@@ -43,8 +42,8 @@ def test_gradients_are_the_same_when_weights_come_last(
     grad = blocks.gradient(case, torch.float32)
     expected = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton").grads
 
-    monkeypatch.setattr(_Last, "opened", [])
-    monkeypatch.setattr(triton_aside, "Aside", _Last)
+    opened: list[_Last] = []
+    monkeypatch.setattr(triton_aside, "Aside", partial(_Last, opened))
     monkeypatch.setattr(triton_aside, "_is_recorded", lambda x: True)
     got = run(backend.dense_block, blocks.Inputs(x, layers), grad, "triton").grads
 
@@ -52,4 +51,4 @@ def test_gradients_are_the_same_when_weights_come_last(
     for key, value in expected.items():
         assert (got[key] == value).all(), key
     # The gradient of one convolution, and the end of its sum: no more memory is held at a time.
-    assert [aside.most for aside in _Last.opened] == [2]
+    assert [aside.most for aside in opened] == [2]

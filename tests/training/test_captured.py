@@ -47,8 +47,10 @@ def run(step: TrainingStep, sizes: tuple[int, ...] = (8, 8, 8, 3, 8)) -> list[Te
         for group in step.optimizer.param_groups:
             group["lr"] = rate
         images, labels = batch(size, seed=i)
-        device = step.runtime.device
-        step(step.runtime.layout(images.to(device)), labels.to(device))
+        with step.preparing():
+            device = step.runtime.device
+            images, labels = step.runtime.layout(images.to(device)), labels.to(device)
+        step(images, labels)
     momentum = [state["momentum_buffer"] for state in step.optimizer.state.values()]
     return [*step.model.state_dict().values(), *momentum, step.loss_sum, step.correct]
 
@@ -204,6 +206,35 @@ def test_batches_of_sizes_that_were_told_are_replayed(
     replayed = [size for size in (8, 3) if not _launches(step, size, monkeypatch)]
     assert replayed == [8, 3]
     assert _launches(step, 5, monkeypatch)
+
+
+class Stream:
+    """Stands in for a stream, and writes down who waits for whom."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said = name, said
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize(("size", "runs"), [(8, "replay"), (5, "launched")])
+def test_a_batch_is_made_beside_the_step_before(
+    size: int,
+    runs: str,
+    recorded: Callable[..., captured._CapturedStep],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, said = recorded(CPU.place(small_net())), list[str]()
+    step._preparing = Stream("the next batch", said)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("the step", said))
+    step._graphs[8] = SimpleNamespace(replay=lambda: said.append("replay"))  # type: ignore[assignment]
+    monkeypatch.setattr(TrainingStep, "__call__", lambda *_: said.append("launched"))
+    step(*batch(size, seed=1))
+    # What is replayed has a copy of the batch; what is launched reads the batch itself.
+    assert said.pop(0) == "the step waits for the next batch"
+    copied = ["the next batch waits for the step", "replay"]
+    assert said == (copied if runs == "replay" else ["launched", copied[0]])
 
 
 def _launches(step: captured._CapturedStep, size: int, monkeypatch: pytest.MonkeyPatch) -> bool:

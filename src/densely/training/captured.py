@@ -15,7 +15,7 @@ Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -65,6 +65,10 @@ class TrainingStep:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Take one step on images [N, C, H, W] and labels [N], both on the device."""
         self._run(images, labels, self.runtime.autocast())
+
+    def preparing(self) -> AbstractContextManager[object]:
+        """Where to make the batches that the step is called with: beside the step before."""
+        return nullcontext()
 
     def reset(self, loss_sum: float = 0.0, correct: int = 0) -> None:
         """Begin the sums anew, or from where an interrupted epoch had left them."""
@@ -171,6 +175,7 @@ class _CapturedStep(TrainingStep):
             torch.tensor(rate, dtype=torch.float32, device=runtime.device) for rate in self._rates
         ]
         self._counting = torch.cuda.Stream(runtime.device)  # type: ignore[no-untyped-call]
+        self._preparing = torch.cuda.Stream(runtime.device)  # type: ignore[no-untyped-call]
         self._add_momentum()
         # Detached: a graph of autograd that lives on would tie the weights to this stream.
         kept = [(tensor, tensor.detach().clone()) for tensor in self._changed_by_steps()]
@@ -199,8 +204,11 @@ class _CapturedStep(TrainingStep):
                 self._record(sizes, compile_kernels)
         finally:
             put_back()
+        self._preparing.wait_stream(torch.cuda.current_stream(runtime.device))
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
+        here = torch.cuda.current_stream(self.runtime.device)
+        here.wait_stream(self._preparing)
         size = len(images)
         into = self._images[:size], self._labels[:size]
         if size not in self._graphs or any(
@@ -208,14 +216,20 @@ class _CapturedStep(TrainingStep):
             for new, old in zip((images, labels), into, strict=True)
         ):
             super().__call__(images, labels)
+            self._preparing.wait_stream(here)
             return
         into[0].copy_(images)
         into[1].copy_(labels)
+        # The next batch may take the memory of this one, and need not wait for the step.
+        self._preparing.wait_stream(here)
         for i, group in enumerate(self.optimizer.param_groups):
             if self._rates[i] != group["lr"]:
                 self._rates[i] = float(group["lr"])
                 self._device_rates[i].fill_(self._rates[i])
         self._graphs[size].replay()
+
+    def preparing(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._preparing)
 
     def _record(self, sizes: tuple[int, ...], compile_kernels: Callable[[], None]) -> None:
         """Make a graph for each size; those after the first may fail."""

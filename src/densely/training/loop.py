@@ -207,7 +207,8 @@ class _Trainer:
 
     def _train_epoch(self) -> None:
         progress, config = self.progress, self.config
-        order = self._order()
+        with self.step.preparing():
+            order = self._order()
         begin, before = time.monotonic(), progress.seconds
         reported = 0.0
 
@@ -231,11 +232,13 @@ class _Trainer:
                 group["lr"] = self._learning_rate(progress.step)
             seed = generator_seed(config.seed, progress.epoch, progress.step)
             generator = torch.manual_seed(seed)
-            index = order[first:end]
-            inputs = self._inputs(index)
-            if config.augment == "crop-flip":
-                inputs = self.runtime.layout(crop_and_flip(inputs, generator))
-            self.step(inputs, self.train_set.labels[index])
+            with self.step.preparing():
+                index = order[first:end]
+                inputs = self._inputs(index)
+                if config.augment == "crop-flip":
+                    inputs = self.runtime.layout(crop_and_flip(inputs, generator))
+                labels = self.train_set.labels[index]
+            self.step(inputs, labels)
             progress.step += 1
             progress.seen = end
             now = time.monotonic()
