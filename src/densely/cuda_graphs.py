@@ -26,6 +26,7 @@ def record_graph(
     device: torch.device,
     pool: Any = None,
     before: Callable[[], None] | None = None,
+    is_warm: bool = False,
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what some work does on a GPU; before, it is run `WARM_UP` times for real.
 
@@ -40,6 +41,7 @@ def record_graph(
         pool: memory that graphs share, of `torch.cuda.graph_pool_handle`: what one has returned is
             overwritten by another. None for memory of its own.
         before: called first, on the stream that records.
+        is_warm: the work has been run there already.
 
     Returns:
         The graph, and what the recorded work has returned: tensors that each replay fills anew.
@@ -53,12 +55,14 @@ def record_graph(
         try:
             torch.backends.cudnn.benchmark = True
             aside.wait_stream(here)
-            with torch.cuda.stream(aside):
-                if before:
-                    before()
-                for _ in range(WARM_UP):
-                    work()
-            here.wait_stream(aside)
+            try:
+                with torch.cuda.stream(aside):
+                    if before:
+                        before()
+                    if not is_warm:
+                        warm_up(work)
+            finally:
+                here.wait_stream(aside)
             # On the same stream: autograd remembers on which one it first saw the weights.
             with torch.cuda.graph(graph, pool=pool, stream=aside):
                 result = work()
@@ -67,6 +71,12 @@ def record_graph(
             torch.cuda.set_stream(here)  # which a capture that fails does not do
             torch.cuda.set_rng_state(random_state, device)
     return graph, result
+
+
+def warm_up(work: Callable[[], object]) -> None:
+    """Run some work as often as it takes until all is compiled, chosen and allocated."""
+    for _ in range(WARM_UP):
+        work()
 
 
 @functools.cache

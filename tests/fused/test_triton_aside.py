@@ -1,6 +1,7 @@
 """Work that is put aside: nobody reads what it makes too early, or changes what it reads."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import block_cases as blocks
@@ -52,3 +53,33 @@ def test_gradients_are_the_same_when_weights_come_last(
         assert (got[key] == value).all(), key
     # The gradient of one convolution, and the end of its sum: no more memory is held at a time.
     assert [aside.most for aside in opened] == [2]
+
+
+def test_streams_come_together_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            waits.append((self.name, other.name))
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError
+
+    waits: list[tuple[str, str]] = []
+    chain, second = Stream("chain"), Stream("second")
+    monkeypatch.setattr(triton_aside, "_second_stream", lambda device: second)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: chain)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(triton_aside, "_is_recorded", lambda x: True)
+
+    def backward() -> None:
+        with triton_aside.aside(torch.empty(0)):
+            opened = triton_aside.current()
+            assert opened is not None
+            opened.run(fails)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        backward()
+    assert waits == [("second", "chain"), ("chain", "second")]
+    assert triton_aside.current() is None

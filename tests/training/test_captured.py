@@ -173,7 +173,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
             device: torch.device,
             pool: object,
             before: Callable[[], None] | None = None,
+            is_warm: bool = False,
         ) -> tuple[GraphOfPython, None]:
+            assert is_warm == (pool in pools)
             pools.add(pool)
             assert len(pools - {None}) == len(pools) == 1
             if before:
@@ -237,6 +239,21 @@ def test_a_batch_is_made_beside_the_step_before(
     assert said == (copied if runs == "replay" else ["launched", copied[0]])
 
 
+def test_streams_come_together_after_an_error(
+    recorded: Callable[..., captured._CapturedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(logits: Tensor, labels: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    step, said = recorded(CPU.place(small_net())), list[str]()
+    step.loss = fails
+    step._counting = Stream("counting", said)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("the step", said))
+    with pytest.raises(torch.OutOfMemoryError):
+        step._one_run(8)
+    assert said == ["counting waits for the step", "the step waits for counting"]
+
+
 def _launches(step: captured._CapturedStep, size: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a batch of this size runs kernel after kernel."""
     called: list[int] = []
@@ -256,7 +273,8 @@ def test_nothing_is_learnt_while_a_step_is_recorded_and_kernels_of_every_size_ar
     by_batch = Forward(model, CPU, training=True)
     evaluation = partial(by_batch.launched, batch(5, seed=1)[0])
     step = recorded(model, 3, beside=(evaluation,))
-    assert sizes == [8, 3, 5, 8, 3]  # compiled, compiled, compiled beside them, recorded twice
+    # Compiled, and what goes beside them; run, to have memory and the fastest kernels; recorded.
+    assert sizes == [8, 3, 5, 3, 3, 3, 8, 3]
     assert same(model.state_dict(), start)
     momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
     assert momenta

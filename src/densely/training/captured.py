@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densely.cuda_graphs import compile_kernels_of, record_graph
+from densely.cuda_graphs import compile_kernels_of, record_graph, warm_up
 from densely.errors import first_line
 from densely.runtime import Runtime
 from densely.training.sgd import SGD
@@ -236,12 +236,19 @@ class _CapturedStep(TrainingStep):
         # One memory for all: what a step leaves behind, the gradients, is nothing to the next.
         device, pool = self.runtime.device, torch.cuda.graph_pool_handle()
         first, *others = sizes
-        self._graphs[first], _ = record_graph(
-            partial(self._one_run, first), device, pool, compile_kernels
-        )
+
+        def before() -> None:
+            compile_kernels()
+            # Now, since what runs for real cannot take the memory of a graph.
+            for size in others:
+                warm_up(partial(self._one_run, size))
+
+        self._graphs[first], _ = record_graph(partial(self._one_run, first), device, pool, before)
         for size in others:
             try:
-                self._graphs[size], _ = record_graph(partial(self._one_run, size), device, pool)
+                self._graphs[size], _ = record_graph(
+                    partial(self._one_run, size), device, pool, is_warm=True
+                )
             except Exception as error:
                 _log.warning(
                     "batches of %d train without a CUDA graph: %s", size, first_line(error)
@@ -256,8 +263,12 @@ class _CapturedStep(TrainingStep):
     def _run(
         self, images: Tensor, labels: Tensor, autocast: AbstractContextManager[object]
     ) -> None:
-        super()._run(images, labels, autocast)
-        torch.cuda.current_stream(self.runtime.device).wait_stream(self._counting)
+        here = torch.cuda.current_stream(self.runtime.device)
+        self._counting.wait_stream(here)
+        try:
+            super()._run(images, labels, autocast)
+        finally:  # a recording that fails cannot even be ended before streams have come together
+            here.wait_stream(self._counting)
 
     def _count(self, logits: Tensor, loss: Tensor, labels: Tensor) -> None:
         # Some small launches, for which backward need not wait.

@@ -31,9 +31,9 @@ class Aside:
         """
         stream = _second_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._works.append(work)  # at once: also after an error the streams have to come together
         with torch.cuda.stream(stream):
             work()
-        self._works.append(work)
 
     def wait(self) -> None:
         """Let all later launches wait for what was run."""

@@ -15,7 +15,7 @@ import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -217,13 +217,11 @@ def exact(x: Tensor) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
     """Run a kernel on x's device."""
-    if _compiling_ahead.get():
-        kernel.warmup(*args, grid=grid, **options)
-    elif x.is_cuda:
-        with torch.cuda.device(x.device):
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        if _compiling_ahead.get():
+            kernel.warmup(*args, grid=grid, **options)
+        else:
             kernel[grid](*args, **options)
-    else:
-        kernel[grid](*args, **options)
 
 
 #: Whether this Triton can compile many kernels at once; those before 3.5 cannot.
