@@ -247,11 +247,11 @@ the run too soon, by a limit that has been mended since.
 
 ![curves](../benchmarks/results/gpu-h100/cifar/curves.png)
 
-That is twice the paper's error, and most of it is the images': CIFAR-10 encoded again as JPEG, of
-quality 75 and half the resolution in colour. A published recipe for another network that is right on
-94.0% of the originals' test images is so on 90.5% of these, and so wrong 1.6 times as often; by that
-the paper's 4.51% would be 7.2%. What the batch costs waits for a run with a smaller one. What else
-was looked at is in [the log](log.md)."""
+That is twice the paper's error, and most of it comes from the images, CIFAR-10 encoded again as
+JPEG, of quality 75 and half the resolution in colour. A published recipe for another network that
+is right on 94.0% of the originals' test images is so on 90.5% of these, and so wrong 1.6 times as
+often; by that the paper's 4.51% would be 7.2%. What the batch costs waits for a run with a smaller
+one. What else was looked at is in [the log](log.md)."""
 
 
 #: What no file has yet, and the stage of gpu_check.sh that would make one.

@@ -21,7 +21,7 @@ def diagnosis(device: str = "auto") -> dict[str, object]:
     facts.pop("command")
     facts["python"] = f"{facts['python']} ({sys.executable})"
     facts["keeps freed memory"] = (
-        "yes, while training or evaluating (glibc)" if can_keep_freed_memory() else "no (not glibc)"
+        "yes, in the commands that compute (glibc)" if can_keep_freed_memory() else "no (not glibc)"
     )
     facts["dense blocks"] = _block_code(runtime.device)
     facts["data is looked for in"] = [

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import densely
+from densely.processors import processors
 from densely.runtime import Runtime
 
 PACKAGES = ("torch", "numpy", "safetensors", "pillow", "scikit-learn", "matplotlib")
@@ -64,6 +65,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "device": str(runtime.device),
         "device_name": device_name(runtime.device),
         "cpu_count": os.cpu_count(),
+        "usable_processors": processors(),
         "threads": torch.get_num_threads(),
         "precision": runtime.precision,
         "memory_format": runtime.memory_format,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from densely.errors import ConfigError
+from densely.processors import processors
 
 M = TypeVar("M", bound=nn.Module)
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -144,6 +145,18 @@ def ran_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def settle_process() -> None:
+    """Settle what is the whole process's, to compute on a CPU: memory that it keeps, threads.
+
+    Called by the commands that compute, never on import. Threads are no more than PyTorch would
+    take, and no more than may run at a time.
+    """
+    keep_freed_memory()
+    allowed = processors()
+    if torch.get_num_threads() > allowed:
+        torch.set_num_threads(allowed)
+
+
 def can_keep_freed_memory() -> bool:
     """Whether `keep_freed_memory` has a way to do so here: on Linux with glibc."""
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
@@ -154,8 +167,7 @@ def keep_freed_memory() -> bool:
 
     A training step frees and takes the same hundreds of megabytes again and again. glibc gives
     large pieces back to the system at once, which then clears each page anew: on 2 CPU cores that
-    cost as much as the arithmetic. Called by the commands that train and evaluate on a CPU, never
-    on import: it is a property of the whole process.
+    cost as much as the arithmetic.
 
     Returns:
         Whether it took effect (Linux with glibc).

@@ -272,9 +272,9 @@ def many_kinds(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_processes_read_the_same_images(
     many_kinds: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, channels: int | None
 ) -> None:
-    monkeypatch.setattr(parallel, "_processors", lambda: 2)
+    monkeypatch.setattr(parallel, "processors", lambda: 2)
     found = load_folder(many_kinds, size, 0, channels)
-    monkeypatch.setattr(parallel, "_processors", lambda: 1)
+    monkeypatch.setattr(parallel, "processors", lambda: 1)
     expected = load_folder(many_kinds, size, 0, channels)
     for ours, theirs in ((found.train, expected.train), (found.test, expected.test)):
         assert ours.images.equal(theirs.images)
@@ -288,7 +288,7 @@ def test_processes_read_the_same_images(
 def test_first_of_several_corrupt_images_is_named(
     many_kinds: Path, monkeypatch: pytest.MonkeyPatch, processors: int, size: int | None
 ) -> None:
-    monkeypatch.setattr(parallel, "_processors", lambda: processors)
+    monkeypatch.setattr(parallel, "processors", lambda: processors)
     paths = sorted((many_kinds / "train").rglob("*.*"))
     for path in (paths[30], paths[50], paths[79]):
         path.write_bytes(b"no image")

@@ -32,7 +32,7 @@ def own_pid(_: int) -> int:
 @pytest.fixture(autouse=True)
 def _two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine has."""
-    monkeypatch.setattr(parallel, "_processors", lambda: 2)
+    monkeypatch.setattr(parallel, "processors", lambda: 2)
 
 
 @pytest.mark.parametrize("count", [0, 1, LEAST_FILES - 1, LEAST_FILES, COUNT, 5001])
@@ -51,7 +51,7 @@ def test_few_files_stay_in_this_process() -> None:
 
 
 def test_one_processor_stays_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_processors", lambda: 1)
+    monkeypatch.setattr(parallel, "processors", lambda: 1)
     assert set(spread(own_pid, COUNT)) == {os.getpid()}
 
 
@@ -61,7 +61,7 @@ def test_daemonic_process_has_no_children(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_where_no_more_processes_may_start_threads_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_processors", lambda: 8)
+    monkeypatch.setattr(parallel, "processors", lambda: 8)
     fork, forks = os.fork, iter(range(100))
 
     def limited() -> int:

@@ -60,7 +60,9 @@ def explain(parser: Parser, arguments: list[str]) -> None:
         ) from error
 
     from densely.evaluation.explain_run import explain_connections, explain_images
+    from densely.runtime import settle_process
 
+    settle_process()
     if chosen.images:
         pictures = explain_images(
             chosen.run,

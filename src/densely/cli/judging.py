@@ -169,7 +169,9 @@ def predict(parser: Parser, arguments: list[str]) -> None:
         raise ConfigError(f"--top {chosen.top}: must be at least 1")
 
     from densely.evaluation.classifier import load
+    from densely.runtime import settle_process
 
+    settle_process()
     classifier = load(
         chosen.run,
         **hardware_of(chosen),

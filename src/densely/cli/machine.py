@@ -47,7 +47,9 @@ def doctor(parser: Parser, arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
 
     from densely.doctor import diagnosis
+    from densely.runtime import settle_process
 
+    settle_process()  # as the commands that compute do
     facts = diagnosis(chosen.device)
     if chosen.json:
         print(json.dumps(facts))

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from densely.errors import DataError
+from densely.processors import processors
 
 LEAST_FILES = 256  # of fewer, if they are small, the start of processes takes what they save
 FILES_PER_PROCESS = 16  # at least, or most of many processors would start for nothing
-MOST_PROCESSES = 32  # a container may own a few of the processors that it sees
+MOST_PROCESSES = 32
 CHUNKS_PER_PROCESS = 8  # at least, so that all are done at about the same time
 MOST_FILES_PER_CHUNK = 256
 
@@ -46,18 +47,18 @@ def spread(work: Callable[[int], Result], count: int) -> list[Result]:
         Exception: what `work` raises; of several failures that of the lowest index.
         DataError: a process was killed.
     """
-    processors = _processors()
+    usable = processors()
     if (
         sys.platform == "linux"
         and count >= LEAST_FILES
-        and processors > 1
+        and usable > 1
         and not multiprocessing.current_process().daemon  # such a one may have no children
     ):
-        processes = min(processors, count // FILES_PER_PROCESS, MOST_PROCESSES)
+        processes = min(usable, count // FILES_PER_PROCESS, MOST_PROCESSES)
         results = _in_processes(work, count, processes)
         if results is not None:
             return results
-    with ThreadPoolExecutor(processors) as pool:
+    with ThreadPoolExecutor(usable) as pool:
         return list(pool.map(work, range(count)))
 
 
@@ -74,13 +75,6 @@ def shared_bytes(*shape: int) -> Tensor:
     except OSError as error:
         raise MemoryError(f"{math.prod(shape):,} bytes: {error.strerror}") from error
     return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
-
-
-def _processors() -> int:
-    """How many this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _in_processes(work: Callable[[int], Result], count: int, processes: int) -> list[Result] | None:

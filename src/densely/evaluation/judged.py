@@ -13,7 +13,7 @@ from densely.data.folder import load_labelled
 from densely.errors import ConfigError, DataError
 from densely.evaluation.classifier import Classifier, load
 from densely.evaluation.scores import check_logits
-from densely.runtime import MemoryFormat, Precision, keep_freed_memory
+from densely.runtime import MemoryFormat, Precision, settle_process
 from densely.training.checkpoint import load_state
 from densely.training.config import TrainConfig
 from densely.training.run import RunDirectory
@@ -67,7 +67,7 @@ def judge(
     """
     classifier = load(run, device=device, precision=precision, memory_format=memory_format)
     if classifier.runtime.device.type == "cpu":
-        keep_freed_memory()
+        settle_process()
     directory = RunDirectory.open(Path(run))
     learned_from = directory.config().data
     source = learned_from if data is None else absolute(data)

@@ -18,7 +18,7 @@ from densely.data.augmentation import crop_and_flip
 from densely.environment import device_name
 from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.forward import Forward
-from densely.runtime import choose_runtime, keep_freed_memory, ran_out_of_memory
+from densely.runtime import choose_runtime, ran_out_of_memory, settle_process
 from densely.training.captured import TrainingStep, training_step
 from densely.training.card import model_card
 from densely.training.checkpoint import (
@@ -118,7 +118,7 @@ class _Trainer:
         self.config, self.reporter = config, reporter
         self.runtime = choose_runtime(config.device, config.precision, config.memory_format)
         if self.runtime.device.type == "cpu":
-            keep_freed_memory()
+            settle_process()
 
         if resume is None:
             check_start(config)

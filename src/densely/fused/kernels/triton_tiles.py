@@ -12,7 +12,6 @@ whether an integer divides by 16, so strides come in units: `stride // unit`, wi
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import functools
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Pending, Space
+from densely.processors import processors
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def compiled_ahead() -> Iterator[None]:
     lock alone for most of the time, so threads are enough. What fails to compile fails
     again when it is to be launched.
     """
-    workers = ThreadPoolExecutor(os.cpu_count())
+    workers = ThreadPoolExecutor(processors())
     mode = triton.AsyncCompileMode(workers, ignore_errors=True)
     # Backward too in this thread, which is the one that Triton asks how to compile.
     with workers, torch.autograd.set_multithreading_enabled(False), mode:
