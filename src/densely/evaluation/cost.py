@@ -46,7 +46,7 @@ def costs(networks: Sequence[tuple[nn.Module, ModelInfo]], runtime: Runtime) -> 
         Cost(
             model=info.model,
             parameters=sum(p.numel() for p in model.parameters()),
-            macs=_macs(info),
+            macs=_macs(model, info),
             weights_bytes=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
             kept_bytes=_kept_bytes(model, info, runtime),
             images_per_s=speed,
@@ -114,11 +114,10 @@ def _images(info: ModelInfo, batch: int, runtime: Runtime) -> Tensor:
     return runtime.layout(images.to(runtime.device))
 
 
-def _macs(info: ModelInfo) -> int:
-    with torch.device("meta"):
-        model = info.build()
+def _macs(model: nn.Module, info: ModelInfo) -> int:
     size, channels = info.preprocessing.image_size, info.preprocessing.channels
-    return count_macs(model, (channels, size, size))
+    # Not on "meta", where PyTorch imports its compiler to find shapes: that takes longer.
+    return count_macs(copy.deepcopy(model).cpu(), torch.zeros(1, channels, size, size))
 
 
 def _kept_bytes(model: nn.Module, info: ModelInfo, runtime: Runtime) -> int:

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from densely.errors import ConfigError, unknown_name
 from densely.fused import restore
@@ -254,25 +254,34 @@ def model_facts(name: str) -> ModelFacts:
     return ModelFacts(
         name,
         sum(p.numel() for p in model.parameters()),
-        count_macs(model, shape),
+        count_macs(model, torch.empty(1, *shape, device="meta")),
         shape,
         int(model.min_image_size),  # type: ignore[arg-type]
         chosen.task,
     )
 
 
-def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiplications with addition of one input's forward pass.
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiplications with addition of one image's forward pass.
 
     Args:
-        model: on the meta device, which counts without computing; it is of no use afterwards.
-        input_shape: channels and size.
+        model: on any device, also "meta", which only counts; it is of no use afterwards.
+        image: [1, C, H, W], on the same device.
     """
-    restore(model.eval())  # fused operators do not tell the counter what they multiply
+    restore(model.eval())  # fused steps do not call the modules that they stand for
+    macs = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs
+        # A weight is used once for each value that it makes; transposed, for each that it reads.
+        values = inputs[0] if isinstance(module, _ConvTransposeNd) else output
+        macs += values.numel() * module.weight[0].numel()  # type: ignore[index]
+
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):  # counts for nothing, and takes the counter longest
-            model.set_submodule(name, nn.Identity())
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(torch.empty(1, *input_shape, device="meta"))
-    return counter.get_total_flops() // 2
+        if isinstance(module, nn.Linear | _ConvNd):
+            module.register_forward_hook(count)
+        elif isinstance(module, nn.BatchNorm2d | nn.ReLU):
+            model.set_submodule(name, nn.Identity())  # they count for nothing
+    with torch.no_grad():
+        model(image)
+    return macs
