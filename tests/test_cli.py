@@ -232,6 +232,21 @@ def test_an_unreadable_image_is_named(
     assert "text.png: not a readable" in err
 
 
+def test_images_beside_an_unreadable_one_are_named(
+    capsys: pytest.CaptureFixture[str],
+    digits_run: Path,
+    digit_files: list[tuple[Path, str]],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    image = digit_files[0][0]
+    code, out, err = run(capsys, "predict", digits_run, image, tmp_path / "text.png", image)
+    assert code == 2
+    assert len(out.splitlines()) == 2
+    assert "text.png: not a readable" in err
+    assert err.splitlines()[-1] == "densely predict: 1 of 3 images could not be read"
+
+
 def test_many_classes_show_their_worst_confusions(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -146,6 +146,15 @@ def test_epochs_that_were_not_evaluated_are_left_out_of_the_picture(
     assert drawn == {"held-out accuracy": [2, 3], "training loss": [1, 2, 3]}
 
 
+def test_a_variant_given_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = ["--variant", "a: {lr: 0.1}", "--variant", "b: {}", "--variant", "a: {lr: 0.2}"]
+    assert main(["compare", *variants, "--output", str(tmp_path)]) == 2
+    assert "--variant 'a' is given twice" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stopped_comparison_goes_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,3 +120,10 @@ def test_precisions_agree(digits_run: Path) -> None:
     rough = densely.load(digits_run, precision="bfloat16").probabilities(images)
     assert (exact - rough).abs().max() < 0.1
     assert torch.allclose(exact.sum(dim=1), torch.ones(len(images)))
+
+
+def test_a_network_that_has_diverged_names_nothing(digits_run: Path) -> None:
+    classifier = densely.load(digits_run)
+    torch.nn.init.constant_(next(classifier.model.parameters()), torch.nan)
+    with pytest.raises(RunError, match="NaN or infinity"):
+        classifier.predict(Image.new("L", (8, 8)))

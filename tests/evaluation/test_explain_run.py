@@ -108,6 +108,10 @@ def test_images_of_one_stem_get_numbers(
     names = ["x-cam.png", "x-cam-2.png", "X-cam-3.png", "y-cam.png"]
     assert [picture.path.name for picture in found] == names
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    # Later ones spare those of other images, and replace their own.
+    again = explain_images(digits_run, copies[3:0:-2], output=tmp_path / "out")
+    assert [picture.path.name for picture in again] == ["y-cam.png", "x-cam-2.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
 
 
 def test_class_names_need_be_no_file_names(run: Path, images: list[Path]) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from run_cases import StopAt, config, same_bits, weights
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from densely.errors import ConfigError, DataError, RunError, Stopped
+from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
 from densely.forward import Forward
 from densely.runtime import choose_runtime
-from densely.training import loop
+from densely.training import checkpoint, loop
 from densely.training.checkpoint import load_model, load_state
 from densely.training.loop import train
 from densely.training.reporting import Reporter, Summary
@@ -111,6 +113,35 @@ def test_work_is_saved_within_a_long_epoch(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RunError):  # nothing was really written: the best one is not there
         train(config(tmp_path, epochs=1, batch_size=50))
     assert [(p.epoch, p.step) for p in saved[:3]] == [(0, 1), (0, 2), (0, 3)]
+
+
+@pytest.mark.parametrize("saves", [0, 3])
+def test_a_full_disk_loses_nothing_that_was_saved(
+    saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Summary
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_EPOCH_SECONDS", 0.0)
+    settings, written = config(tmp_path, **LONGER), []
+
+    def save(tensors: Any, path: Path, **more: Any) -> None:
+        if path.name == "model.safetensors":
+            written.append(path)
+        if len(written) > saves:
+            path.write_bytes(b"half of it")
+            raise SafetensorError("I/O error: No space left on device (os error 28)\nmore words")
+        save_file(tensors, path, **more)
+
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint, "save_file", save)
+        with pytest.raises(TrainingError) as caught:
+            train(settings)
+    run = tmp_path / "runs" / "quickstart-001"
+    assert "cannot be saved: I/O error: No space left on device" in str(caught.value)
+    assert ("go on with: densely train --resume" in str(caught.value)) == (saves > 0)
+    assert not list((run / "checkpoints").glob("*.new"))
+    if saves:
+        resumed = train(settings, resume=run)
+        assert resumed.test == unbroken.test
+        assert same_bits(weights(run), weights(unbroken.run))
 
 
 @pytest.mark.parametrize(("seconds", "epochs"), [(0.0, [1, 2, 3]), (1e9, [3])])

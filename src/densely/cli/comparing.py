@@ -140,7 +140,11 @@ def _config(
 ) -> CompareConfig:
     shared = dataclasses.replace(train, **changed)
     name = chosen.name or (base.name if isinstance(base, CompareConfig) else train.recipe)
-    variants = dict(map(read_variant, chosen.variant or []))
+    named = [read_variant(text) for text in chosen.variant or []]
+    variants = dict(named)
+    for variant in variants:
+        if sum(variant == other for other, _ in named) > 1:
+            raise ConfigError(f"--variant '{variant}' is given twice; name each differently")
     if not variants and isinstance(base, CompareConfig):
         variants = base.variants
     if not variants:

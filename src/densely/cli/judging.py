@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ActionYesNo
 
 from densely.cli.parser import Parser, add_fields, hardware_of
-from densely.errors import ConfigError
+from densely.errors import ConfigError, DataError
 from densely.training.config import HARDWARE, TrainConfig
 
 if TYPE_CHECKING:
@@ -178,11 +178,20 @@ def predict(parser: Parser, arguments: list[str]) -> None:
         calibrated=chosen.calibrated,
     )
     margin = max(map(len, chosen.images))
-    for path, prediction in zip(chosen.images, classifier.predict(chosen.images), strict=True):
-        if chosen.json:
+    found = classifier.predict_each(chosen.images)
+    unread = 0
+    for path, prediction in zip(chosen.images, found, strict=True):
+        if isinstance(prediction, DataError):
+            if len(chosen.images) == 1:
+                raise prediction
+            print(f"{parser.prog}: {prediction}", file=sys.stderr)
+            unread += 1
+        elif chosen.json:
             print(json.dumps({"image": path} | dataclasses.asdict(prediction)))
-            continue
-        ranked = list(prediction.probabilities.items())[: chosen.top]
-        for i, (label, probability) in enumerate(ranked):
-            unsure = "  (unsure)" if i == 0 and prediction.sure is False else ""
-            print(f"{'' if i else path:{margin}}  {probability:6.4f}  {label}{unsure}")
+        else:
+            ranked = list(prediction.probabilities.items())[: chosen.top]
+            for i, (label, probability) in enumerate(ranked):
+                unsure = "  (unsure)" if i == 0 and prediction.sure is False else ""
+                print(f"{'' if i else path:{margin}}  {probability:6.4f}  {label}{unsure}")
+    if unread:
+        raise DataError(f"{unread} of {len(chosen.images)} images could not be read")

@@ -1,8 +1,9 @@
 """A trained network with all that it needs to name what is in a picture."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from densely.data.images import decode, open_image
-from densely.errors import DataError
+from densely.errors import DataError, RunError
 from densely.evaluation.calibration import Calibration, load_calibration, weights_digest
 from densely.forward import Forward
 from densely.runtime import MemoryFormat, Precision, Runtime, choose_runtime
@@ -71,20 +72,32 @@ class Classifier:
 
         Raises:
             DataError: an image cannot be read; it is named.
+            RunError: the network gives NaN or infinity.
         """
         if isinstance(images, str | os.PathLike | Image.Image):
             images = [images]
         if not isinstance(images, Iterable):
             raise DataError(f"{type(images).__name__}: expected paths or Pillow images")
-        several = list(images)
-        predictions: list[Prediction] = []
-        for start in range(0, len(several), BATCH_SIZE):
-            pixels = torch.stack(
-                [self._pixels(image) for image in several[start : start + BATCH_SIZE]]
-            )
-            probabilities = self._probabilities(pixels, self.preprocessing.scale)
-            predictions += map(self._prediction, probabilities)
+        predictions = []
+        for found in self.predict_each(images):
+            if isinstance(found, DataError):
+                raise found
+            predictions.append(found)
         return predictions
+
+    def predict_each(self, images: Iterable[ImageLike]) -> Iterator[Prediction | DataError]:
+        """`predict`, batch by batch, with an error in the place of an image that cannot be read.
+
+        Raises:
+            RunError: the network gives NaN or infinity.
+        """
+        several = iter(images)
+        while batch := list(islice(several, BATCH_SIZE)):
+            read = [self._pixels_or_error(image) for image in batch]
+            pixels = [image for image in read if isinstance(image, Tensor)]
+            found = iter(self._predictions(torch.stack(pixels)) if pixels else ())
+            for image in read:
+                yield image if isinstance(image, DataError) else next(found)
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Probabilities of uint8 images [N, C, H, W]: float32 [N, classes] on the CPU."""
@@ -94,6 +107,18 @@ class Classifier:
         images = images.to(self.runtime.device)
         logits = logits_of(self.forward, images, prepare).cpu()
         return (self.calibration or Calibration.none(len(self.classes))).probabilities(logits)
+
+    def _predictions(self, pixels: Tensor) -> list[Prediction]:
+        probabilities = self._probabilities(pixels, self.preprocessing.scale)
+        if not probabilities.isfinite().all():
+            raise RunError("the network gives NaN or infinity: its training has diverged")
+        return [self._prediction(image) for image in probabilities]
+
+    def _pixels_or_error(self, image: ImageLike) -> Tensor | DataError:
+        try:
+            return self._pixels(image)
+        except DataError as error:
+            return error
 
     def _pixels(self, image: ImageLike) -> Tensor:
         channels = self.preprocessing.channels

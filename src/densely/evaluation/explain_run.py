@@ -1,14 +1,17 @@
 """Where the network of a run looks, as pictures: heat maps over images, and its connections."""
 
+import hashlib
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from densely.data.images import decode, open_image
@@ -24,6 +27,7 @@ from densely.whole_file import whole_file
 
 PathLike = str | os.PathLike[str]
 
+_SOURCE = "densely source"  # key of a picture's own text
 _TITLES: dict[HeatMapMethod, str] = {
     "cam": "CAM",
     "gradcam": "Grad-CAM",
@@ -82,7 +86,7 @@ def explain_images(
         target: name of the class that is looked for; None for each image's likeliest.
         output: folder of the pictures; None for explain/ in the run directory. They are named
             STEM-METHOD.png, with -levelN and -CLASS before the dot where these were given, and
-            -2, -3 for further images of one stem. Older ones of these names are replaced.
+            -2, -3 for further images of one stem. An older picture of the same image is replaced.
         device: "auto", "cpu", "cuda", ...
         precision: as for `load`; heat maps and their probabilities are float32 with any.
         memory_format: "auto", "contiguous" or "channels_last".
@@ -120,10 +124,13 @@ def explain_images(
 
     title = _TITLES[method] + ("" if level is None else f", block {level}")
     folder = _made(Path(run) / "explain" if output is None else Path(output))
-    files = [folder / name for name in _names(paths, method, level, target)]
+    sources = [_digest(path) for path in paths]
+    files = _files(folder, paths, sources, _ending(method, level, target))
     _spare(paths, files)
     pictures = []
-    for path, file, (heat_map, probability, chosen) in zip(paths, files, found, strict=True):
+    for path, source, file, (heat_map, probability, chosen) in zip(
+        paths, sources, files, found, strict=True
+    ):
         pixels = _read(path, preprocessing)
         drawn = overlay(
             pixels,
@@ -132,7 +139,7 @@ def explain_images(
             signed=method in SIGNED,
         )
         with whole_file(file) as beside:
-            drawn.save(beside, format="PNG")
+            drawn.save(beside, format="PNG", pnginfo=_note(source))
         pictures.append(Picture(path, classes[chosen], probability, method, made_at, file))
     return pictures
 
@@ -185,21 +192,52 @@ def _read(path: str, preprocessing: Preprocessing) -> Tensor:
         return decode(opened, preprocessing.channels, path)
 
 
-def _names(paths: Sequence[str], method: str, level: int | None, target: str | None) -> list[str]:
-    """File names of the pictures, each once."""
+def _ending(method: str, level: int | None, target: str | None) -> str:
+    """What follows an image's name in that of its picture."""
     ending = f"-{method}"
     if level is not None:
         ending += f"-level{level}"
     if target is not None:
         ending += "-" + re.sub(r"[^\w.+-]+", "-", target)  # "T-shirt/top" is no file
-    seen: Counter[str] = Counter()
-    names = []
-    for path in paths:
+    return ending
+
+
+def _files(folder: Path, paths: Sequence[str], sources: Sequence[str], ending: str) -> list[Path]:
+    """Where the pictures go: nowhere that one of another image is, now or from before."""
+    taken: set[str] = set()
+    files = []
+    for path, source in zip(paths, sources, strict=True):
         stem = Path(path).stem
-        seen[stem.casefold()] += 1  # some file systems do not tell A from a
-        number = seen[stem.casefold()]
-        names.append(f"{stem}{ending}{f'-{number}' if number > 1 else ''}.png")
-    return names
+        for number in count(1):
+            file = folder / f"{stem}{ending}{f'-{number}' if number > 1 else ''}.png"
+            name = file.name.casefold()  # some file systems do not tell A from a
+            if name not in taken and _source_of(file) in (None, source):
+                break
+        taken.add(name)
+        files.append(file)
+    return files
+
+
+def _digest(path: str) -> str:
+    """Stands for an image in its picture, which need not tell where it was."""
+    return hashlib.blake2b(
+        os.path.realpath(path).encode(errors="replace"), digest_size=16
+    ).hexdigest()
+
+
+def _note(source: str) -> PngInfo:
+    note = PngInfo()
+    note.add_text(_SOURCE, source)
+    return note
+
+
+def _source_of(file: Path) -> str | None:
+    """The image that a picture was drawn of; None if there is no picture that says so."""
+    try:
+        with Image.open(file, formats=("PNG",)) as picture:
+            return picture.info.get(_SOURCE)
+    except OSError:
+        return None
 
 
 def _spare(paths: Sequence[str], files: Sequence[Path]) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from densely.data import Preprocessing
-from densely.errors import RunError
+from densely.errors import RunError, first_line
 from densely.models import build_model
 
 
@@ -87,25 +87,43 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> None:
-    """Write a checkpoint; at any time the old one or the new one is there, whole."""
+    """Write a checkpoint; at any time the old one or the new one is there, whole.
+
+    Raises:
+        OSError: it cannot be written, most often since the disk is full.
+    """
     new, old = _beside(folder)
     if not folder.exists() and (left := find_checkpoint(folder)):
         os.replace(left, folder)  # what an earlier end of the process left undone
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-    described = asdict(info) | {"format": 1}
-    _write_json(new / "model.json", described)
-    save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
-    _write_json(new / "state.json", asdict(progress))
-    for path in (*new.iterdir(), new):
-        _sync(path)
+    try:
+        _write(new, model, info, optimizer, progress)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)  # its room is wanted
+        raise OSError(first_line(error)) from error
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    model: nn.Module,
+    info: ModelInfo,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+) -> None:
+    folder.mkdir(parents=True)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    described = asdict(info) | {"format": 1}
+    _write_json(folder / "model.json", described)
+    save_file(_optimizer_tensors(optimizer), folder / "optimizer.safetensors")
+    _write_json(folder / "state.json", asdict(progress))
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -35,5 +35,5 @@ def draw_curves(rows: Sequence[EpochMetrics], path: Path, title: str) -> None:
     axes.set_xlabel("epoch")
     drawing.anybodys([axes.set_title(title, fontsize=10)])  # it may hold a folder's name
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right")
+    axes.legend(loc="best")
     drawing.save(figure, path)

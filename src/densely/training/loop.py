@@ -388,7 +388,13 @@ class _Trainer:
 
     def _save(self, folder: Path) -> None:
         self.progress.total_s = self._spent_before + time.monotonic() - self._began
-        save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)
+        try:
+            save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)
+        except OSError as error:
+            message = f"{folder} cannot be saved: {error}"
+            if find_checkpoint(self.run.last):
+                message += f"; make room, then {self._go_on()}"
+            raise TrainingError(message) from error
 
     def _save_last(self) -> None:
         self._save(self.run.last)
@@ -398,11 +404,10 @@ class _Trainer:
         if self.stop.signal is not None:
             self._save_last()
             self._draw_curves()
-            raise Stopped(
-                "stopped and saved; go on with: densely train --resume "
-                + shlex.quote(str(self.run.path)),
-                self.stop.exit_code,
-            )
+            raise Stopped(f"stopped and saved; {self._go_on()}", self.stop.exit_code)
+
+    def _go_on(self) -> str:
+        return f"go on with: densely train --resume {shlex.quote(str(self.run.path))}"
 
     def _facts(self) -> RunFacts:
         return RunFacts(
