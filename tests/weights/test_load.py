@@ -112,6 +112,26 @@ def test_other_precisions_are_cast_and_said() -> None:
     assert torch.equal(model.classifier.weight, weights["classifier.weight"].float())
 
 
+def test_a_model_cast_to_half_as_a_whole_keeps_its_numbers_of_batches() -> None:
+    model, weights = net(), source()
+    whole = {key: value.half() for key, value in weights.items()}
+    report = load_weights(model, whole)
+    assert any("cast from float16 to int64" in note for note in report.notes)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, whole[key].to(value.dtype)), key
+    key = next(key for key in whole if key.endswith("num_batches_tracked"))
+    for wrong in (0.5, float("inf"), float("nan")):
+        whole[key] = torch.tensor(wrong).half()
+        assert key in refused(model, whole)
+
+
+def test_weights_that_are_no_numbers_are_told() -> None:
+    weights = source()
+    weights["features.conv0.weight"][0] = torch.nan
+    (note,) = (note for note in load_weights(net(), weights).notes if "NaN" in note)
+    assert note.startswith("1 tensors hold NaN or infinity")
+
+
 def test_head_can_be_skipped_and_is_named() -> None:
     model = net(num_classes=10)
     head = model.classifier.weight.detach().clone()

@@ -45,5 +45,10 @@ def fits(value: Tensor, target: Tensor) -> bool:
         and not (value.is_meta and not target.is_meta)
         and not value.is_complex()
         and value.dtype != torch.bool
-        and value.is_floating_point() == target.is_floating_point()
+        and (value.is_floating_point() == target.is_floating_point() or _counts(value))
     )
+
+
+def _counts(value: Tensor) -> bool:
+    """Whether it is a whole number in a floating type: batches seen, of a model cast to half."""
+    return value.is_floating_point() and value.dim() == 0 and float(value).is_integer()

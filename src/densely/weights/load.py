@@ -168,6 +168,7 @@ def _load(
     if counts:
         notes.append("numbers of batches seen are not in the source: set to 0")
     notes += _casts(weights, wanted)
+    notes += _not_finite(weights)
     weights |= {place: torch.zeros_like(wanted[place]) for place in counts}
     model.load_state_dict(own | {target.places[place]: value for place, value in weights.items()})
     notes += _settle_eps(model, found)
@@ -205,6 +206,14 @@ def _casts(weights: Mapping[Place, Tensor], wanted: Mapping[Place, Tensor]) -> l
         if value.dtype != wanted[place].dtype
     )
     return [f"{count} tensors cast from {cast}" for cast, count in casts.items()]
+
+
+def _not_finite(weights: Mapping[Place, Tensor]) -> list[str]:
+    """How many tensors no network can compute with, in words."""
+    count = sum(not value.float().isfinite().all() for value in weights.values())
+    return [f"{count} tensors hold NaN or infinity: what they were saved from had diverged"] * (
+        count > 0
+    )
 
 
 def _way_out(target: Assigned, others: Sequence[str], found: Translated) -> str:
