@@ -200,6 +200,9 @@ def _model(random: Random, seed: Seed, path: Path) -> None:
             call("densely.weights.stand_in", number(1), number(2), number(3), number(4)),
             call("densely.weights.stand_in", number(1), name(_SEQUENTIAL), text("a"), text("b")),
             call("densely.weights.stand_in"),
+            call("densely.fused.swap._rebuild", name(_SEQUENTIAL)),
+            call("densely.fused.swap._rebuild", call("densely.fused.swap._rebuild", shadow)),
+            call("densely.fused.swap._rebuild", name("os.system")),
             name("densely.weights.stand_in"),
             group(text("module"), name("os.system"), text("a.py"), text("import os")) + b"Q",
             group(text("module"), name(_SEQUENTIAL), text("a.py"), text("x" * 10**6)) + b"Q",
@@ -320,7 +323,8 @@ collections.OrderedDict collections.Counter torch.Size torch.device _codecs.enco
 torch.float32 torch.int8 torch.qint8 torch.FloatStorage torch.LongStorage
 torch.storage.UntypedStorage torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter
 torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v3 densely.weights.stand_in
-torch.nn.modules.container.Sequential torchvision.models.densenet.DenseNet
+densely.fused.swap._rebuild torch.nn.modules.container.Sequential
+torchvision.models.densenet.DenseNet
 argparse.Namespace pathlib.PosixPath numpy.ndarray numpy._core.multiarray.scalar
 """
 _TORCHS = """

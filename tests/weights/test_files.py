@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import densely
 from densely.errors import WeightsError
+from densely.fused.swap import _rebuild
 from densely.weights.files import read_weights, write_weights
 
 NEW_AND_OLD = pytest.mark.parametrize("zipped", [True, False])
@@ -58,6 +60,26 @@ def test_whole_models_are_read_without_their_code(
     for key, value in model.state_dict().items():
         assert torch.equal(contents.tensors[key], value)
     assert contents.ignored == {"best": "float"}
+
+
+@NEW_AND_OLD
+@pytest.mark.filterwarnings("ignore::torch.serialization.SourceChangeWarning")
+def test_accelerated_models_are_read_likewise(zipped: bool, tmp_path: Path) -> None:
+    model = densely.create_model("densenet_bc_22_12", num_classes=3)
+    contents = read_weights(saved(model, tmp_path / "x.pt", zipped))
+    assert contents.tensors.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(contents.tensors[key], value)
+
+
+@pytest.mark.parametrize("what", [{}, "text", nn.Bilinear, print, (nn.Sequential,)])
+def test_nothing_but_modules_is_made_again(what: object, tmp_path: Path) -> None:
+    class Rebuilt:
+        def __reduce__(self) -> Any:
+            return _rebuild, (what,)
+
+    with pytest.raises(WeightsError, match=r"more than tensors|in a way that no weights need"):
+        read_weights(saved({"model": Rebuilt()}, tmp_path / "x.pt"))
 
 
 def test_data_parallel_and_buffers_that_are_not_kept(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from densely.errors import WeightsError, first_line
 from densely.weights.keras_h5 import read_keras
 from densely.weights.old_pickles import STAND_IN, without_module_ids
-from densely.weights.pickles import check_pickle
+from densely.weights.pickles import REBUILD, check_pickle
 from densely.whole_file import whole_file
 
 #: Where a checkpoint keeps the weights among other things, the likeliest first.
@@ -68,8 +68,10 @@ _CLASSES += [
     for name in names.split()
 ]
 
-#: What training scripts keep beside weights: the best score, the arguments, a path.
+#: What training scripts keep beside weights: the best score, the arguments, a path; and what an
+#: accelerated module does.
 _BESIDE = [
+    "densely.fused.calls.Calls",
     "argparse.Namespace",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
@@ -236,8 +238,16 @@ def _stand_in(kind: object, cls: object, file: object, source: object) -> type[_
     return _StandIn
 
 
+def _rebuild(cls: object) -> _StandIn:
+    """In place of what makes an accelerated module again."""
+    if cls is not _StandIn:
+        raise WeightsError("an accelerated module of an unknown class")
+    return _StandIn()
+
+
 _STAND_INS: list[Any] = [
     (_stand_in, STAND_IN),
+    (_rebuild, REBUILD),
     *((_StandIn, name) for name in _CLASSES),
     *((_Beside, name) for name in _BESIDE),
 ]

@@ -81,6 +81,8 @@ class _Allowed:
         return name in self.classes or name in self.beside
 
 
+#: Makes an accelerated module again, of the class that it is called with.
+REBUILD = "densely.fused.swap._rebuild"
 _ORDERED = "collections.OrderedDict"
 _OTHER, _TEXT, _DICT = _Value("other"), _Value("text"), _Value("dict")
 
@@ -164,7 +166,7 @@ def _tuple(items: list[_Value]) -> _Value:
 
 
 def _known(name: str, allowed: _Allowed) -> str:
-    if name in _NAMES or name in _CALLS or name in allowed or name == STAND_IN:
+    if name in _NAMES or name in _CALLS or name in allowed or name in (STAND_IN, REBUILD):
         return name
     shown = "".join(c if c.isprintable() else "?" for c in name[:100])
     raise WeightsError(
@@ -178,6 +180,8 @@ def _called(function: _Value, arguments: _Value, allowed: _Allowed) -> _Value:
         items = arguments.items
         if function.name == STAND_IN and [item.kind for item in items[1:2]] == ["global"]:
             return items[1]
+        if function.name == REBUILD and len(items) == 1 and items[0].name in allowed.classes:
+            return _called(items[0], _tuple([]), allowed)
         if function.name in allowed.beside or (function.name in allowed.classes and not items):
             return _Value("made", function.name)
         if function.name in _CALLS:
