@@ -129,6 +129,22 @@ def test_a_limit_keeps_the_shares_of_the_classes(limit: int) -> None:
     assert_still_labelled(part, whole)
 
 
+@pytest.mark.parametrize(
+    ("counts", "limit", "taken"),
+    [
+        ((190, 190, 2), 20, [10, 9, 1]),
+        ((100, 90, 2), 20, [10, 9, 1]),  # exact: 10.4, 9.4, 0.2
+        ((96, 94, 2), 19, [9, 9, 1]),  # exact: 9.5, 9.3, 0.2
+        ((200, 1, 1), 3, [1, 1, 1]),
+        ((200, 1, 1), 20, [18, 1, 1]),
+    ],
+)
+def test_a_limit_holds_with_one_of_each_rare_class(
+    counts: tuple[int, ...], limit: int, taken: list[int]
+) -> None:
+    assert limited(numbered(*counts), limit, 0).labels.bincount().tolist() == taken
+
+
 @pytest.mark.parametrize("limit", [None, 60, 1000])
 def test_no_limit_keeps_all(limit: int | None) -> None:
     assert numbers(limited(numbered(20, 40), limit, 0)) == list(range(60))

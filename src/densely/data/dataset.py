@@ -66,7 +66,7 @@ class Splits:
 def stratified_split(
     labels: Tensor, classes: tuple[str, ...], second: int | float, seed: int, what: str
 ) -> tuple[Tensor, Tensor]:
-    """Indices of two parts with equal shares of each class, the same for the same seed.
+    """Indices of two parts with the classes in proportion, the same for the same seed.
 
     Args:
         labels: int64 [N].
@@ -99,7 +99,7 @@ def stratified_split(
 
 
 def limited(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
-    """Keep at most `limit` images, equal shares of each class and at least one of each.
+    """Keep at most `limit` images, in proportion to the classes and at least one of each.
 
     Raises:
         DataError: `limit` is less than the number of classes.
@@ -109,7 +109,12 @@ def limited(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
     if limit < len(images.classes):
         raise DataError(f"limit={limit} is too few for {len(images.classes)} classes")
     counts = torch.bincount(images.labels, minlength=len(images.classes))
-    taken = _fair_shares(counts, limit).clamp(torch.ones_like(counts), counts)
+    taken = _fair_shares(counts, limit).clamp(min=1)
+    excess = taken * len(images) - counts * limit  # over the exact share, in parts of an image
+    while taken.sum() > limit:  # rare classes were given their one: the others make room
+        most = excess.where(taken > 1, excess.min() - 1).argmax()
+        taken[most] -= 1
+        excess[most] -= len(images)
     return images.subset(_chosen(images.labels, taken, seed)[1])
 
 

@@ -15,7 +15,7 @@ TEST_IMAGES = 360
 
 
 def load_digits(split_seed: int) -> Splits:
-    """Read the digits and set 360 of them aside for testing, equal shares of each class."""
+    """Read the digits and set 360 of them aside for testing, the classes in proportion."""
     rows = torch.from_numpy(_rows())
     grey = rows[:, None, :-1].view(-1, 1, 8, 8) / 16 * 255  # 17 shades, 0 to 16
     classes = tuple("0123456789")

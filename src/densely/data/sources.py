@@ -59,7 +59,7 @@ def absolute(data: str) -> str:
 def with_validation(splits: Splits, share: float, split_seed: int) -> Splits:
     """Set `share` of the training images aside for validation, unless the source has its own.
 
-    Equal shares of each class; the same images for the same `split_seed`. With share 0 nothing is
+    Shares in proportion to the classes; the same images for the same `split_seed`. With share 0 nothing is
     set aside, and a validation split of the source is left unused.
     """
     if share == 0:

@@ -74,7 +74,7 @@ class TrainConfig:
         0.1, _IMAGES, "share of training images set aside to choose the best epoch; 0 for none"
     )
     limit: int | None = _option(
-        None, _IMAGES, "train on at most so many images, equal shares of each class"
+        None, _IMAGES, "train on at most so many images, shares in proportion to the classes"
     )
     split_seed: int = _option(0, _IMAGES, "of the splits into training, validation and test images")
     epochs: int = _option(15, _HOW, "times that each training image is seen")
