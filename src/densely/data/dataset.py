@@ -54,17 +54,44 @@ class ImageSet:
 class Splits:
     """What a data set offers: `train` to learn from, `test` to judge by, `validation` to choose by.
 
-    `validation` is None where the source has none of its own.
+    Args:
+        name: of the data set.
+        train, test: the images.
+        validation: None where the source has none of its own.
+        notes: what a user may not expect of them, for people to read.
+        original_sizes: width and height of the smallest and of the largest image before they were
+            scaled; None where they are as they came.
     """
 
     name: str
     train: ImageSet
     test: ImageSet
     validation: ImageSet | None = None
+    notes: tuple[str, ...] = ()
+    original_sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def overview(self) -> str:
+        """One line for people: how many images and classes there are, and of what size."""
+        held_out = f"{len(self.test):,} test images"
+        if self.validation is not None:
+            held_out = f"{len(self.validation):,} validation, {held_out}"
+        height, width = self.train.images.shape[-2:]
+        smallest, largest = self.original_sizes or ((width, height), (width, height))
+        sizes = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((smallest, largest)))
+        scaled = "" if smallest == largest == (width, height) else f", scaled to {width}x{height}"
+        return (
+            f"{len(self.train):,} training, {held_out}; {len(self.train.classes):,} classes; "
+            f"images of {sizes} pixels{scaled}"
+        )
 
 
 def stratified_split(
-    labels: Tensor, classes: tuple[str, ...], second: int | float, seed: int, what: str
+    labels: Tensor,
+    classes: tuple[str, ...],
+    second: int | float,
+    seed: int,
+    what: str,
+    notes: tuple[str, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Indices of two parts with the classes in proportion, the same for the same seed.
 
@@ -74,6 +101,7 @@ def stratified_split(
         second: share (below 1) or number (an int) of images in the second part.
         seed: of the random choice.
         what: what the second part is for, for messages: "test", "validation".
+        notes: on the images, which end messages: they may say why there are too few.
 
     Returns:
         Sorted int64 indices of the first and of the second part.
@@ -84,16 +112,18 @@ def stratified_split(
     counts = torch.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts.tolist(), strict=True):
         if count < 2:
-            raise DataError(
+            message = (
                 f"class '{name}' has {count} image(s) to train from: at least 2 are needed to set "
                 f"some aside for {what}"
             )
+            raise DataError("; ".join((message, *notes)))
     total = second if isinstance(second, int) else math.ceil(second * len(labels))
     if not len(classes) <= total <= len(labels) - len(classes):
-        raise DataError(
+        message = (
             f"{len(labels)} images of {len(classes)} classes are too few to set {second} of them "
             f"aside for {what}: add images, or change the share"
         )
+        raise DataError("; ".join((message, *notes)))
     taken = _fair_shares(counts, total).clamp(torch.ones_like(counts), counts - 1)
     return _chosen(labels, taken, seed)
 

@@ -1,19 +1,19 @@
-"""Anybody's own images, sorted into folders by class.
+"""Anybody's own images, sorted into folders by class, as `densely.data.layout` says.
 
-    FOLDER/train/CLASS/*.png    with FOLDER/test/CLASS/*.png (or val/ where there is no test/)
-    FOLDER/CLASS/*.png          a fifth of each class is set aside for testing
-
-PNG, JPEG, BMP and WebP; grey or colour; any sizes.
+PNG, JPEG, BMP and WebP; grey or colour; any sizes. Where there are no splits, a fifth of each class
+is set aside for testing.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from densely.data.dataset import ImageSet, Splits, stratified_split
-from densely.data.images import SUFFIXES, decode, is_grey, open_image
+from densely.data.images import SUFFIXES, decode, is_grey, is_sixteen_bit, open_image
+from densely.data.layout import EXPECTED, Part, find_parts, left_out_note, list_part
 from densely.data.parallel import shared_bytes, spread
 from densely.data.preprocessing import resize
 from densely.errors import DataError
@@ -29,11 +29,15 @@ def load_folder(
     """Read a folder of images into memory, scaled to one size.
 
     Args:
-        folder: laid out as the module says.
+        folder: laid out as `densely.data.layout` says.
         image_size: side in pixels; None keeps the size that all images share if it is square and
             at most 96, and scales to 96 otherwise.
         split_seed: of the split into train and test, where the folder has none.
         channels: 1 or 3; None for grey if every image is, and colour otherwise.
+
+    Returns:
+        The splits; a validation split is the test split where there is none of that name. Their
+        notes tell of that, of files left out, and of what the images lack.
 
     Raises:
         DataError: the layout is wrong, an image is corrupt, or all of them are too many for this
@@ -41,30 +45,37 @@ def load_folder(
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    parts = {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
-    if "train" in parts and len(parts) == 1:
-        raise DataError(f"{folder}: has train/ but neither test/ nor val/")
-    if parts and "train" not in parts:
-        raise DataError(f"{folder}: has {', '.join(parts)} but no train/")
-
-    files = {name: _labelled_files(part) for name, part in (parts or {"train": folder}).items()}
-    classes = tuple(files["train"])
-    for name, listing in files.items():
-        _check_classes(folder / name if parts else folder, listing, classes, name == "train")
+    parts = find_parts(folder)
+    classes = tuple(parts["train"].files)
+    for name, part in parts.items():
+        _check_classes(part, classes, name == "train")
+    notes = left_out_note(parts.values())
+    if "val" in parts and "test" not in parts:
+        parts["test"] = parts.pop("val")
+        notes += (f"there is no test folder: {parts['test'].path.name}/ is the test split",)
 
     # Size and channels follow the training images: what is set aside for testing decides nothing.
-    deciding = [path for paths in files["train"].values() for path in paths]
-    total = sum(len(paths) for listing in files.values() for paths in listing.values())
-    reader = _Reader(deciding, total, image_size, channels)
-    sets = {name: reader.read(listing, classes) for name, listing in files.items()}
-    if not parts:
-        train, test = stratified_split(
-            sets["train"].labels, classes, TEST_SHARE, split_seed, "test"
-        )
-        return Splits(folder.name, sets["train"].subset(train), sets["train"].subset(test))
-    if "test" in sets:
-        return Splits(folder.name, sets["train"], sets["test"], sets.get("val"))
-    return Splits(folder.name, sets["train"], sets["val"])
+    total = sum(len(part.images) for part in parts.values())
+    reader = _Reader(parts["train"].images, total, image_size, channels)
+    found = {name: reader.read(part, classes) for name, part in parts.items()}
+    sets = {name: images for name, (images, _) in found.items()}
+    sizes = {origin.size for _, origins in found.values() for origin in origins}
+    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    notes += _depth_note(found["train"][1])
+    if "test" in parts:
+        notes += _unjudged_note(parts["test"], classes)
+    else:
+        whole = sets["train"]
+        train, test = stratified_split(whole.labels, classes, TEST_SHARE, split_seed, "test", notes)
+        sets = {"train": whole.subset(train), "test": whole.subset(test)}
+    return Splits(
+        folder.name,
+        sets["train"],
+        sets["test"],
+        sets.get("val"),
+        notes=notes,
+        original_sizes=(by_area[0], by_area[-1]),
+    )
 
 
 def load_labelled(
@@ -77,47 +88,50 @@ def load_labelled(
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    listing = _labelled_files(folder)
-    if not any(listing.values()):
-        raise DataError(f"{folder}: no class folders with images ({', '.join(SUFFIXES)})")
-    if unknown := sorted(set(listing) - set(classes)):
-        raise DataError(f"{folder}: classes unknown to the network: {', '.join(unknown)}")
-    paths = [path for files in listing.values() for path in files]
-    return _Reader(paths, len(paths), image_size, channels).read(listing, classes)
+    part = list_part(folder)
+    if not part.images:
+        raise part.error(f"no class folders with images ({', '.join(SUFFIXES)})")
+    if unknown := sorted(set(part.files) - set(classes)):
+        raise part.error(f"classes unknown to the network: {', '.join(unknown)}")
+    images, _ = _Reader(part.images, len(part.images), image_size, channels).read(part, classes)
+    return images
 
 
-def _labelled_files(part: Path) -> dict[str, list[Path]]:
-    """Image files below each class's folder, in a fixed order."""
-    listing = {}
-    for entry in sorted(part.iterdir()):
-        if entry.is_dir() and not entry.name.startswith("."):
-            listing[entry.name] = sorted(_image_files(entry))
-    return listing
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    def fail(error: OSError) -> None:
-        raise error  # a folder that cannot be read must not be left out without a word
-
-    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(top, name)
-
-
-def _check_classes(
-    part: Path, listing: dict[str, list[Path]], classes: tuple[str, ...], is_train: bool
-) -> None:
-    layout = "expected FOLDER/train/CLASS/*.png with test/, or FOLDER/CLASS/*.png"
-    if not any(listing.values()):
-        raise DataError(f"{part}: no class folders with images ({', '.join(SUFFIXES)}); {layout}")
+def _check_classes(part: Part, classes: tuple[str, ...], is_train: bool) -> None:
+    if not part.images:
+        raise part.error(f"no class folders with images ({', '.join(SUFFIXES)}); {EXPECTED}")
     if len(classes) < 2:
-        raise DataError(f"{part}: one class only, '{classes[0]}'; at least 2 are needed; {layout}")
-    if unknown := sorted(set(listing) - set(classes)):
-        raise DataError(f"{part}: classes without training images: {', '.join(unknown)}")
-    if is_train and (empty := [name for name, paths in listing.items() if not paths]):
-        raise DataError(f"{part}: class folders without images: {', '.join(empty)}")
+        raise part.error(f"one class only, '{classes[0]}'; at least 2 are needed; {EXPECTED}")
+    if unknown := sorted(set(part.files) - set(classes)):
+        raise part.error(f"classes without training images: {', '.join(unknown)}")
+    if is_train and (empty := [name for name, paths in part.files.items() if not paths]):
+        raise part.error(f"class folders without images: {', '.join(empty)}")
+
+
+def _unjudged_note(test: Part, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """A note where the test split lacks a class."""
+    missing = [name for name in classes if not test.files.get(name)]
+    if not missing:
+        return ()
+    return (f"classes without test images, which cannot be judged: {', '.join(missing)}",)
+
+
+class _Origin(NamedTuple):
+    """What an image was before it was scaled; `deep_highest`: highest shade (0..255) of 16 bits."""
+
+    size: tuple[int, int]
+    deep_highest: int | None
+
+
+def _depth_note(origins: Sequence[_Origin]) -> tuple[str, ...]:
+    """A note where 16-bit images hold small values, as those of 12 bits from DICOM do."""
+    highest = max((o.deep_highest for o in origins if o.deep_highest is not None), default=255)
+    if highest > 256 // 16:
+        return ()
+    return (
+        f"16-bit images use at most {highest + 1} of 256 grey levels: scale their values to "
+        "0..65535 first",
+    )
 
 
 class _Reader:
@@ -152,18 +166,21 @@ class _Reader:
                     "choose a smaller --image-size"
                 )
 
-    def read(self, listing: dict[str, list[Path]], classes: tuple[str, ...]) -> ImageSet:
-        paths = [path for files in listing.values() for path in files]
-        labels = [classes.index(name) for name, files in listing.items() for _ in files]
+    def read(self, part: Part, classes: tuple[str, ...]) -> tuple[ImageSet, list[_Origin]]:
+        paths = part.images
+        labels = [classes.index(name) for name, files in part.files.items() for _ in files]
         images = shared_bytes(len(paths), self.channels, self.image_size, self.image_size)
 
-        def fill(i: int) -> None:
+        def fill(i: int) -> _Origin:
             with open_image(paths[i]) as image:
+                deep = is_sixteen_bit(image)
                 pixels = decode(image, self.channels, str(paths[i]))
             images[i : i + 1] = resize(pixels[None], self.image_size)
+            _, height, width = pixels.shape
+            return _Origin((width, height), int(pixels.max()) if deep else None)
 
-        spread(fill, len(paths))
-        return ImageSet(images, torch.tensor(labels, dtype=torch.int64), classes)
+        origins = spread(fill, len(paths))
+        return ImageSet(images, torch.tensor(labels, dtype=torch.int64), classes), origins
 
 
 def _header(path: Path) -> tuple[tuple[int, int], bool]:

@@ -58,6 +58,11 @@ def is_grey(image: Image.Image) -> bool:
     return image.mode in _GREY_MODES
 
 
+def is_sixteen_bit(image: Image.Image) -> bool:
+    """Whether an opened image is grey with 16 bits a pixel."""
+    return image.mode.startswith("I;16")
+
+
 def decode(image: Image.Image, channels: int, name: str) -> Tensor:
     """Pixels of an opened image, upright, as uint8 [channels, H, W].
 
@@ -88,7 +93,7 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
+    if is_sixteen_bit(image):
         values = np.array(image, dtype=np.int64)
         eight_bit = ((values + 128) // 257).astype(np.uint8)
         if "transparency" in image.info:

@@ -1,5 +1,6 @@
 """From what the user calls a data set to its images: one of the named ones, or a folder."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,13 +60,16 @@ def absolute(data: str) -> str:
 def with_validation(splits: Splits, share: float, split_seed: int) -> Splits:
     """Set `share` of the training images aside for validation, unless the source has its own.
 
-    Shares in proportion to the classes; the same images for the same `split_seed`. With share 0 nothing is
-    set aside, and a validation split of the source is left unused.
+    Shares in proportion to the classes; the same images for the same `split_seed`. With share 0
+    nothing is set aside, and a validation split of the source is left unused, which a note says.
     """
-    if share == 0:
-        return Splits(splits.name, splits.train, splits.test)
-    if splits.validation is not None:
+    if share == 0 and splits.validation is not None:
+        unused = f"validation=0: {len(splits.validation):,} validation images are left unused"
+        return dataclasses.replace(splits, validation=None, notes=(*splits.notes, unused))
+    if share == 0 or splits.validation is not None:
         return splits
     train = splits.train
-    first, second = stratified_split(train.labels, train.classes, share, split_seed, "validation")
-    return Splits(splits.name, train.subset(first), splits.test, train.subset(second))
+    first, second = stratified_split(
+        train.labels, train.classes, share, split_seed, "validation", splits.notes
+    )
+    return dataclasses.replace(splits, train=train.subset(first), validation=train.subset(second))

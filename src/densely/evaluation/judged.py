@@ -10,6 +10,7 @@ from torch import Tensor
 
 from densely.data import ImageSet, Splits, absolute, load_data, with_validation
 from densely.data.folder import load_labelled
+from densely.data.layout import has_train_folder
 from densely.errors import ConfigError, DataError
 from densely.evaluation.classifier import Classifier, load
 from densely.evaluation.scores import check_logits
@@ -142,7 +143,7 @@ def _other_images(
 ) -> tuple[str, ImageSet]:
     """Name and images of other data than the run's; a folder without train/ is taken as a whole."""
     config, prep = _config(run, data_dir), classifier.preprocessing
-    if Path(source).is_dir() and not (Path(source) / "train").is_dir():
+    if Path(source).is_dir() and not has_train_folder(Path(source)):
         folder = Path(source)
         return source, load_labelled(folder, classifier.classes, prep.image_size, prep.channels)
     splits = load_data(

@@ -57,7 +57,10 @@ class TrainConfig:
         "dialect; null for fresh ones",
     )
     data: str = _option(
-        "digits", _WHAT, "digits, fashion-mnist, or a folder of images sorted by class"
+        "digits",
+        _WHAT,
+        "digits, fashion-mnist, or a folder of images sorted by class, with or without train/, "
+        "val/ and test/ above the classes; notes say what was left out",
     )
     data_dir: str | None = _option(
         None, _WHAT, "where the files of a named data set are looked for first, before DENSELY_DATA"

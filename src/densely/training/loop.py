@@ -124,6 +124,8 @@ class _Trainer:
             check_start(config)
         reporter.note(f"reading {config.data} ...")
         splits = splits_of(config)
+        for text in (splits.overview(), *splits.notes):
+            reporter.note(text)
         train_set = splits.train
         torch.manual_seed(generator_seed(config.seed))
         if resume is None:

@@ -115,12 +115,8 @@ class PlainReporter(Reporter):
     def started(self, facts: RunFacts) -> None:
         """Training begins."""
         config = facts.config
-        held_out = f"{facts.test_images:,} test"
-        if facts.validation_images:
-            held_out = f"{facts.validation_images:,} validation, {held_out}"
         self.say(
-            f"{config.model} ({facts.parameters:,} parameters) on {config.data}: "
-            f"{facts.train_images:,} training, {held_out} images of "
+            f"{config.model} ({facts.parameters:,} parameters) on {config.data}, images of "
             f"{facts.image_size}x{facts.image_size}"
         )
         self.say(

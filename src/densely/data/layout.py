@@ -1,0 +1,134 @@
+"""Which folders of a data set are splits and classes, and which of their files are images.
+
+    FOLDER/train/CLASS/*.png    with FOLDER/test/CLASS/*.png or FOLDER/val/CLASS/*.png or both
+    FOLDER/CLASS/*.png
+
+Splits may also be called training, testing, valid and validation, in any case.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from densely.data.images import SUFFIXES
+from densely.errors import DataError
+
+EXPECTED = "expected FOLDER/train/CLASS/*.png with test/, or FOLDER/CLASS/*.png"
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation"),
+}
+#: What lies beside the images of many data sets, and nobody would take for one of them.
+_CARRIED_SUFFIXES = (".txt", ".csv", ".json", ".xml", ".md")
+_CARRIED_NAMES = ("thumbs.db", "desktop.ini")
+_MOST_ENDINGS = 5  # that a note lists: names of DICOM files may each end in another number
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one split, or a data set that has none, holds.
+
+    Args:
+        path: its folder.
+        files: the image files of each class, in a fixed order.
+        left_out: numbers of files that look like none of these, by the ending of their names.
+    """
+
+    path: Path
+    files: dict[str, list[Path]]
+    left_out: Counter[str]
+
+    @property
+    def images(self) -> list[Path]:
+        """All image files, class by class."""
+        return [path for paths in self.files.values() for path in paths]
+
+    def error(self, message: str) -> DataError:
+        """Make an error about this folder, which also says what was left out of it."""
+        return DataError("; ".join((f"{self.path}: {message}", *left_out_note([self]))))
+
+
+def find_parts(folder: Path) -> dict[str, Part]:
+    """Find the splits: "train" with "test" or "val" or both; or "train" alone for a whole data set.
+
+    Raises:
+        DataError: a split lacks its counterpart, or has two folders.
+    """
+    found = {split: _folders_of(folder, split) for split in _SPLITS}
+    if not found["train"]:
+        # Only the plain names: "valid" and "invalid" may be two classes.
+        if alone := [name for name in ("test", "val") if (folder / name).is_dir()]:
+            raise DataError(f"{folder}: has {', '.join(alone)} but no train/")
+        return {"train": list_part(folder)}
+    for split, folders in found.items():
+        if len(folders) > 1:
+            names = " and ".join(f"{path.name}/" for path in folders)
+            raise DataError(f"{folder}: {names} are both the {split} split; one is needed")
+    paths = {split: folders[0] for split, folders in found.items() if folders}
+    if len(paths) == 1:
+        raise DataError(f"{folder}: has {paths['train'].name}/ but neither test/ nor val/")
+    return {split: list_part(path) for split, path in paths.items()}
+
+
+def has_train_folder(folder: Path) -> bool:
+    """Whether a folder is laid out by splits, and not by classes."""
+    return bool(_folders_of(folder, "train"))
+
+
+def list_part(path: Path) -> Part:
+    """List the image files below each class's folder."""
+    part = Part(path, {}, Counter())
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not _is_hidden(entry.name):
+            part.files[entry.name] = sorted(_image_files(entry, part.left_out))
+    return part
+
+
+def left_out_note(parts: Iterable[Part]) -> tuple[str, ...]:
+    """One note on the files that were left out, or none."""
+    endings = sum((part.left_out for part in parts), Counter())
+    if not endings:
+        return ()
+    listed = [ending or "without ending" for ending, _ in endings.most_common(_MOST_ENDINGS)]
+    if len(endings) > _MOST_ENDINGS:
+        listed.append("...")
+    files = "1 file" if endings.total() == 1 else f"{endings.total():,} files"
+    return (f"{files} left out: {', '.join(listed)} (PNG, JPEG, BMP and WebP are read)",)
+
+
+def _folders_of(folder: Path, split: str) -> list[Path]:
+    """Folders that are called as a split is."""
+    named = (path for path in folder.iterdir() if path.name.lower() in _SPLITS[split])
+    return sorted(path for path in named if path.is_dir())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # which archives made on a Mac leave
+
+
+def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Images at any depth; other files are counted in `left_out`."""
+
+    def fail(error: OSError) -> None:
+        raise error  # a folder that cannot be read must not be left out without a word
+
+    images = []
+    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        for name in names:
+            if name.startswith("."):
+                continue
+            lower = name.lower()
+            if lower.endswith(SUFFIXES):
+                images.append(Path(top, name))
+            elif (
+                not lower.endswith(_CARRIED_SUFFIXES)
+                and lower not in _CARRIED_NAMES
+                and os.path.isfile(os.path.join(top, name))
+            ):
+                left_out[Path(lower).suffix] += 1
+    return images
