@@ -3,30 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folder_cases import save, save_classes, shades
 from PIL import Image
 
 from densely.data import parallel
-from densely.data.dataset import ImageSet
 from densely.data.folder import load_folder, load_labelled
 from densely.errors import DataError
-
-
-def save(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8), mode: str = "L") -> Path:
-    """A picture of one shade, by which it is known again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, shade).convert(mode).save(path)
-    return path
-
-
-def save_classes(part: Path, classes: str = "ab", each: int = 1) -> Path:
-    for i, name in enumerate(classes):
-        for j in range(each):
-            save(part / name / f"{j}.png", shade=i * each + j)
-    return part
-
-
-def shades(images: ImageSet) -> list[int]:
-    return images.images[:, 0, 0, 0].tolist()
 
 
 def assert_refused(folder: Path, *words: str) -> None:
@@ -339,3 +321,58 @@ def test_corrupt_image_to_label_is_named(tmp_path: Path) -> None:
     (tmp_path / "b" / "0.png").write_text("no image")
     with pytest.raises(DataError, match=r"b/0\.png"):
         load_labelled(tmp_path, ("a", "b"), 8, 1)
+
+
+def save_deep(path: Path, highest: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.linspace(0, highest, 64).round().astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(path)
+
+
+@pytest.mark.parametrize("processors", [1, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bit_images_of_12_bit_values_are_noted(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, processors: int, channels: int
+) -> None:
+    monkeypatch.setattr(parallel, "processors", lambda: processors)
+    monkeypatch.setattr(parallel, "LEAST_FILES", 32)
+    for i in range(32):
+        save_deep(photos / "train" / "ab"[i % 2] / f"{i}.png", highest=4095 if i == 20 else 2000)
+    save_deep(photos / "test" / "a" / "0.png", highest=65535)
+    save_classes(photos / "test")
+    save(photos / "train" / "a" / "8-bit.png", shade=200)
+    assert load_folder(photos, None, 0, channels).notes == (
+        "16-bit images use at most 17 of 256 grey levels: scale their values to 0..65535 first",
+    )
+
+
+@pytest.mark.parametrize("highest", [4600, 65535])
+def test_16_bit_images_that_use_their_range_are_not_noted(photos: Path, highest: int) -> None:
+    save_classes(photos / "test")
+    save_classes(photos / "train")
+    save_deep(photos / "train" / "a" / "dark.png", highest=1000)
+    save_deep(photos / "train" / "a" / "light.png", highest=highest)
+    assert load_folder(photos, None, 0).notes == ()
+
+
+def test_dark_8_bit_images_are_not_noted(photos: Path) -> None:
+    save_classes(photos / "test")
+    assert load_folder(save_classes(photos / "train").parent, None, 0).notes == ()
+
+
+def test_the_overview_says_what_was_found_and_made_of_it(photos: Path) -> None:
+    save_classes(photos / "train", each=2)
+    save_classes(photos / "test")
+    save(photos / "val" / "a" / "0.png")
+    counts = "4 training, 1 validation, 2 test images; 2 classes; images of"
+    assert load_folder(photos, None, 0).overview() == f"{counts} 8x8 pixels"
+    assert load_folder(photos, 5, 0).overview() == f"{counts} 8x8 pixels, scaled to 5x5"
+    for name, size in (("0", (40, 30)), ("1", (12, 50))):
+        save(photos / "train" / "b" / f"{name}.png", size=size)
+    assert load_folder(photos, None, 0).overview() == (
+        f"{counts} 8x8 to 40x30 pixels, scaled to 96x96"
+    )
+    save_classes(photos.parent / "whole", each=5)
+    assert load_folder(photos.parent / "whole", None, 0).overview() == (
+        "8 training, 2 test images; 2 classes; images of 8x8 pixels"
+    )

@@ -87,6 +87,20 @@ def test_share_0_leaves_no_validation(own: ImageSet | None) -> None:
     assert result.test is splits.test
 
 
+@pytest.mark.parametrize("share", [0.1, 0])
+def test_notes_and_sizes_are_carried_on(share: float) -> None:
+    sizes = ((3, 4), (5, 6))
+    splits = Splits("set", numbered(10, 10), numbered(3, 3), None, ("one",), sizes)
+    result = with_validation(splits, share, 0)
+    assert (result.notes, result.original_sizes) == (("one",), sizes)
+
+
+def test_validation_left_unused_is_noted() -> None:
+    splits = Splits("set", numbered(10, 10), numbered(3, 3), numbered(1, 1), ("one",))
+    notes = with_validation(splits, 0, 0).notes
+    assert notes == ("one", "validation=0: 2 validation images are left unused")
+
+
 def test_validation_of_its_own_is_kept() -> None:
     splits = Splits("set", numbered(10, 10), numbered(3, 3), numbered(2, 2))
     result = with_validation(splits, 0.5, 0)
@@ -117,6 +131,12 @@ def test_validation_follows_its_seed() -> None:
 def test_too_few_images_for_validation_are_refused() -> None:
     with pytest.raises(DataError, match=r"'bee'.*validation"):
         with_validation(Splits("set", numbered(20, 1), numbered(3, 3)), 0.1, 0)
+
+
+def test_too_few_images_may_have_a_reason() -> None:
+    splits = Splits("set", numbered(20, 1), numbered(3, 3), notes=("7 files left out",))
+    with pytest.raises(DataError, match="for validation; 7 files left out"):
+        with_validation(splits, 0.1, 0)
 
 
 @pytest.mark.parametrize("limit", [3, 6, 12, 60, 117, 118, 119])

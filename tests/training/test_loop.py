@@ -127,6 +127,32 @@ def test_odd_folder_names_do_not_matter(tmp_path: Path) -> None:
     assert summary.curves.is_file()
 
 
+def test_what_was_read_is_said_and_noted(tmp_path: Path) -> None:
+    class Notes(Reporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    for part, count in (("train", 6), ("valid", 2)):
+        for name, shade in (("a", 10), ("b", 200)):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (8, 8), shade).save(tmp_path / "data" / part / name / f"{i}.png")
+    settings = config(
+        tmp_path, data=str(tmp_path / "data"), validation=0.2, limit=None, epochs=1, image_size=16
+    )
+    expected = [
+        f"reading {tmp_path / 'data'} ...",
+        "9 training, 3 validation, 4 test images; 2 classes; images of 8x8 pixels, scaled to 16x16",
+        "there is no test folder: valid/ is the test split",
+    ]
+    run = train(settings, reporter=Notes()).run
+    assert notes == expected
+    notes.clear()
+    train(dataclasses.replace(settings, epochs=2), resume=run, reporter=Notes())
+    assert notes == expected
+
+
 def test_too_little_memory_is_said_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,8 @@ def left_out_note(parts: Iterable[Part]) -> tuple[str, ...]:
     endings = sum((part.left_out for part in parts), Counter())
     if not endings:
         return ()
-    listed = [ending or "without ending" for ending, _ in endings.most_common(_MOST_ENDINGS)]
+    by_number = sorted(endings, key=lambda ending: (-endings[ending], ending))
+    listed = [ending or "without ending" for ending in by_number[:_MOST_ENDINGS]]
     if len(endings) > _MOST_ENDINGS:
         listed.append("...")
     files = "1 file" if endings.total() == 1 else f"{endings.total():,} files"

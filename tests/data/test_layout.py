@@ -1,0 +1,163 @@
+"""Which folders are splits and classes, which files are images, and what is said of the others."""
+
+import os
+from pathlib import Path
+
+import pytest
+from folder_cases import save, save_classes, shades
+
+from densely.data.folder import load_folder, load_labelled
+from densely.data.layout import has_train_folder
+from densely.errors import DataError
+
+
+def assert_refused(folder: Path, *words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_folder(folder, None, 0)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("train", ["Train", "TRAIN", "training", "Training"])
+@pytest.mark.parametrize("test", ["Test", "testing"])
+def test_names_of_train_and_test_are_known_in_any_case(
+    tmp_path: Path, train: str, test: str
+) -> None:
+    save_classes(tmp_path / train, each=3)
+    save(tmp_path / test / "b" / "x.png", shade=77)
+    splits = load_folder(tmp_path, None, 0)
+    assert splits.train.classes == ("a", "b")
+    assert (shades(splits.train), shades(splits.test)) == ([0, 1, 2, 3, 4, 5], [77])
+    assert has_train_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["valid", "Val", "validation", "VALID"])
+def test_names_of_validation_are_known(tmp_path: Path, name: str) -> None:
+    save_classes(tmp_path / "train")
+    save_classes(tmp_path / "test")
+    save(tmp_path / name / "b" / "x.png", shade=88)
+    splits = load_folder(tmp_path, None, 0)
+    assert splits.validation is not None
+    assert shades(splits.validation) == [88]
+    assert splits.notes == ()
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_validation_as_test_split_is_noted(tmp_path: Path, name: str) -> None:
+    save_classes(tmp_path / "train")
+    save_classes(tmp_path / name)
+    splits = load_folder(tmp_path, None, 0)
+    assert splits.validation is None
+    assert splits.notes == (f"there is no test folder: {name}/ is the test split",)
+
+
+def test_without_a_train_folder_they_are_classes(tmp_path: Path) -> None:
+    for name in ("valid", "invalid", "Test"):
+        for i in range(5):
+            save(tmp_path / name / f"{i}.png")
+    splits = load_folder(tmp_path, None, 0)
+    assert splits.train.classes == ("Test", "invalid", "valid")
+    assert not has_train_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("one", "other"), [("Train", "train"), ("train", "training")])
+def test_two_folders_of_one_split_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    for part in (one, other, "test"):
+        save_classes(tmp_path / part)
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("the file system does not tell Train from train")
+    assert_refused(tmp_path, str(tmp_path), f"{one}/ and {other}/", "train split")
+
+
+def test_messages_name_the_folder_as_it_is(tmp_path: Path) -> None:
+    save_classes(tmp_path / "Training")
+    assert_refused(tmp_path, "has Training/ but neither test/ nor val/")
+    (tmp_path / "Testing").mkdir()
+    assert_refused(tmp_path, f"{tmp_path / 'Testing'}: no class folders")
+
+
+def test_a_class_without_test_images_is_noted(tmp_path: Path) -> None:
+    save_classes(tmp_path / "train", "abc")
+    save_classes(tmp_path / "test", "a")
+    (tmp_path / "test" / "b").mkdir()
+    (note,) = load_folder(tmp_path, None, 0).notes
+    assert note == "classes without test images, which cannot be judged: b, c"
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("no image")
+
+
+def test_files_left_out_are_counted(tmp_path: Path) -> None:
+    save_classes(tmp_path, each=5)
+    touch(tmp_path, *(f"a/{i}.tif" for i in range(3)), "b/deep/x.GIF", "b/y.gif", "b/IM0001")
+    assert load_folder(tmp_path, None, 0).notes == (
+        "6 files left out: .tif, .gif, without ending (PNG, JPEG, BMP and WebP are read)",
+    )
+
+
+def test_files_left_out_of_all_splits_are_one_note(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        touch(save_classes(tmp_path / part), "a/x.dcm")
+    (note,) = load_folder(tmp_path, None, 0).notes
+    assert note.startswith("3 files left out: .dcm (")
+
+
+def test_many_endings_are_not_all_listed(tmp_path: Path) -> None:
+    touch(save_classes(tmp_path, each=5), "a/1.7", *(f"a/{i}.{i}" for i in range(9)))
+    (note,) = load_folder(tmp_path, None, 0).notes
+    assert note.startswith("10 files left out: .7, .0, .1, .2, .3, ... (")
+
+
+def test_what_datasets_carry_is_not_noted(tmp_path: Path) -> None:
+    save_classes(tmp_path, each=5)
+    touch(
+        tmp_path,
+        *(f"a/{name}" for name in ("x.txt", "x.csv", "x.JSON", "x.xml", "x.md")),
+        *("a/Thumbs.db", "a/desktop.ini", "a/.DS_Store", "a/.x.tif", "a/.cache/x.tif", "x.tif"),
+    )
+    (tmp_path / "a" / "folder.tif").mkdir()
+    (tmp_path / "a" / "gone.tif").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "a" / "pipe.tif")
+    assert load_folder(tmp_path, None, 0).notes == ()
+
+
+def test_what_archives_of_a_mac_leave_is_nothing(tmp_path: Path) -> None:
+    save_classes(tmp_path / "train", each=2)
+    save_classes(tmp_path / "test")
+    for place in ("", "train", "test", "train/a"):
+        touch(tmp_path / place / "__MACOSX", "._0.png", "a/0.png", "x.tif")
+    splits = load_folder(tmp_path, None, 0)
+    assert splits.train.classes == ("a", "b")
+    assert shades(splits.train) == [0, 1, 2, 3]
+    assert splits.notes == ()
+    assert len(load_labelled(tmp_path / "test", ("a", "b"), 8, 1)) == 2
+
+
+def test_a_mac_folder_beside_classes_is_no_class(tmp_path: Path) -> None:
+    touch(save_classes(tmp_path, each=5), "__MACOSX/a/._0.png")
+    assert load_folder(tmp_path, None, 0).train.classes == ("a", "b")
+
+
+@pytest.mark.parametrize("part", ["", "train"])
+def test_a_class_without_images_is_told_what_was_left_out(tmp_path: Path, part: str) -> None:
+    touch(save_classes(tmp_path / part, "a", each=5), "b/x.tif")
+    if part:
+        save_classes(tmp_path / "test", "a")
+    assert_refused(tmp_path, "without images: b; 1 file left out: .tif (PNG, JPEG,")
+
+
+def test_a_class_too_small_to_split_is_told_what_was_left_out(tmp_path: Path) -> None:
+    touch(save_classes(tmp_path, "a", each=5), "b/x.tif")
+    save(tmp_path / "b" / "0.png")
+    assert_refused(tmp_path, "class 'b' has 1 image(s)", "for test; 1 file left out: .tif (PNG,")
+
+
+def test_a_folder_of_other_files_alone_says_so(tmp_path: Path) -> None:
+    touch(tmp_path, "a/x.tif", "b/x.tif")
+    assert_refused(tmp_path, "no class folders with images", "2 files left out: .tif")
+    with pytest.raises(DataError, match=r"2 files left out: \.tif"):
+        load_labelled(tmp_path, ("a", "b"), 8, 1)
