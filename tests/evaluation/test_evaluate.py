@@ -114,10 +114,11 @@ def test_unknown_classes_are_named(folder_run: tuple[Summary, Path], tmp_path: P
         densely.evaluate(folder_run[0].run, str(tmp_path))
 
 
+@pytest.mark.parametrize("train_name", ["train", "Training"])
 def test_data_with_other_classes_are_refused(
-    digits_run: Path, folder_run: tuple[Summary, Path], tmp_path: Path
+    digits_run: Path, folder_run: tuple[Summary, Path], tmp_path: Path, train_name: str
 ) -> None:
-    for part in ("train", "test"):
+    for part in (train_name, "test"):
         shutil.copytree(folder_run[1], tmp_path / "data" / part)
     with pytest.raises(DataError, match=r"has the classes bluish, reddish, and .* knows 0, 1"):
         densely.evaluate(digits_run, str(tmp_path / "data"))

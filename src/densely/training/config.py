@@ -59,8 +59,8 @@ class TrainConfig:
     data: str = _option(
         "digits",
         _WHAT,
-        "digits, fashion-mnist, or a folder of images sorted by class, with or without train/, "
-        "val/ and test/ above the classes; notes say what was left out",
+        "digits, fashion-mnist, or a folder of images sorted by class, perhaps with train/, val/ "
+        "and test/ above; notes say what was left out",
     )
     data_dir: str | None = _option(
         None, _WHAT, "where the files of a named data set are looked for first, before DENSELY_DATA"
