@@ -190,6 +190,8 @@ def test_finished_runs_are_judged_where_the_data_are_now(
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     before.rename(now)
     folder = str(tmp_path / "compare-quickstart-001")
+    runs = sorted((Path(folder) / "runs").iterdir())
+    assert compare(runs, str(now)).images == first["images"] == 4
     assert main(["compare", "--resume", folder, "--json"]) == 2
     assert "nor is there a folder" in capsys.readouterr().err
     assert main(["compare", "--resume", folder, "--data", "nowhere", "--json"]) == 2

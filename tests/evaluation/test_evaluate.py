@@ -71,6 +71,24 @@ def test_the_runs_own_folder_is_known_by_any_spelling(
     assert densely.evaluate(summary.run, spelling).images == 8
 
 
+@pytest.mark.parametrize(
+    ("options", "learned"), [({}, 28), ({"limit": 20}, 20), ({"validation": 0.0}, 32)]
+)
+def test_the_runs_own_folder_is_known_where_it_has_been_moved_to(
+    folder_run: tuple[Summary, Path], tmp_path: Path, options: dict[str, float], learned: int
+) -> None:
+    data, moved = Path(shutil.copytree(folder_run[1], tmp_path / "data")), tmp_path / "moved"
+    config = {"data": str(data), "output": str(tmp_path), "epochs": 1, "batch_size": 8} | options
+    run = train(densely.TrainConfig.from_values(config)).run
+    before = densely.evaluate(run)
+    data.rename(moved)
+    after = densely.evaluate(run, str(moved))
+    assert (after.images, after.loss, after.data) == (8, before.loss, f"{moved}, test")
+    assert densely.evaluate(run, str(moved), split="train").images == learned
+    Image.new("RGB", (12, 12), (200, 60, 60)).save(moved / "reddish" / "new.png")
+    assert densely.evaluate(run, str(moved)).images == 41  # others, as a whole
+
+
 def test_a_folder_that_has_changed_is_refused(
     folder_run: tuple[Summary, Path], tmp_path: Path
 ) -> None:

@@ -34,14 +34,14 @@ def reported(
     return path, densely.report(path)
 
 
-def folder_of(top: Path, *names: str) -> Path:
+def folder_of(top: Path, *names: str, first: int = 0) -> Path:
     """Test digits as files, FOLDER/CLASS/*.png."""
     from densely.data import load_data
 
     test = load_data("digits").test
     for name in names:
         (top / name).mkdir(parents=True)
-        for i in (test.labels == int(name)).nonzero().flatten()[:4].tolist():
+        for i in (test.labels == int(name)).nonzero().flatten()[first : first + 4].tolist():
             Image.fromarray(test.images[i, 0].numpy()).save(top / name / f"{i}.png")
     return top
 
@@ -184,12 +184,15 @@ def test_a_run_whose_data_are_gone(tmp_path: Path) -> None:
         | {"validation": 0.34}
     )
     run = densely.train(config).run
-    others = folder_of(tmp_path / "others", "0", "1")
+    others = folder_of(tmp_path / "others", "0", "1", first=4)
     densely.report(run, str(others))
     before = densely.load(run).calibration
-    shutil.rmtree(folder)
+    folder.rename(tmp_path / "moved")
     with pytest.raises(DataError, match="nor is there a folder"):
         densely.report(run)
+    moved = densely.report(run, str(tmp_path / "moved"))
+    assert moved.findings.scores.images == 2  # the test split, as before it was moved
+    assert densely.load(run).calibration == before
     report = densely.report(run, str(others))
     assert any("data cannot be read" in warning for warning in report.findings.warnings)
     assert densely.load(run).calibration == before

@@ -59,7 +59,8 @@ def evaluate(
     Args:
         run: a run directory.
         data: "digits", "fashion-mnist" or a folder of images; None for what the run learned from.
-            Another folder than that, without train/ in it, is judged on as a whole.
+            The latter's folder is known wherever it has been moved or copied to; another one,
+            without train/ in it, is judged on as a whole.
         split: part of the data: "test", "validation" or "train".
         data_dir: where the files of a named data set are looked for first; None for where the run
             found them.

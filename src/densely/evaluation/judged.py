@@ -72,7 +72,10 @@ def judge(
     directory = RunDirectory.open(Path(run))
     learned_from = directory.config().data
     source = learned_from if data is None else absolute(data)
-    own = own_splits(directory, classifier, data_dir) if source == learned_from else None
+    if source == learned_from:
+        own = own_splits(directory, classifier, data_dir)
+    else:
+        own = _own_elsewhere(directory, classifier, source)
     if own is not None:
         name, images = f"{source}, {split}", _part(own, split)
     else:
@@ -106,10 +109,9 @@ def own_splits(run: RunDirectory, classifier: Classifier, data_dir: str | None) 
     Raises:
         DataError: the data are missing, or have changed since.
     """
-    prep = classifier.preprocessing
     config = _config(run, data_dir)
-    splits = splits_of(config, image_size=prep.image_size, channels=prep.channels)
-    if splits.train.digest() != load_state(run.weights()).data_digest:
+    splits = _parted(config, classifier)
+    if not _has_learned_from(run, splits.train):
         raise DataError(
             f"{config.data} has changed since {run.path} learned from it: which of its images are "
             "unseen cannot be told; name a folder of new images with --data"
@@ -136,6 +138,29 @@ def fitting_images(splits: Splits, split_seed: int) -> tuple[str, ImageSet, bool
         return "training split", splits.train, True
     assert splits.validation is not None
     return "part of the training split", splits.validation, True
+
+
+def _own_elsewhere(run: RunDirectory, classifier: Classifier, source: str) -> Splits | None:
+    """Splits of the run's own folder where it has been moved or copied to; None for others.
+
+    Taken as a whole, such a folder would be judged with the images that the run learned from.
+    """
+    if not Path(source).is_dir():
+        return None
+    try:
+        splits = _parted(dataclasses.replace(run.config(), data=source), classifier)
+    except DataError:  # it cannot be parted as the run's own was
+        return None
+    return splits if _has_learned_from(run, splits.train) else None
+
+
+def _parted(config: TrainConfig, classifier: Classifier) -> Splits:
+    prep = classifier.preprocessing
+    return splits_of(config, image_size=prep.image_size, channels=prep.channels)
+
+
+def _has_learned_from(run: RunDirectory, images: ImageSet) -> bool:
+    return images.digest() == load_state(run.weights()).data_digest
 
 
 def _other_images(
