@@ -74,9 +74,15 @@ def test_a_rare_class_is_in_both_parts_or_named(counts: tuple[int, ...]) -> None
 
 def test_a_subset_keeps_images_and_labels_together() -> None:
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)
-    whole = ImageSet(images, torch.tensor([0, 1, 2, 0, 1]), CLASSES)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    whole = ImageSet(images, labels, CLASSES, tuple("vwxyz"))
     part = whole.subset(torch.tensor([4, 2]))
     assert len(part) == 2
     assert part.images.flatten().tolist() == [4, 2]
     assert part.labels.tolist() == [1, 2]
     assert part.classes == CLASSES
+    assert part.names == ("z", "x")
+    assert part.to(torch.device("cpu")).names == part.names
+    unnamed = ImageSet(images, labels, CLASSES)
+    assert unnamed.subset(torch.tensor([4, 2])).names is None
+    assert unnamed.digest() == whole.digest()  # wherever images lie, they are the same ones

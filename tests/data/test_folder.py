@@ -11,6 +11,11 @@ from densely.data.folder import load_folder, load_labelled
 from densely.errors import DataError
 
 
+def shade_of(path: Path) -> int:
+    with Image.open(path) as image:
+        return int(np.asarray(image)[0, 0])
+
+
 def assert_refused(folder: Path, *words: str) -> None:
     with pytest.raises(DataError) as caught:
         load_folder(folder, None, 0)
@@ -376,3 +381,21 @@ def test_the_overview_says_what_was_found_and_made_of_it(photos: Path) -> None:
     assert load_folder(photos.parent / "whole", None, 0).overview() == (
         "8 training, 2 test images; 2 classes; images of 8x8 pixels"
     )
+
+
+def test_each_image_knows_its_file(photos: Path) -> None:
+    save_classes(photos, each=5)
+    save(photos / "b" / "2024" / "x.png", shade=99)
+    splits = load_folder(photos, None, 0)
+    for part in (splits.train, splits.test, load_labelled(photos, ("a", "b"), 8, 1)):
+        assert part.names is not None
+        for name, shade in zip(part.names, shades(part), strict=True):
+            assert shade_of(photos / name) == shade
+            assert not Path(name).is_absolute()
+    assert "b/2024/x.png" in (*(splits.train.names or ()), *(splits.test.names or ()))
+
+
+def test_files_of_a_split_begin_with_its_folder(photos: Path) -> None:
+    save_classes(photos / "train")
+    save(photos / "test" / "a" / "x.png")
+    assert load_folder(photos, None, 0).test.names == ("test/a/x.png",)

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -97,6 +98,14 @@ def test_examples_show_the_very_images_with_the_maps_of_the_class_given(
         torch.testing.assert_close(torch.tensor(example.heat_map), expected, rtol=1e-3, atol=1e-4)
         probability = classifier.probabilities(pixels[None])[0, target].item()
         assert probability == pytest.approx(example.confidence, rel=1e-3)
+
+
+def test_examples_of_a_folder_name_their_files(run: Path, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "others", "3", "5")
+    found = densely.report(run, str(folder)).findings
+    for example in (*found.mistakes, *found.unsure):
+        with Image.open(folder / str(example.file)) as image:
+            assert (np.asarray(image) == example.pixels[0]).all()
 
 
 def test_calibration_is_stored_and_applied(

@@ -50,7 +50,7 @@ def example(
 ) -> Example:
     pixels = np.full((channels, 8, 8), index, dtype=np.uint8)
     heat_map = np.eye(4, dtype=np.float32) if mapped else None
-    return Example(index, label, given, 0.8767, 0.0432, pixels, heat_map)
+    return Example(index, None, label, given, 0.8767, 0.0432, pixels, heat_map)
 
 
 def findings_of(classes: int = 10) -> Findings:
@@ -184,7 +184,18 @@ def test_names_are_text_whatever_they_look_like() -> None:
         assert text in page.text
     assert 'title="' + "x" * 200 in html  # cut off in a caption, whole when pointed at
     alts = [img["alt"] for img in page.all("img")]
-    assert f"Image 101, labelled {AWKWARD[1]}, called {AWKWARD[0]}" in " ".join(map(str, alts))
+    assert f"image 101, labelled {AWKWARD[1]}, called {AWKWARD[0]}" in " ".join(map(str, alts))
+
+
+@plain_pictures
+def test_images_of_a_folder_are_named_by_their_files() -> None:
+    file = 'cats/<b>"& (1).png'
+    named = replace(findings_of(), label_errors=(replace(example(3, "a", "b"), file=file),))
+    page = Page(render(named, curves=None, tile=tile))
+    assert f"{file} label a" in page.text
+    (img,) = [img for img in page.all("img") if img.get("title") == file]
+    assert (img["alt"] or "").startswith(f"{file}, labelled a, called b")
+    assert named.to_dict()["label_errors"][0]["file"] == file
 
 
 @plain_pictures

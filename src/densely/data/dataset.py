@@ -6,7 +6,7 @@ of a part without a word.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,21 +23,24 @@ class ImageSet:
         images: uint8 [N, C, H, W], C = 1 (grey) or 3 (RGB).
         labels: int64 [N], indices into `classes`.
         classes: names of the classes.
+        names: file of each image, from the data folder on, with / between its parts; None for
+            data sets without files.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "ImageSet":
         """Copy to `device`."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def digest(self) -> str:
-        """Short name of these very images, labels and classes: others have another."""
+        """Short name of these very images, labels and classes, whatever files they are in."""
         hasher = hashlib.blake2b(digest_size=16)
         hasher.update(repr((tuple(self.images.shape), self.classes)).encode(errors="replace"))
         for tensor in (self.images, self.labels):
@@ -47,7 +50,8 @@ class ImageSet:
 
     def subset(self, indices: Tensor) -> "ImageSet":
         """Take the images at `indices` (int64 [M])."""
-        return ImageSet(self.images[indices], self.labels[indices], self.classes)
+        names = None if self.names is None else tuple(self.names[i] for i in indices.tolist())
+        return ImageSet(self.images[indices], self.labels[indices], self.classes, names)
 
 
 @dataclass(frozen=True)

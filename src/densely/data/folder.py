@@ -57,7 +57,7 @@ def load_folder(
     # Size and channels follow the training images: what is set aside for testing decides nothing.
     total = sum(len(part.images) for part in parts.values())
     reader = _Reader(parts["train"].images, total, image_size, channels)
-    found = {name: reader.read(part, classes) for name, part in parts.items()}
+    found = {name: reader.read(part, classes, folder) for name, part in parts.items()}
     sets = {name: images for name, (images, _) in found.items()}
     sizes = {origin.size for _, origins in found.values() for origin in origins}
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
@@ -93,7 +93,8 @@ def load_labelled(
         raise part.error(f"no class folders with images ({', '.join(SUFFIXES)})")
     if unknown := sorted(set(part.files) - set(classes)):
         raise part.error(f"classes unknown to the network: {', '.join(unknown)}")
-    images, _ = _Reader(part.images, len(part.images), image_size, channels).read(part, classes)
+    reader = _Reader(part.images, len(part.images), image_size, channels)
+    images, _ = reader.read(part, classes, folder)
     return images
 
 
@@ -166,7 +167,9 @@ class _Reader:
                     "choose a smaller --image-size"
                 )
 
-    def read(self, part: Part, classes: tuple[str, ...]) -> tuple[ImageSet, list[_Origin]]:
+    def read(
+        self, part: Part, classes: tuple[str, ...], folder: Path
+    ) -> tuple[ImageSet, list[_Origin]]:
         paths = part.images
         labels = [classes.index(name) for name, files in part.files.items() for _ in files]
         images = shared_bytes(len(paths), self.channels, self.image_size, self.image_size)
@@ -180,7 +183,8 @@ class _Reader:
             return _Origin((width, height), int(pixels.max()) if deep else None)
 
         origins = spread(fill, len(paths))
-        return ImageSet(images, torch.tensor(labels, dtype=torch.int64), classes), origins
+        names = tuple(path.relative_to(folder).as_posix() for path in paths)
+        return ImageSet(images, torch.tensor(labels, dtype=torch.int64), classes, names), origins
 
 
 def _header(path: Path) -> tuple[tuple[int, int], bool]:

@@ -161,6 +161,7 @@ class Example:
 
     Args:
         index: its place in the split that was judged.
+        file: from the data folder on; None for data sets without files.
         label: its class, as the data have it.
         given: the class that the network gives it.
         confidence: calibrated probability of `given`.
@@ -170,6 +171,7 @@ class Example:
     """
 
     index: int
+    file: str | None
     label: str
     given: str
     confidence: float

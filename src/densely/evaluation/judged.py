@@ -72,10 +72,11 @@ def judge(
     directory = RunDirectory.open(Path(run))
     learned_from = directory.config().data
     source = learned_from if data is None else absolute(data)
-    if source == learned_from:
-        own = own_splits(directory, classifier, data_dir)
-    else:
-        own = _own_elsewhere(directory, classifier, source)
+    own = (
+        own_splits(directory, classifier, data_dir)
+        if source == learned_from
+        else _own_elsewhere(directory, classifier, source)
+    )
     if own is not None:
         name, images = f"{source}, {split}", _part(own, split)
     else:

@@ -236,6 +236,7 @@ def _examples(
         label, answer = int(judged.labels[index]), int(given[index])
         return Example(
             index=index,
+            file=judged.images.names[index] if judged.images.names else None,
             label=names[label],
             given=names[answer],
             confidence=float(confidence[index]),

@@ -128,9 +128,13 @@ class Legend:
 
 @dataclass(frozen=True)
 class Card:
-    """An example with its tile; `is_enlarged` where one of its pixels covers several."""
+    """An example with its tile; `is_enlarged` where one of its pixels covers several.
+
+    `name` is that of its file, from the data folder on, or its number where it has none.
+    """
 
     example: Example
+    name: str
     tile: Picture
     is_enlarged: bool
 
@@ -390,8 +394,9 @@ def _card(example: Example, tile: Tile) -> Card:
     image = tile(example.pixels, example.heat_map)
     is_enlarged = image.height > example.pixels.shape[1]
     with_map = "" if example.heat_map is None else ", beside it the same under its heat map"
-    alt = f"Image {example.index}, labelled {example.label}, called {example.given}{with_map}."
-    return Card(example, _picture(_encoded(image), alt), is_enlarged)
+    name = example.file or f"image {example.index}"
+    alt = f"{name}, labelled {example.label}, called {example.given}{with_map}."
+    return Card(example, name, _picture(_encoded(image), alt), is_enlarged)
 
 
 def _column_width(sheets: dict[str, list[Card]]) -> int:
