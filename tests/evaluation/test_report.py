@@ -64,8 +64,7 @@ def test_figures_agree_with_each_other(reported: tuple[Path, densely.Report]) ->
     found, evaluation = report.findings, report.evaluation
     assert found.scores.accuracy.value == evaluation.accuracy
     assert (found.scores.confusion == evaluation.confusion).all()
-    after = next(score for score in found.calibration if score.method == "temperature")
-    assert after.nll == pytest.approx(evaluation.loss, rel=1e-5)
+    assert found.calibration[0].nll == pytest.approx(evaluation.loss, rel=1e-5)
     assert [score.method for score in found.calibration] == ["none", "temperature", "vector"]
     assert found.selective.risk[-1] == pytest.approx(1 - evaluation.accuracy)
     assert found.cost.parameters > 70_000
@@ -256,6 +255,11 @@ def test_a_mistake_ends_in_a_line_and_leaves_nothing(
 def test_the_command_tells_and_writes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), "--calibration", "vector"]) == 0
     out = capsys.readouterr().out
+    found = json.loads((run / "report" / "metrics.json").read_text())
+    plain, _, vector = found["calibration"]
+    assert f", loss {plain['nll']:.4f} on 360 images" in out.splitlines()[0]
+    accuracy = found["scores"]["accuracy"]["value"]
+    assert f"\ncalibrated: accuracy {accuracy:.4f}, loss {vector['nll']:.4f}\n" in out
     assert "confusions: rows are the true class" in out
     assert "with vector scaling (fitted on validation split, 144 images)" in out
     assert out.endswith(f"report:  {(run / 'report' / 'report.html').resolve()}\n")

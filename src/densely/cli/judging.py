@@ -111,6 +111,7 @@ def _print_calibration(found: "Findings", wanted_error: float) -> None:
             f"calibration error {before.ece:.4f}, and {after.ece:.4f} with {after.method} scaling "
             f"(fitted on {found.calibrated_on})"
         )
+        print(f"calibrated: accuracy {found.scores.accuracy.value:.4f}, loss {after.nll:.4f}")
     else:
         print(f"calibration error {before.ece:.4f}, not calibrated")
     for choice in found.selective.choices:

@@ -43,7 +43,10 @@ EXAMPLES = 24
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, and the page that shows it."""
+    """What was found, and the page that shows it.
+
+    `evaluation` is that of the network alone, as `evaluate` gives it; `findings` are calibrated.
+    """
 
     evaluation: Evaluation
     findings: Findings
@@ -139,7 +142,7 @@ def report(
     )
     if fitted.is_new and (weights := find_checkpoint(judged.run.weights())):
         save_calibration(weights, chosen, judged.classifier.weights_digest)
-    return Report(evaluation_of(replace(judged, logits=calibrated)), findings, page)
+    return Report(evaluation_of(judged), findings, page)
 
 
 @dataclass(frozen=True)
