@@ -30,8 +30,9 @@ def scores_of(confusion: list[list[int]], names: list[str] | None = None) -> Sco
     for k, hits in enumerate(matrix.diagonal().tolist()):
         precision, recall = hits / max(int(given[k]), 1), hits / max(int(support[k]), 1)
         f1 = 2 * hits / max(int(given[k] + support[k]), 1)
+        rates = (precision, recall, f1) if support[k] else (None, None, None)
         name = names[k] if names else f"class {k}"
-        classes.append(ClassScore(name, int(support[k]), precision, recall, f1, None, None))
+        classes.append(ClassScore(name, int(support[k]), *rates, None, None))
     some = Interval(0.5, 0.4, 0.6)
     return Scores(
         int(matrix.sum()), some, None, some, some, None, None, tuple(classes), matrix

@@ -176,6 +176,17 @@ def test_a_split_that_flatters_is_warned_of(run: Path, split: str, said: str) ->
     assert any(said in warning for warning in report.findings.warnings)
 
 
+def test_classes_without_images_are_named_and_do_not_count(run: Path, tmp_path: Path) -> None:
+    found = densely.report(run, str(folder_of(tmp_path / "others", "3", "5"))).findings
+    assert found.warnings[0].startswith(
+        "None of these images is of '0', '1', '2', '4', '6' and 3 more: "
+    )
+    scores = found.scores.classes
+    assert [score.name for score in scores if score.f1 is not None] == ["3", "5"]
+    assert found.scores.macro_f1.value == pytest.approx(sum(s.f1 or 0 for s in scores) / 2)
+    assert not any("None of these" in text for text in densely.report(run).findings.warnings)
+
+
 def test_the_page_may_go_elsewhere_and_spares_what_is_there(run: Path, tmp_path: Path) -> None:
     report = densely.report(run, output=tmp_path / "page")
     assert report.page.parent == (tmp_path / "page").resolve()

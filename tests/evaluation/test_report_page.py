@@ -231,6 +231,17 @@ def test_all_figures_are_there() -> None:
 
 
 @plain_pictures
+def test_a_class_without_images_has_dashes() -> None:
+    findings = findings_of(2)
+    first, second = findings.scores.classes
+    gone = replace(first, support=0, precision=None, recall=None, f1=None, average_precision=None)
+    scores = replace(findings.scores, classes=(gone, second))
+    page = Page(render(replace(findings, scores=scores), curves=None, tile=tile))
+    assert f"0 {gone.name} 0 – – – – –" in page.text
+    assert "finds least often" not in page.text  # of one class
+
+
+@plain_pictures
 def test_two_classes_have_no_five_likeliest() -> None:
     text = Page(render(findings_of(2), curves=None, tile=tile)).text
     assert "five likeliest" not in text

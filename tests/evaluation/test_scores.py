@@ -132,14 +132,14 @@ def test_a_class_without_images_has_no_ranking_and_does_not_count_for_balanced_a
     logits[:2, 3] += 50
     result = scores_of(logits, labels, NAMES[:4])
     dog = result.classes[3]
-    assert (dog.support, dog.recall, dog.precision, dog.f1) == (0, 0, 0, 0)
+    assert (dog.support, dog.recall, dog.precision, dog.f1) == (0, None, None, None)
     assert dog.auroc is dog.average_precision is None
     others = result.classes[:3]
     assert result.balanced_accuracy is not None
     assert result.balanced_accuracy.value == pytest.approx(sum(c.recall for c in others) / 3)
     assert result.balanced_accuracy.low < result.balanced_accuracy.value
     assert result.balanced_accuracy.value < result.balanced_accuracy.high
-    assert result.macro_f1.value == pytest.approx(sum(c.f1 for c in others) / 4)
+    assert result.macro_f1.value == pytest.approx(sum(c.f1 for c in others) / 3)
     assert result.auroc == pytest.approx(sum(c.auroc or 0 for c in others) / 3)
     assert result.confusion is not None
     assert result.confusion.shape == (4, 4)
@@ -166,12 +166,13 @@ def redrawn(truth: list[int], given: list[int], times: int) -> tuple[list[float]
     generator = np.random.default_rng(12345)
     pairs = np.array([truth, given])
     balanced, macro = [], []
+    there = np.unique(truth)
     for _ in range(times):
         drawn = pairs[:, generator.integers(len(truth), size=len(truth))]
         balanced.append(
             np.mean([(drawn[1] == k)[drawn[0] == k].mean() for k in np.unique(drawn[0])])
         )
-        macro.append(macro_f1(*(drawn[:, None] == np.arange(4)[:, None])))
+        macro.append(macro_f1(*(drawn[:, None] == there[:, None])))
     return balanced, macro
 
 
@@ -311,6 +312,8 @@ def test_several_labels_interval_is_that_of_images_drawn_again() -> None:
 
 
 def test_labels_that_all_or_no_images_have_are_not_ranked() -> None:
+    with pytest.raises(DataError, match="no image has a label"):
+        multilabel_scores(torch.ones(2, 2), torch.zeros(2, 2), NAMES[:2])
     targets = torch.tensor([[True, False], [True, False]])
     result = multilabel_scores(torch.tensor([[1.0, -1.0], [2.0, -3.0]]), targets, NAMES[:2])
     assert [c.auroc for c in result.classes] == [None, None]

@@ -30,14 +30,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How a network does on one class.
+    """How a network does on one class; without images of it, nobody knows.
 
     Args:
         name: of the class.
         support: images of it.
-        precision: share of those called so that are so; 0 where none was called so.
-        recall: share of those that are so that were called so; 0 where there are none.
-        f1: harmonic mean of both.
+        precision: share of those called so that are so; 0 where none was called so, None where
+            there are none of it.
+        recall: share of those that are so that were called so; None where there are none.
+        f1: harmonic mean of both; None where there are none.
         auroc: area under the receiver operating characteristic, one class against the rest; None
             where all images or none are of it.
         average_precision: area under the precision-recall steps; None as for `auroc`.
@@ -45,9 +46,9 @@ class ClassScore:
 
     name: str
     support: int
-    precision: float
-    recall: float
-    f1: float
+    precision: float | None
+    recall: float | None
+    f1: float | None
     auroc: float | None
     average_precision: float | None
 
@@ -64,7 +65,7 @@ class Scores:
             for five classes and fewer, and for several labels an image.
         balanced_accuracy: mean recall over the classes that occur, with a bootstrap interval; None
             for several labels an image.
-        macro_f1: mean F1 over all classes, with a bootstrap interval.
+        macro_f1: mean F1 over the classes that occur, with a bootstrap interval.
         auroc: mean over the classes that have one.
         average_precision: mean over the classes that have one.
         classes: one each, in the network's order.

@@ -171,10 +171,14 @@ def risk_coverage_picture(risk_coverage: RiskCoverage) -> bytes:
 
 def class_picture(scores: Scores) -> bytes:
     """Precision and recall of each class that occurs, lowest F1 first; of many, the worst."""
-    occurring = [score for score in scores.classes if score.support]
-    drawn = sorted(occurring, key=lambda score: score.f1)[:CLASSES_DRAWN]
+    occurring = [
+        (score.f1, score.precision, score.recall, score.name)
+        for score in scores.classes
+        if score.f1 is not None and score.precision is not None and score.recall is not None
+    ]
+    drawn = sorted(occurring, key=lambda row: row[0])[:CLASSES_DRAWN]
     places = range(len(drawn))
-    precision, recall = [s.precision for s in drawn], [s.recall for s in drawn]
+    precision, recall = [row[1] for row in drawn], [row[2] for row in drawn]
 
     figure = drawing.new_figure(7.2, 1.3 + 0.24 * max(len(drawn), 2))
     axes = figure.subplots()
@@ -186,7 +190,7 @@ def class_picture(scores: Scores) -> bytes:
         precision, places, "D", color=ORANGE, markersize=5.5, label="precision", clip_on=False
     )
     axes.plot(recall, places, "o", color=BLUE, markersize=6, label="recall", clip_on=False)
-    axes.set_yticks(places, [_short(s.name) for s in drawn], fontsize=8)
+    axes.set_yticks(places, [_short(name) for *_, name in drawn], fontsize=8)
     drawing.anybodys(axes.get_yticklabels())
     axes.set_ylim(len(drawn) - 0.4, -0.6)
     lowest = min([*precision, *recall], default=0.0)

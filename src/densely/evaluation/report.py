@@ -25,7 +25,7 @@ from densely.evaluation.calibration import (
 )
 from densely.evaluation.cost import costs
 from densely.evaluation.evaluate import Evaluation, evaluation_of
-from densely.evaluation.findings import Example, Findings, Method
+from densely.evaluation.findings import Example, Findings, Method, Scores
 from densely.evaluation.heat_maps import explain
 from densely.evaluation.judged import Judged, Split, fitting_images, judge, own_splits, seen
 from densely.evaluation.label_errors import likely_label_errors
@@ -39,6 +39,8 @@ from densely.training.checkpoint import find_checkpoint
 METHODS: tuple[Method, ...] = get_args(Method)
 WANTED_ERRORS = (0.01, 0.02, 0.05, 0.1)
 EXAMPLES = 24
+#: More classes than these are not named in a warning.
+CLASSES_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,13 @@ def report(
     note("measuring speed and memory ...")
     (cost,) = costs([(judged.classifier.model, judged.classifier.info)], judged.classifier.runtime)
 
+    scores = scores_of(calibrated, labels, judged.classifier.classes)
     findings = Findings(
         run=str(run),
         data=judged.data,
         date=datetime.date.today().isoformat(),
-        warnings=(*fitted.warnings, *wrong),
-        scores=scores_of(calibrated, labels, judged.classifier.classes),
+        warnings=(*_missing_classes(scores), *fitted.warnings, *wrong),
+        scores=scores,
         method=chosen.method,
         calibrated_on=fitted.where,
         calibration=tuple(
@@ -143,6 +146,20 @@ def report(
     if fitted.is_new and (weights := find_checkpoint(judged.run.weights())):
         save_calibration(weights, chosen, judged.classifier.weights_digest)
     return Report(evaluation_of(judged), findings, page)
+
+
+def _missing_classes(scores: Scores) -> tuple[str, ...]:
+    """The warning that there are no images of some classes, where it is so."""
+    names = [f"'{score.name}'" for score in scores.classes if not score.support]
+    if not names:
+        return ()
+    listed = ", ".join(names[:CLASSES_NAMED])
+    if len(names) > CLASSES_NAMED:
+        listed += f" and {len(names) - CLASSES_NAMED} more"
+    return (
+        f"None of these images is of {listed}: how the network does there is not known, and means "
+        "over classes are those of the others.",
+    )
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,10 @@ GLOSSARY = (
     ("Precision", "Of the images called a class, the share that is of it."),
     ("Recall", "Of the images of a class, the share that is called so."),
     ("F1", "Harmonic mean of precision and recall: high only where both are."),
-    ("Macro F1", "Mean of F1 over the classes: rare classes count as much as frequent ones."),
+    (
+        "Macro F1",
+        "Mean of F1 over the classes that have images: rare ones count as much as frequent ones.",
+    ),
     ("Balanced accuracy", "Mean recall of the classes, however many images each has."),
     (
         "AUROC",
@@ -316,11 +319,11 @@ def summary(findings: Findings) -> list[str]:
             f"Its most frequent mistake: “{most.label}” called “{most.given}” "
             f"({most.images:,} times)."
         )
-    occurring = [score for score in scores.classes if score.support]
-    if len(occurring) > 1:
-        worst = min(occurring, key=lambda score: score.recall)
+    found = [(score.recall, score.name) for score in scores.classes if score.recall is not None]
+    if len(found) > 1:
+        recall, name = min(found, key=lambda row: row[0])
         sentences.append(
-            f"The class that it finds least often: “{worst.name}”, {percent(worst.recall)} of them."
+            f"The class that it finds least often: “{name}”, {percent(recall)} of them."
         )
     return sentences
 

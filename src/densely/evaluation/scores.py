@@ -64,6 +64,8 @@ def check(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
         odd = ((labels != 0) & (labels != 1)).any(dim=1)
         if odd.any():
             raise DataError(f"the labels of image {_first(odd)} are not all 0 or 1")
+        if not labels.any():
+            raise DataError("no image has a label: what a network finds shows on some that have")
         return
     if labels.dtype != torch.int64:
         raise DataError(f"labels are of type {labels.dtype}: expected int64")
@@ -124,7 +126,7 @@ def scores_of(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Score
         accuracy=wilson_share(accuracy_score(truth, given, normalize=False), len(truth)),
         top5_accuracy=top5,
         balanced_accuracy=_interval(
-            [score.recall for score in found if score.support],
+            [score.recall for score in found if score.recall is not None],
             [_mean_recall(hits, support) for hits, _, support in resamples],
         ),
         macro_f1=_macro_f1_interval(found, resamples),
@@ -198,7 +200,8 @@ def _class_scores(
 
     found = []
     for k, name in enumerate(classes):
-        precision, recall, f1, support = rates[:, k].tolist()
+        *means, support = rates[:, k].tolist()
+        precision, recall, f1 = means if support else (None, None, None)
         auroc = average_precision = None
         if 0 < support < len(truth):
             auroc = float(roc_auc_score(truth[:, k], outputs[:, k]))
@@ -262,14 +265,17 @@ def _mean_recall(hits: Counts, support: Counts) -> float:
 
 
 def _macro_f1(hits: Counts, called: Counts, support: Counts) -> float:
-    """Mean over all classes; 0 for one that neither occurs nor is given."""
+    """Mean over classes; 0 for one that a resample neither has nor gives."""
     return float(np.mean(2 * hits / np.maximum(called + support, 1)))
 
 
 def _macro_f1_interval(
     found: tuple[ClassScore, ...], resamples: Iterable[tuple[Counts, Counts, Counts]]
 ) -> Interval:
-    return _interval([score.f1 for score in found], [_macro_f1(*counts) for counts in resamples])
+    """Over the classes that occur, in every resample the same ones."""
+    there = np.array([score.support > 0 for score in found])
+    resampled = [_macro_f1(*(counts[there] for counts in drawn)) for drawn in resamples]
+    return _interval([score.f1 for score in found if score.f1 is not None], resampled)
 
 
 def _interval(of_classes: list[float], resampled: list[float]) -> Interval:
