@@ -196,6 +196,27 @@ def test_the_page_may_go_elsewhere_and_spares_what_is_there(run: Path, tmp_path:
         densely.report(run, output=tmp_path / "page")
 
 
+def test_a_run_that_cannot_be_written_is_reported_on_elsewhere(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(path: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("densely.evaluation.calibration.write_whole", fail)  # root may all
+    page = tmp_path / "page"
+    assert main(["evaluate", str(run), "--output", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("accuracy ")
+    assert f"not kept, as {run} cannot be written (Permission denied)" in out
+    assert "stored with the model" not in (page / "report.html").read_text(encoding="utf-8")
+    assert not json.loads((page / "metrics.json").read_text())["is_stored"]
+    assert main(["evaluate", str(run)]) == 2
+    assert "calibration.json: cannot be written: Permission denied" in capsys.readouterr().err
+
+
 def test_a_run_whose_data_are_gone(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "data", "0", "1")
     config = densely.TrainConfig.from_values(

@@ -88,6 +88,7 @@ def findings_of(classes: int = 10) -> Findings:
         scores=scores,
         method="temperature",
         calibrated_on="validation, 179 images",
+        is_stored=True,
         calibration=(
             CalibrationScore("none", 0.51234, 0.21341, 0.0812, 0.0798, bins),
             CalibrationScore("temperature", 0.32123, 0.18456, 0.0134, 0.0156, bins),
@@ -257,7 +258,7 @@ def test_what_is_not_there_is_left_out() -> None:
         classes=tuple(replace(c, auroc=None, average_precision=None) for c in full.scores.classes),
     )  # fmt: skip
     bare = replace(
-        full, scores=scores, warnings=(), method="none", calibrated_on=None,
+        full, scores=scores, warnings=(), method="none", calibrated_on=None, is_stored=False,
         calibration=full.calibration[:1], selective=replace(full.selective, choices=()),
         mistakes=(), unsure=(), label_errors=(),
         cost=replace(full.cost, images_per_s={}),

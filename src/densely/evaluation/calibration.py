@@ -254,19 +254,16 @@ def save_calibration(folder: Path, calibration: Calibration, digest: str) -> Non
         digest: of the weights that it was fitted for, as `weights_digest` gave it.
 
     Raises:
-        RunError: other weights are there now, or none, or the file cannot be written.
+        RunError: other weights are there now, or none.
+        OSError: the file cannot be written.
     """
-    path = folder / "calibration.json"
     if weights_digest(folder) != digest:
         raise RunError(
             f"{folder}: other weights are there than those that were judged, as the run has gone "
             "on; evaluate it again"
         )
     text = json.dumps({"weights_digest": digest, "calibration": calibration.to_dict()}, indent=2)
-    try:
-        write_whole(path, text + "\n")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error}") from error
+    write_whole(folder / "calibration.json", text + "\n")
 
 
 def load_calibration(folder: Path, digest: str, num_classes: int) -> Calibration | None:

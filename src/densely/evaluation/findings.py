@@ -220,9 +220,10 @@ class Findings:
         date: day of the evaluation, ISO 8601.
         warnings: what the reader must know, a sentence each.
         scores: of the classes that are likeliest after the calibration by `method`.
-        method: the calibration that is stored with the model and that the examples show.
+        method: the calibration that the examples show.
         calibrated_on: the split that calibration and thresholds were fitted on, with its number of
             images; None where nothing was fitted.
+        is_stored: whether that calibration is stored with the model.
         calibration: before it ("none") and after each method.
         selective: which answers to give.
         mistakes: the most confident wrong answers, most confident first.
@@ -238,6 +239,7 @@ class Findings:
     scores: Scores
     method: Method
     calibrated_on: str | None
+    is_stored: bool
     calibration: tuple[CalibrationScore, ...]
     selective: RiskCoverage
     mistakes: tuple[Example, ...]

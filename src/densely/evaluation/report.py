@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from densely.errors import ConfigError, DenselyError
+from densely.errors import ConfigError, DenselyError, RunError
 from densely.evaluation.calibration import (
     Calibration,
     calibration_score,
@@ -81,7 +81,8 @@ def report(
         calibration: the method to store, "temperature", "vector" or "none"; the page compares them.
         wanted_error: share of wrong answers that is acceptable among those that `predict` is sure
             of.
-        output: folder for the page; None for RUN/report. An earlier page there is replaced.
+        output: folder for the page; None for RUN/report. An earlier page there is replaced. With
+            another folder the run may be one that cannot be written: its calibration is not kept.
         device: "auto", "cpu", "cuda", ...
         precision: "auto", "float32" or "bfloat16".
         memory_format: "auto", "contiguous" or "channels_last".
@@ -121,15 +122,18 @@ def report(
     note("measuring speed and memory ...")
     (cost,) = costs([(judged.classifier.model, judged.classifier.info)], judged.classifier.runtime)
 
+    # Before the page, which says whether it is kept.
+    unkept = _keep(judged, chosen, is_needed=output is None) if fitted.is_new else ()
     scores = scores_of(calibrated, labels, judged.classifier.classes)
     findings = Findings(
         run=str(run),
         data=judged.data,
         date=datetime.date.today().isoformat(),
-        warnings=(*_missing_classes(scores), *fitted.warnings, *wrong),
+        warnings=(*_missing_classes(scores), *fitted.warnings, *wrong, *unkept),
         scores=scores,
         method=chosen.method,
         calibrated_on=fitted.where,
+        is_stored=fitted.where is not None and not unkept,
         calibration=tuple(
             calibration_score(each.method, each.apply(logits), labels) for each in fitted.tried
         ),
@@ -143,9 +147,27 @@ def report(
     page = write_report(
         folder, findings, curves=curves.read_bytes() if curves.is_file() else None, tile=tile
     )
-    if fitted.is_new and (weights := find_checkpoint(judged.run.weights())):
-        save_calibration(weights, chosen, judged.classifier.weights_digest)
     return Report(evaluation_of(judged), findings, page)
+
+
+def _keep(judged: Judged, calibration: Calibration, *, is_needed: bool) -> tuple[str, ...]:
+    """Store a calibration with the model; a warning where the run cannot be written.
+
+    Raises:
+        RunError: other weights are there now; or it cannot be written, and `is_needed`.
+    """
+    weights = find_checkpoint(judged.run.weights()) or judged.run.weights()
+    try:
+        save_calibration(weights, calibration, judged.classifier.weights_digest)
+    except OSError as error:
+        reason = error.strerror or error
+        if is_needed:
+            raise RunError(f"{weights}/calibration.json: cannot be written: {reason}") from error
+        return (
+            f"The calibration was not kept, as {judged.run.path} cannot be written ({reason}): "
+            "`densely predict` does not apply it.",
+        )
+    return ()
 
 
 def _missing_classes(scores: Scores) -> tuple[str, ...]:
