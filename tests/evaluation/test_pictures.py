@@ -143,6 +143,10 @@ def test_bars_reach_up_to_accuracy_and_gaps_from_there_to_confidence(drawn: list
             ]
         )
     )  # fmt: skip
+    # Seen through, the gap has the colour of the legend above a bar and over it.
+    assert [b.get_facecolor()[3] for b in upper.patches] == [0.55, 0.55, 0, 0]
+    assert len({b.get_edgecolor() for b in upper.patches[2:]}) == 1
+    assert [b.get_hatch() for b in upper.patches] == [None, None, "///", "///"]
     assert [b.get_height() for b in lower.patches] == pytest.approx([0.25, 0.75])
     assert upper.get_title() == "before calibration, ECE 3.12%"
     assert upper_after.get_title() == "after calibration: vector, ECE 0.51%"

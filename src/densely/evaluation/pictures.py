@@ -88,8 +88,8 @@ def confusion_picture(scores: Scores) -> bytes:
 def reliability_picture(before: CalibrationScore, after: CalibrationScore | None) -> bytes:
     """Accuracy against confidence, bin by bin, before and after calibration.
 
-    Bars reach up to the share that is right; the hatched gap reaches from there to the mean
-    confidence. Below: how many images there are of each confidence. `after` is None where
+    Bars reach up to the share that is right; the gap to the mean confidence is hatched, above a
+    bar where the network is too sure, and over it where it is too modest. Below: how many images there are of each confidence. `after` is None where
     nothing calibrates the probabilities.
     """
     scores = [before] if after is None else [before, after]
@@ -99,14 +99,14 @@ def reliability_picture(before: CalibrationScore, after: CalibrationScore | None
         bins = [b for b in score.bins if b.images]
         left = [b.low for b in bins]
         width = [b.high - b.low for b in bins]
-        upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="as sure as right")
+        upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, zorder=3, label="as sure as right")
         upper.bar(
-            left, [b.accuracy for b in bins], width, align="edge", color=BLUE, alpha=0.85,
+            left, [b.accuracy for b in bins], width, align="edge", color=BLUE, alpha=0.55,
             edgecolor="white", label="share that is right",
         )  # fmt: skip
         upper.bar(
             left, [b.confidence - b.accuracy for b in bins], width, [b.accuracy for b in bins],
-            align="edge", color=ORANGE, alpha=0.35, edgecolor=ORANGE, hatch="///",
+            align="edge", facecolor="none", edgecolor=ORANGE, hatch="///",
             label="gap to the confidence",
         )  # fmt: skip
         upper.set_ylim(0, 1)
