@@ -168,6 +168,7 @@ def test_without_a_validation_split_training_images_stand_in_with_a_warning(
     assert "no validation split" in warning
     assert "10 of the images that it learned from" in warning
     assert report.findings.method == "none"
+    assert "is fitted on 10 images only" in densely.report(summary.run).findings.warnings[1]
 
 
 @pytest.mark.parametrize(("split", "said"), [("train", "learned from"), ("validation", "very im")])

@@ -89,8 +89,8 @@ def reliability_picture(before: CalibrationScore, after: CalibrationScore | None
     """Accuracy against confidence, bin by bin, before and after calibration.
 
     Bars reach up to the share that is right; the gap to the mean confidence is hatched, above a
-    bar where the network is too sure, and over it where it is too modest. Below: how many images there are of each confidence. `after` is None where
-    nothing calibrates the probabilities.
+    bar where the network is too sure, and over it where it is too modest. Below: how many images
+    there are of each confidence. `after` is None where nothing calibrates the probabilities.
     """
     scores = [before] if after is None else [before, after]
     figure = drawing.new_figure(4.6 * len(scores) + 0.4, 5.2)
@@ -99,7 +99,9 @@ def reliability_picture(before: CalibrationScore, after: CalibrationScore | None
         bins = [b for b in score.bins if b.images]
         left = [b.low for b in bins]
         width = [b.high - b.low for b in bins]
-        upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, zorder=3, label="as sure as right")
+        upper.plot(
+            [0, 1], [0, 1], "--", color=GREY, linewidth=1, zorder=3, label="as sure as right"
+        )
         upper.bar(
             left, [b.accuracy for b in bins], width, align="edge", color=BLUE, alpha=0.55,
             edgecolor="white", label="share that is right",

@@ -39,6 +39,8 @@ from densely.training.checkpoint import find_checkpoint
 METHODS: tuple[Method, ...] = get_args(Method)
 WANTED_ERRORS = (0.01, 0.02, 0.05, 0.1)
 EXAMPLES = 24
+#: A calibration that is fitted on fewer images may be worse than none.
+FEW_IMAGES = 50
 #: More classes than these are not named in a warning.
 CLASSES_NAMED = 5
 
@@ -243,6 +245,12 @@ def _calibrate(
         warnings.append(
             "Calibration and thresholds are fitted on the very images that are judged here: they "
             "look better than they are."
+        )
+    if method != "none" and len(labels) < FEW_IMAGES:
+        warnings.append(
+            f"Calibration is fitted on {len(labels)} images only: that may make probabilities "
+            "worse, and `densely predict` applies it all the same. Set more images aside for "
+            "validation, or take --calibration none."
         )
     tried = tuple(fit(logits, labels, each, fitted_on=where) for each in METHODS)
     chosen = tried[METHODS.index(method)]
