@@ -247,6 +247,24 @@ def test_images_beside_an_unreadable_one_are_named(
     assert err.splitlines()[-1] == "densely predict: 1 of 3 images could not be read"
 
 
+def test_all_images_of_a_folder_are_named(
+    capsys: pytest.CaptureFixture[str],
+    digits_run: Path,
+    digit_files: list[tuple[Path, str]],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "new"
+    code, _, err = run(capsys, "predict", digits_run, tmp_path)
+    assert (code, "no images in it" in err) == (2, True)
+    for i, name in enumerate(("b.png", "a/x.PNG", "a/.hidden.png", "a/notes.txt")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(digit_files[i][0].read_bytes())
+    code, out, _ = run(capsys, "predict", digits_run, folder, digit_files[3][0], "--json")
+    assert code == 0
+    images = [json.loads(line)["image"] for line in out.splitlines()]
+    assert images == [str(folder / "a/x.PNG"), str(folder / "b.png"), str(digit_files[3][0])]
+
+
 def test_many_classes_show_their_worst_confusions(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

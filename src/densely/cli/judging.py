@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ActionYesNo
@@ -153,7 +154,13 @@ def _print_evaluation(result: "Evaluation") -> None:
 def predict(parser: Parser, arguments: list[str]) -> None:
     """Name what is in image files: class and probability (PNG, JPEG, BMP, WebP; any size)."""
     parser.add_argument("run", type=str, metavar="RUN", help="run directory")
-    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "images",
+        type=str,
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, or folders of them",
+    )
     parser.add_argument(
         "--top", type=int, metavar="N", default=1, help="classes to name for each image"
     )
@@ -169,21 +176,27 @@ def predict(parser: Parser, arguments: list[str]) -> None:
     if chosen.top < 1:
         raise ConfigError(f"--top {chosen.top}: must be at least 1")
 
+    from densely.data.layout import images_below
     from densely.evaluation.classifier import load
     from densely.runtime import settle_process
 
+    paths = [
+        str(path)
+        for name in chosen.images
+        for path in (images_below(Path(name)) if Path(name).is_dir() else [name])
+    ]
     settle_process()
     classifier = load(
         chosen.run,
         **hardware_of(chosen),
         calibrated=chosen.calibrated,
     )
-    margin = max(map(len, chosen.images))
-    found = classifier.predict_each(chosen.images)
+    margin = max(map(len, paths))
+    found = classifier.predict_each(paths)
     unread = 0
-    for path, prediction in zip(chosen.images, found, strict=True):
+    for path, prediction in zip(paths, found, strict=True):
         if isinstance(prediction, DataError):
-            if len(chosen.images) == 1:
+            if len(paths) == 1:
                 raise prediction
             print(f"{parser.prog}: {prediction}", file=sys.stderr)
             unread += 1
@@ -195,4 +208,4 @@ def predict(parser: Parser, arguments: list[str]) -> None:
                 unsure = "  (unsure)" if i == 0 and prediction.sure is False else ""
                 print(f"{'' if i else path:{margin}}  {probability:6.4f}  {label}{unsure}")
     if unread:
-        raise DataError(f"{unread} of {len(chosen.images)} images could not be read")
+        raise DataError(f"{unread} of {len(paths)} images could not be read")

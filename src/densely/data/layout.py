@@ -88,6 +88,19 @@ def list_part(path: Path) -> Part:
     return part
 
 
+def images_below(folder: Path) -> list[Path]:
+    """All image files of a folder, at any depth, in a fixed order.
+
+    Raises:
+        DataError: there are none.
+    """
+    left_out: Counter[str] = Counter()
+    images = sorted(_image_files(folder, left_out))
+    if not images:
+        raise Part(folder, {}, left_out).error(f"no images in it ({', '.join(SUFFIXES)})")
+    return images
+
+
 def left_out_note(parts: Iterable[Part]) -> tuple[str, ...]:
     """One note on the files that were left out, or none."""
     endings = sum((part.left_out for part in parts), Counter())
