@@ -43,7 +43,6 @@ def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
             "variant 'b': unknown field 'modle'; did you mean model",
         ),
         ({"a": {}, "b": {"split_seed": 3}}, "variant 'b': split_seed is the same"),
-        ({"a": {}, "b": {"data": "digits"}}, "variant 'b': data is the same for all variants"),
         ({"a": {}, "b": {"seed": 3}}, "variant 'b': seed is the same for all variants"),
         ({"a": {}, "b": {"epochs": 0}}, "variant 'b': epochs=0: must be at least 1"),
         ({"a": {}, "b": 3}, "variant 'b': expected fields"),

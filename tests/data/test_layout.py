@@ -7,7 +7,7 @@ import pytest
 from folder_cases import save, save_classes, shades
 
 from densely.data.folder import load_folder, load_labelled
-from densely.data.layout import has_train_folder
+from densely.data.layout import has_splits
 from densely.errors import DataError
 
 
@@ -28,7 +28,7 @@ def test_names_of_train_and_test_are_known_in_any_case(
     splits = load_folder(tmp_path, None, 0)
     assert splits.train.classes == ("a", "b")
     assert (shades(splits.train), shades(splits.test)) == ([0, 1, 2, 3, 4, 5], [77])
-    assert has_train_folder(tmp_path)
+    assert has_splits(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["valid", "Val", "validation", "VALID"])
@@ -57,7 +57,16 @@ def test_without_a_train_folder_they_are_classes(tmp_path: Path) -> None:
             save(tmp_path / name / f"{i}.png")
     splits = load_folder(tmp_path, None, 0)
     assert splits.train.classes == ("Test", "invalid", "valid")
-    assert not has_train_folder(tmp_path)
+    assert not has_splits(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Train", "training"])
+def test_without_another_split_a_train_is_a_class(tmp_path: Path, name: str) -> None:
+    for vehicle in ("bus", "car", name):
+        for i in range(5):
+            save(tmp_path / vehicle / f"{i}.png")
+    assert load_folder(tmp_path, None, 0).train.classes == tuple(sorted(("bus", "car", name)))
+    assert not has_splits(tmp_path)
 
 
 @pytest.mark.parametrize(("one", "other"), [("Train", "train"), ("train", "training")])
@@ -71,8 +80,9 @@ def test_two_folders_of_one_split_are_refused(tmp_path: Path, one: str, other: s
 
 def test_messages_name_the_folder_as_it_is(tmp_path: Path) -> None:
     save_classes(tmp_path / "Training")
-    assert_refused(tmp_path, "has Training/ but neither test/ nor val/")
     (tmp_path / "Testing").mkdir()
+    save_classes(tmp_path / "alone" / "train")
+    assert_refused(tmp_path / "alone", "has train/ but neither test/ nor val/")
     assert_refused(tmp_path, f"{tmp_path / 'Testing'}: no class folders")
 
 

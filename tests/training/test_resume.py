@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingEr
 from densely.forward import Forward
 from densely.runtime import choose_runtime
 from densely.training import checkpoint, loop
+from densely.training import run as run_module
 from densely.training.checkpoint import load_model, load_state
 from densely.training.loop import train
 from densely.training.reporting import Reporter, Summary
@@ -115,6 +117,27 @@ def test_work_is_saved_within_a_long_epoch(tmp_path: Path, monkeypatch: pytest.M
     assert [(p.epoch, p.step) for p in saved[:3]] == [(0, 1), (0, 2), (0, 3)]
 
 
+def test_a_row_that_does_not_fit_on_the_disk_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Summary
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_EPOCH_SECONDS", 0.0)
+    settings, calls = config(tmp_path, **LONGER), []
+
+    def full(file: int) -> None:
+        calls.append(file)
+        if len(calls) == 2:  # of the second row, which is there by then
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.os, "fsync", full)
+        patch.setattr(checkpoint, "_sync", lambda path: None)
+        with pytest.raises(TrainingError, match="No space left on device; when it can be, go on"):
+            train(settings)
+    broken = tmp_path / "runs" / "quickstart-001"
+    assert len((broken / "metrics.csv").read_text().splitlines()) == 2
+    assert train(settings, resume=broken).test == unbroken.test
+
+
 @pytest.mark.parametrize("saves", [0, 3])
 def test_a_full_disk_loses_nothing_that_was_saved(
     saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Summary
@@ -135,7 +158,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(
         with pytest.raises(TrainingError) as caught:
             train(settings)
     run = tmp_path / "runs" / "quickstart-001"
-    assert "cannot be saved: I/O error: No space left on device" in str(caught.value)
+    assert "cannot be written: I/O error: No space left on device" in str(caught.value)
     assert ("go on with: densely train --resume" in str(caught.value)) == (saves > 0)
     assert not list((run / "checkpoints").glob("*.new"))
     if saves:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -183,7 +184,7 @@ def predict(parser: Parser, arguments: list[str]) -> None:
     paths = [
         str(path)
         for name in chosen.images
-        for path in (images_below(Path(name)) if Path(name).is_dir() else [name])
+        for path in (images_below(Path(name)) if os.path.isdir(name) else [name])
     ]
     settle_process()
     classifier = load(

@@ -15,7 +15,7 @@ from densely.errors import ConfigError, unknown_name
 from densely.training.config import TrainConfig, read_yaml
 
 #: Decided by the comparison itself, so that no variant may set them.
-_RESERVED = ("data", "seed", "split_seed", "output", "name", "recipe")
+_RESERVED = ("seed", "split_seed", "output", "name", "recipe")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def find_parts(folder: Path) -> dict[str, Part]:
         DataError: a split lacks its counterpart, or has two folders.
     """
     found = {split: _folders_of(folder, split) for split in _SPLITS}
-    if not found["train"]:
+    if not has_splits(folder):
         # Only the plain names: "valid" and "invalid" may be two classes.
         if alone := [name for name in ("test", "val") if (folder / name).is_dir()]:
             raise DataError(f"{folder}: has {', '.join(alone)} but no train/")
@@ -74,9 +74,14 @@ def find_parts(folder: Path) -> dict[str, Part]:
     return {split: list_part(path) for split, path in paths.items()}
 
 
-def has_train_folder(folder: Path) -> bool:
-    """Whether a folder is laid out by splits, and not by classes."""
-    return bool(_folders_of(folder, "train"))
+def has_splits(folder: Path) -> bool:
+    """Whether a folder is laid out by splits, and not by classes.
+
+    "Train" and "training" may be classes among others, if nothing beside them is another split.
+    """
+    train = _folders_of(folder, "train")
+    beside = _folders_of(folder, "test") or _folders_of(folder, "val")
+    return any(path.name == "train" for path in train) or bool(train and beside)
 
 
 def list_part(path: Path) -> Part:

@@ -232,11 +232,11 @@ def _note(source: str) -> PngInfo:
 
 
 def _source_of(file: Path) -> str | None:
-    """The image that a picture was drawn of; None if there is no picture that says so."""
+    """The image that a picture was drawn of; None if it is no picture that says so."""
     try:
         with Image.open(file, formats=("PNG",)) as picture:
             return picture.info.get(_SOURCE)
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from densely.data import ImageSet, Splits, absolute, load_data, with_validation
 from densely.data.folder import load_labelled
-from densely.data.layout import has_train_folder
+from densely.data.layout import find_parts, has_splits
 from densely.errors import ConfigError, DataError
 from densely.evaluation.classifier import Classifier, load
 from densely.evaluation.scores import check_logits
@@ -149,6 +149,8 @@ def _own_elsewhere(run: RunDirectory, classifier: Classifier, source: str) -> Sp
     if not Path(source).is_dir():
         return None
     try:
+        if tuple(find_parts(Path(source))["train"].files) != classifier.classes:
+            return None  # without reading its images
         splits = _parted(dataclasses.replace(run.config(), data=source), classifier)
     except DataError:  # it cannot be parted as the run's own was
         return None
@@ -169,7 +171,7 @@ def _other_images(
 ) -> tuple[str, ImageSet]:
     """Name and images of other data than the run's; a folder without train/ is taken as a whole."""
     config, prep = _config(run, data_dir), classifier.preprocessing
-    if Path(source).is_dir() and not has_train_folder(Path(source)):
+    if Path(source).is_dir() and not has_splits(Path(source)):
         folder = Path(source)
         return source, load_labelled(folder, classifier.classes, prep.image_size, prep.channels)
     splits = load_data(

@@ -15,7 +15,7 @@ Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -240,19 +240,25 @@ class _CapturedStep(TrainingStep):
         def before() -> None:
             compile_kernels()
             # Now, since what runs for real cannot take the memory of a graph.
-            for size in others:
-                warm_up(partial(self._one_run, size))
+            for size in list(others):
+                with self._or_launched(size, others):
+                    warm_up(partial(self._one_run, size))
 
         self._graphs[first], _ = record_graph(partial(self._one_run, first), device, pool, before)
-        for size in others:
-            try:
+        for size in list(others):
+            with self._or_launched(size, others):
                 self._graphs[size], _ = record_graph(
                     partial(self._one_run, size), device, pool, is_warm=True
                 )
-            except Exception as error:
-                _log.warning(
-                    "batches of %d train without a CUDA graph: %s", size, first_line(error)
-                )
+
+    @contextmanager
+    def _or_launched(self, size: int, sizes: list[int]) -> Iterator[None]:
+        """Leave a size out of `sizes` where its graph cannot be prepared or recorded."""
+        try:
+            yield
+        except Exception as error:
+            sizes.remove(size)
+            _log.warning("batches of %d train without a CUDA graph: %s", size, first_line(error))
 
     def _one_run(self, size: int) -> None:
         # Gradients are set to None first, so those of the last run are made by the graph. Without

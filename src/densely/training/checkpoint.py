@@ -100,6 +100,8 @@ def save_checkpoint(
         _write(new, model, info, optimizer, progress)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)  # its room is wanted
+        if isinstance(error, OSError):
+            raise
         raise OSError(first_line(error)) from error
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

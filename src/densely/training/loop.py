@@ -189,6 +189,17 @@ class _Trainer:
         self.run.write_environment(self.runtime)
 
     def fit(self) -> Summary:
+        try:
+            return self._fit()
+        except BrokenPipeError:  # of the output
+            raise
+        except OSError as error:
+            message = f"{self.run.path} cannot be written: {error.strerror or error}"
+            if find_checkpoint(self.run.last):
+                message += f"; when it can be, {self._go_on()}"
+            raise TrainingError(message) from error
+
+    def _fit(self) -> Summary:
         facts = self._facts()
         self.reporter.started(facts)
         try:
@@ -390,13 +401,7 @@ class _Trainer:
 
     def _save(self, folder: Path) -> None:
         self.progress.total_s = self._spent_before + time.monotonic() - self._began
-        try:
-            save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)
-        except OSError as error:
-            message = f"{folder} cannot be saved: {error}"
-            if find_checkpoint(self.run.last):
-                message += f"; make room, then {self._go_on()}"
-            raise TrainingError(message) from error
+        save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)
 
     def _save_last(self) -> None:
         self._save(self.run.last)

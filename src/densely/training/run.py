@@ -9,6 +9,7 @@ runs/NAME-NNN/config.yaml          the resolved configuration
               README.md            the model card
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -147,12 +148,17 @@ class RunDirectory:
         write_whole(self.path / "env.json", json.dumps(environment(runtime), indent=2) + "\n")
 
     def append(self, row: EpochMetrics) -> None:
-        """Add a row to `metrics.csv`, on disk when this returns."""
-        is_new = not self.metrics_file.exists() or self.metrics_file.stat().st_size == 0
-        with self.metrics_file.open("a", newline="", encoding="utf-8") as file:
-            file.write(_csv([row], header=is_new))
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a row to `metrics.csv`, whole or not at all; it is on disk when this returns."""
+        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        try:
+            with self.metrics_file.open("a", newline="", encoding="utf-8") as file:
+                file.write(_csv([row], header=size == 0))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.metrics_file, size)
+            raise
 
     def rows(self) -> list[EpochMetrics]:
         """Read `metrics.csv`; empty before the first epoch.
