@@ -140,11 +140,11 @@ def _config(
 ) -> CompareConfig:
     shared = dataclasses.replace(train, **changed)
     name = chosen.name or (base.name if isinstance(base, CompareConfig) else train.recipe)
-    named = [read_variant(text) for text in chosen.variant or []]
-    variants = dict(named)
-    for variant in variants:
-        if sum(variant == other for other, _ in named) > 1:
+    variants: dict[str, Any] = {}
+    for variant, changes in map(read_variant, chosen.variant or []):
+        if variant in variants:
             raise ConfigError(f"--variant '{variant}' is given twice; name each differently")
+        variants[variant] = changes
     if not variants and isinstance(base, CompareConfig):
         variants = base.variants
     if not variants:

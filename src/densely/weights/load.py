@@ -211,9 +211,9 @@ def _casts(weights: Mapping[Place, Tensor], wanted: Mapping[Place, Tensor]) -> l
 def _not_finite(weights: Mapping[Place, Tensor]) -> list[str]:
     """How many tensors no network can compute with, in words."""
     count = sum(not value.float().isfinite().all() for value in weights.values())
-    return [f"{count} tensors hold NaN or infinity: what they were saved from had diverged"] * (
-        count > 0
-    )
+    if not count:
+        return []
+    return [f"{count} tensors hold NaN or infinity: what they were saved from had diverged"]
 
 
 def _way_out(target: Assigned, others: Sequence[str], found: Translated) -> str:
