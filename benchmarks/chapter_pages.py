@@ -157,15 +157,9 @@ def cost(words: Words) -> str:
         key=lambda row: row["median_images_per_s"],
     )
     rounds = zip(ours["images_per_s"], fastest["images_per_s"], strict=True)
-    now, before = (read(f"gpu-h100/{name}.json") for name in ("speed-now", "speed-d2l"))
-    step = next(row for row in now["rows"] if row["net"] == "d2l")
-    captured = [
-        row["images_per_s"]
-        for row in before["rows"]
-        if (row["net"], row["mode"], row["ours"]) == ("d2l", "train", False)
-        and row.get("captured")
-        and "images_per_s" in row
-    ]
+    gpu = read("gpu-h100/turns-d2l.json")
+    step = next(row for row in gpu["rows"] if row["ours"])
+    captured = [row["images_per_s"] for row in gpu["rows"] if not row["ours"] and row["captured"]]
     return paragraph(
         words,
         words.cost.format(
@@ -176,7 +170,7 @@ def cost(words: Words) -> str:
             fastest=statistics.median(own / other for own, other in rounds),
             kept=ours["kept_bytes_per_image"] / 1e6,
             plain=plain["kept_bytes_per_image"] / 1e6,
-            gpu=now["environment"]["device_name"],
+            gpu=gpu["environment"]["device_name"],
             gpu_ratio=step["images_per_s"] / max(captured),
         ),
     )

@@ -292,6 +292,7 @@ def page() -> str:
         results_gpu.gpu_speed_now(),
         results_gpu.gpu_speed(),
         results_gpu.gpu_traffic(),
+        results_gpu.gpu_kernels(),
         results_gpu.gpu_chapter(),
         results_gpu.gpu_cifar(),
         results_gpu.gpu_correct(),
