@@ -2,6 +2,7 @@
 # What a CUDA GPU must show, in stages of less than nine minutes:
 #
 #   benchmarks/gpu_check.sh OUTDIR                  correct and speed, half of the time each
+#   benchmarks/gpu_check.sh OUTDIR all              correct and speed at once, traffic, kernels
 #   benchmarks/gpu_check.sh OUTDIR correct          every step and net against float64
 #   benchmarks/gpu_check.sh OUTDIR speed            beside plain PyTorch, tuned, captured, compiled
 #   benchmarks/gpu_check.sh OUTDIR profile          the kernels that steps spend their time in
@@ -70,7 +71,7 @@ case $stage in
     run speed 240 "$@" || code=$?
     exit $code
     ;;
-  correct | speed | profile | kernels | traffic | tune)
+  all | correct | speed | profile | kernels | traffic | tune)
     run "$stage" 480 "$@"
     ;;
   chapter | cifar)

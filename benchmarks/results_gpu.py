@@ -4,11 +4,10 @@ import statistics
 from typing import Any
 
 from gpu_check import pictures
+from gpu_check.at_once import COMPILED, VARIANTS
 from gpu_check.correct import DRAWS
 from result_files import RESULTS, read, rows
 
-COMPILED = "compiled default captured"
-IN_TURNS = ("densely captured", "eager NHWC", "captured NHWC", COMPILED)
 #: As people know them.
 NETS = {"d2l": "d2l, 96 pixels", "bc": "DenseNet-BC-100-12, 32", "121": "DenseNet-121, 224"}
 PRECISIONS = ("bfloat16", "float32", "float16")
@@ -25,7 +24,7 @@ def gpu_speed_now() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for net, result in results.items():
-        own, eager, captured, compiled = (timed(result, net, name) for name in IN_TURNS)
+        own, eager, captured, compiled = (timed(result, net, name) for name in VARIANTS)
         ratios = [other["step_ms"] / own["step_ms"] for other in (eager, captured, compiled)]
         lines.append(
             f"| {net} | {own['step_ms']:.2f} | {own['images_per_s']:.0f} | "
@@ -48,11 +47,10 @@ def gpu_speed_now() -> str:
 A training step as one CUDA graph. Commit {env["commit"]}, torch {env["versions"]["torch"]}, Triton
 {first["triton"]}, Python {env["python"]}; batch {first["batch"]}, bfloat16 under autocast, SGD with
 momentum. 121 is DenseNet-121 at 224 pixels (peers: torchvision), bc DenseNet-BC-100-12 at 32, d2l
-the chapter's net at 96 (peers: plain PyTorch). Command, for each net: `bash benchmarks/gpu_check.sh
-OUTDIR speed --nets NET --modes train --compile default --variants "{",".join(IN_TURNS)}"`.
-All of a net took turns, with the GPU to themselves while other processes compiled on the machine's
-processors; medians of 5 rounds, for bc of {rounds}, in the first of which something else was still
-on the GPU (all of bc's variants were a tenth slower in it). This card copies
+the chapter's net at 96 (peers: plain PyTorch). Command: `bash benchmarks/gpu_check.sh OUTDIR all`,
+by a script of the hour that was its forerunner. All variants of a net took turns; medians of 5
+rounds, for bc of {rounds}, in the first of which something else was still on the GPU, as the stage
+does not let it now (all of bc's variants were a tenth slower in it). This card copies
 {ceilings["copy_tb_per_s"]} TB/s and multiplies {ceilings["bf16_tflop_per_s"]:.0f} bfloat16 TFLOP/s.
 
 {table}
@@ -68,7 +66,7 @@ def draw() -> None:
     """The pictures of these sections."""
     folder = RESULTS / "gpu-h100"
     results = {net: read(f"gpu-h100/turns-{net}.json") for net in NETS}
-    speeds = [timed(results[net], net, name) for net in NETS for name in IN_TURNS]
+    speeds = [timed(results[net], net, name) for net in NETS for name in VARIANTS]
     card = results["d2l"]["environment"]["device_name"]
     title = f"A training step, batch {results['d2l']['batch']}, bfloat16; {card}"
     pictures.draw_speed(speeds, folder / "speed.png", title)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
-from gpu_check import correct, each_kernel, profiles, speed, traffic, trainings, tune
+from gpu_check import at_once, correct, each_kernel, profiles, speed, traffic, trainings, tune
 from gpu_check.setting import NETS, Setting
+from gpu_check.turns import Turns
 
 STAGES = {
+    "all": at_once.run,
     "correct": correct.run,
     "speed": speed.run,
     "profile": profiles.run,
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--variants", default="", help="of `speed`: these alone, by their names")
     parser.add_argument("--kinds", default="", help="of `tune`: some of them, by their names")
     parser.add_argument("--train", default="", help="more words for `densely train`, in one string")
+    parser.add_argument("--turns", type=Path, help="file of processes that share the GPU")
     parser.add_argument("--smoke", action="store_true", help="tiny nets on the CPU: a dry run")
     options = parser.parse_args()
     if unknown := set(options.nets.split(",")) - set(NETS):
@@ -64,6 +67,7 @@ def main() -> int:
             budget_s=options.budget,
             smoke=options.smoke,
             train=tuple(shlex.split(options.train)),
+            turns=Turns(options.turns),
         )
     )
 

@@ -52,7 +52,7 @@ def run(setting: Setting) -> int:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     dtypes = [d for d in setting.dtypes if d != torch.float16 or not setting.smoke]
-    with setting.forced_kernels() as name:
+    with setting.turns.among_others(), setting.forced_kernels() as name:
         findings = Findings(setting, "correct", kernels=name, bound="1.5 times plain eager")
         print(f"correct: kernels {name}; {findings.facts['environment']['device_name']}")
         table = setting.out / "correct.txt"

@@ -18,6 +18,7 @@ from densely.fused import kernels
 from densely.models.registry import build_model
 from densely.runtime import Runtime
 from densely.whole_file import write_whole
+from gpu_check.turns import Turns
 
 #: Why something is not there; a stage with such a gap does not end with 0.
 OUT_OF_TIME = "out of time"
@@ -102,6 +103,7 @@ class Setting:
     budget_s: float
     smoke: bool
     train: tuple[str, ...] = ()
+    turns: Turns = field(default_factory=Turns)
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:

@@ -77,9 +77,6 @@ def run(setting: Setting) -> int:
         whose = {net.name: peer_of(net).name for net in setting.nets}
         findings = Findings(setting, "speed", kernels=kernels, batch=batch_of(setting), peers=whose)
         print(f"speed: kernels {kernels}; {findings.facts['environment']['device_name']}")
-        if not setting.smoke:
-            findings.facts["ceilings"] = ceilings(setting.device)
-            print(f"ceilings: {findings.facts['ceilings']}", flush=True)
         for mode, net, variants in _groups(setting):
             _compare(setting, findings, net, mode, variants)
             if net is setting.nets[-1]:
@@ -178,6 +175,28 @@ def _compare(
     setting: Setting, findings: Findings, net: CheckedNet, mode: str, variants: Sequence[Variant]
 ) -> None:
     """Measure each as soon as it is ready, then all in turns."""
+    with setting.turns.among_others():
+        entrants = _prepared(setting, findings, net, mode, variants)
+    with setting.turns.alone():
+        if "ceilings" not in findings.facts and not setting.smoke:
+            findings.facts["ceilings"] = ceilings(setting.device)
+            _free(setting)
+    for _ in range(1 if setting.smoke else ROUNDS):
+        if setting.left_s() < RESERVE_S:
+            break
+        with setting.turns.alone():
+            _round(setting, entrants)
+        findings.flush()
+    entrants.clear()
+    if any(variant.compiled for variant in variants):
+        torch.compiler.reset()
+    _free(setting)
+
+
+def _prepared(
+    setting: Setting, findings: Findings, net: CheckedNet, mode: str, variants: Sequence[Variant]
+) -> list[Entrant]:
+    """Those of the variants that run, each with a first time."""
     entrants: list[Entrant] = []
     for variant in variants:
         row: dict[str, Any] = {
@@ -209,20 +228,17 @@ def _compare(
         findings.flush()
         print(_progress(row), flush=True)
         _free(setting)
-    for _ in range(1 if setting.smoke else ROUNDS):
-        if setting.left_s() < RESERVE_S:
-            break
-        for entrant in list(entrants):
-            try:
-                _turn(setting, entrant)
-            except Exception as error:  # as of memory, which they share
-                entrant.row["error"] = in_a_line(error)
-                entrants.remove(entrant)
-        findings.flush()
-    entrants.clear()
-    if any(variant.compiled for variant in variants):
-        torch.compiler.reset()
-    _free(setting)
+    return entrants
+
+
+def _round(setting: Setting, entrants: list[Entrant]) -> None:
+    """A turn of each; who fails takes part no more."""
+    for entrant in list(entrants):
+        try:
+            _turn(setting, entrant)
+        except Exception as error:  # as of memory, which they share
+            entrant.row["error"] = in_a_line(error)
+            entrants.remove(entrant)
 
 
 def _ready(

@@ -1,0 +1,162 @@
+"""Processes that share a GPU take turns on it, and the stage that starts them."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def waits(lock: Any) -> tuple[threading.Thread, threading.Event]:
+    """A thread that asks for a turn, and whether it has had one."""
+    had = threading.Event()
+
+    def ask() -> None:
+        with lock():
+            had.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread, had
+
+
+def test_who_measures_is_alone(tmp_path: Path) -> None:
+    from gpu_check.turns import Turns
+
+    first, second, third = (Turns(tmp_path / "turns") for _ in range(3))
+    with first.among_others():
+        with second.among_others():
+            pass  # at the same time
+        thread, had = waits(third.alone)
+        assert not had.wait(0.2)
+    thread.join(10)
+    assert had.is_set()
+    for lock in (second.alone, second.among_others):
+        with first.alone():
+            thread, had = waits(lock)
+            assert not had.wait(0.2)
+        thread.join(10)
+        assert had.is_set()
+
+
+def test_who_names_no_file_waits_for_nobody() -> None:
+    from gpu_check.turns import Turns
+
+    with Turns().alone(), Turns().alone(), Turns().among_others():
+        pass
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Callable[[], Any]:
+    from gpu_check.setting import NETS, Setting
+
+    def make() -> Any:
+        return Setting(
+            out=tmp_path,
+            nets=(NETS["d2l"], NETS["bc"]),
+            dtypes=(torch.bfloat16, torch.float32),
+            kernels="triton",
+            compile_modes=("default",),
+            modes=("train",),
+            variants=(),
+            kinds=(),
+            budget_s=60.0,
+            smoke=True,
+        )
+
+    return make
+
+
+def test_all_is_each_precision_and_each_network_then_bytes_and_kernels(
+    setting: Callable[[], Any],
+) -> None:
+    from gpu_check import at_once, speed
+
+    groups = [[job.folder for job in group] for group in at_once.jobs(setting())]
+    assert groups == [
+        ["correct-bfloat16", "correct-float32", "speed-d2l", "speed-bc"], ["traffic"], ["kernels"],
+    ]  # fmt: skip
+    assert set(at_once.VARIANTS) <= set(speed.names(["default"]))
+
+
+@pytest.mark.parametrize("fails", ["", "speed-bc"])
+def test_what_one_says_is_kept_and_what_fails_fails_all(
+    fails: str,
+    setting: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gpu_check import at_once
+
+    popen, commands = subprocess.Popen, []
+
+    def stand_in(command: list[str], **how: Any) -> Any:
+        commands.append(command)
+        code = int(Path(command[4]).name == fails)
+        return popen([sys.executable, "-c", f"print('found'); raise SystemExit({code})"], **how)
+
+    monkeypatch.setattr(at_once.subprocess, "Popen", stand_in)
+    assert at_once.run(setting()) == int(bool(fails))
+    assert len(commands) == 6
+    for command in commands:
+        assert command[:3] == [sys.executable, "-m", "gpu_check"]
+        assert "--smoke" in command
+        assert command[command.index("--turns") + 1] == str(tmp_path / "turns")
+        assert (Path(command[4]) / "log.txt").read_text() == "found\n"
+    assert capsys.readouterr().out.count("found") == 6
+
+
+def test_variants_are_made_ready_among_others_and_measured_alone(
+    setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_check import speed
+
+    given, now, seen = setting(), [""], []
+
+    @contextmanager
+    def turn(kind: str) -> Iterator[None]:
+        now[0] = kind
+        yield
+        now[0] = ""
+
+    monkeypatch.setattr(given.turns, "among_others", lambda: turn("among others"))
+    monkeypatch.setattr(given.turns, "alone", lambda: turn("alone"))
+    for name in ("_ready", "_turn"):
+        real = getattr(speed, name)
+
+        def noted(*args: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+            seen.append((name, now[0]))
+            return real(*args)
+
+        monkeypatch.setattr(speed, name, noted)
+    given.nets, given.variants = given.nets[:1], ("densely captured", "eager NHWC")
+    assert speed.run(given) == 0
+    ready = [("_ready", "among others"), ("_turn", "among others")]
+    assert seen == [*ready, *ready, ("_turn", "alone"), ("_turn", "alone")]
+
+
+@pytest.mark.slow
+def test_all_runs_dry(tmp_path: Path) -> None:
+    words = ["all", tmp_path, "--smoke", "--nets", "d2l", "--dtypes", "float32"]
+    subprocess.run([sys.executable, "-m", "gpu_check", *words], cwd=BENCHMARKS, check=False)
+    rows = json.loads((tmp_path / "speed-d2l" / "speed.json").read_text())["rows"]
+    assert len(rows) == 4
+    assert all(row["step_ms"] > 0 for row in rows)
+    rows = json.loads((tmp_path / "correct-float32" / "correct.json").read_text())["rows"]
+    assert all(row["ok"] for row in rows)
+    for name in ("traffic/traffic-account", "kernels/kernels"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]
