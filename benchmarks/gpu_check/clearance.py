@@ -5,6 +5,7 @@ thousand times as far as rounding does, so that it would hide mistakes and look 
 of norms are moved, a little and in float64, so that zero lies in a gap.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from densely.fused import restore
 
 #: How far a bias may be moved, of a norm's output, whose deviation is about 1.
 REACH = 0.1
@@ -35,6 +38,28 @@ def clear_of_zero() -> Iterator[None]:
 
     with mock.patch.object(F, "batch_norm", moved):
         yield
+
+
+def clear_norms(model: nn.Module, images: Tensor) -> None:
+    """Move the biases of a network's norms so that no value is near zero behind them.
+
+    Args:
+        model: of any precision; nothing else in it changes.
+        images: a batch on its device.
+    """
+    exact = copy.deepcopy(model)
+    restore(exact)
+    exact.double()
+    with clear_of_zero():
+        exact(images.double())
+    with torch.no_grad():
+        for norm, moved in zip(batch_norms(model), batch_norms(exact), strict=True):
+            norm.bias.copy_(moved.bias)
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """All of a network, in its order."""
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def shift_to_gap(values: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from densely.fused import backend, kernels, restore
 from densely.fused.plain import Conv, FirstConv, Norm
 from densely.runtime import Runtime
 from gpu_check import pictures, steps
-from gpu_check.clearance import clear_of_zero
+from gpu_check.clearance import batch_norms, clear_norms, clear_of_zero
 from gpu_check.distance import FACTOR, Distance, compare
 from gpu_check.setting import CheckedNet, Findings, Setting, in_a_line
 from gpu_check.steps import Outcome, StepCase
@@ -201,14 +201,14 @@ def _check_net(setting: Setting, net: CheckedNet, dtype: torch.dtype) -> dict[st
     fused = runtime.place(net.build()).train()
     torch.seed()
     with torch.no_grad():
-        for norm in _norms(fused):
+        for norm in batch_norms(fused):
             norm.weight.uniform_(0.7, 1.3)
             norm.bias.normal_(0, 0.1)
     shape = (batch, net.in_channels, net.image_size, net.image_size)
     images = runtime.layout(torch.randn(shape, device=device))
     labels = torch.randint(0, net.num_classes, (batch,), device=device)
     if dtype == torch.float32:
-        _clear_net(fused, images)
+        clear_norms(fused, images)
     plain = copy.deepcopy(fused)
     restore(plain)
 
@@ -229,22 +229,6 @@ def _check_net(setting: Setting, net: CheckedNet, dtype: torch.dtype) -> dict[st
         _same_bits(*runs),
         f"ran plain: {', '.join(expected - set(grown))}" if expected - set(grown) else None,
     ) | {"fused_calls": dict(grown)}
-
-
-def _clear_net(model: nn.Module, images: Tensor) -> None:
-    """`_clear` for all norms of a network."""
-    exact = copy.deepcopy(model)
-    restore(exact)
-    exact.double()
-    with clear_of_zero():
-        exact(images.double())
-    with torch.no_grad():
-        for norm, moved in zip(_norms(model), _norms(exact), strict=True):
-            norm.bias.copy_(moved.bias)
-
-
-def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def _net_outcome(
