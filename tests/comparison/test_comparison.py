@@ -207,6 +207,31 @@ def test_finished_runs_are_judged_where_the_data_are_now(
     assert again["images"] == first["images"]
 
 
+def test_variants_that_would_be_judged_on_other_images_are_not_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for top, test in (("a", 0), ("b", 0), ("c", 7)):
+        for part, shift in (("train", ord(top)), ("test", test)):
+            for name, shade in (("dark", 30), ("light", 100)):
+                folder = tmp_path / top / part / name
+                folder.mkdir(parents=True)
+                for i in range(6):
+                    Image.new("L", (8, 8), shade + i + shift).save(folder / f"{i}.png")
+    flags = ["--epochs", "1", "--batch-size", "4", "--seeds", "1", "--validation", "0", "--quiet"]
+    flags += ["--output", str(tmp_path / "runs"), "--variant", f"one: {{data: {tmp_path / 'a'}}}"]
+    assert main(["compare", *flags, "--variant", f"other: {{data: {tmp_path / 'c'}}}"]) == 2
+    error = capsys.readouterr().err
+    assert "'one' and 'other' would be judged on different images" in error
+    assert not (tmp_path / "runs").exists()
+    same = ["--variant", f"same: {{data: {tmp_path / 'b'}}}"]
+    assert main(["compare", *flags, *same, "--split", "train"]) == 2
+    assert "the train split of their data must be the same" in capsys.readouterr().err
+    assert main(["compare", *flags, *same, "--split", "validation"]) == 2
+    assert "no validation split" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert main(["compare", *flags, *same]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -112,7 +112,7 @@ def compare(parser: Parser, arguments: list[str]) -> None:
             change_folder(folder, config)
     else:
         config = _config(base, train, changed, chosen)
-        folder = create_folder(config, Path(chosen.output))
+        folder = create_folder(config, Path(chosen.output), chosen.split)
     _train(folder, config, chosen)
 
 

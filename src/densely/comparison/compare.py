@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torch import Tensor
 
+from densely.comparison.same_images import Identity, identity, same_images
 from densely.environment import environment
 from densely.errors import ConfigError, RunError
 from densely.evaluation.classifier import Classifier
@@ -155,7 +154,7 @@ def compare(
     everything = [run for members in judged.values() for run in members]
     first = everything[0]
     for other in everything[1:]:
-        if not _same_images(first, other):
+        if not same_images(first.images, other.images):
             raise ConfigError(
                 f"{first.run.path} and {other.run.path} are judged on different images or classes: "
                 "name the same ones for both with --data"
@@ -165,7 +164,7 @@ def compare(
     return Comparison(
         title=title,
         data=first.data,
-        images=len(first.labels),
+        images=len(first.right),
         date=datetime.date.today().isoformat(),
         schedule=_shared_schedule([run.run for run in everything]),
         groups=tuple(
@@ -203,40 +202,22 @@ def grouped(runs: Sequence[Path]) -> dict[str, list[Path]]:
 
 @dataclass(frozen=True)
 class _Judged:
-    """A run and the images that it is right on; the images themselves are let go.
-
-    Args:
-        digest: of the images, and of their shape: pictures of a folder are scaled for each run.
-    """
+    """A run, what it was judged on, and which of that it is right on."""
 
     run: RunDirectory
     config: TrainConfig
     classifier: Classifier
     data: str
-    labels: Tensor
-    shape: tuple[int, ...]
-    digest: str
+    images: Identity
     right: NDArray[np.bool_]
 
 
 def _judged(run: str | os.PathLike[str], data: str | None, **options: Any) -> _Judged:
     found = judge(run, data, **options)
     right: NDArray[np.bool_] = (found.logits.argmax(dim=1) == found.labels).numpy()
-    shape, digest = tuple(found.images.images.shape), found.images.digest()
     config = found.run.config()
-    return _Judged(
-        found.run, config, found.classifier, found.data, found.labels, shape, digest, right
-    )
-
-
-def _same_images(one: _Judged, other: _Judged) -> bool:
-    if one.classifier.classes != other.classifier.classes:
-        return False
-    if one.shape == other.shape:
-        return one.digest == other.digest
-    # Of a folder, scaled to another size: the same source, parted in the same way.
-    alike = (one.data, one.config.split_seed) == (other.data, other.config.split_seed)
-    return alike and torch.equal(one.labels, other.labels)
+    images = identity(found.images, found.data, config.split_seed)
+    return _Judged(found.run, config, found.classifier, found.data, images, right)
 
 
 def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:

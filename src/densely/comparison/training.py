@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from densely.comparison.config import CompareConfig, slug
-from densely.errors import DataError
+from densely.comparison.same_images import Identity, identity, same_images
+from densely.errors import ConfigError, DataError
+from densely.evaluation.judged import Split, part_of
 from densely.training.checkpoint import find_checkpoint, load_state
 from densely.training.config import TrainConfig
 from densely.training.loop import from_anywhere, train
@@ -21,16 +23,32 @@ from densely.training.start import begin, check_start
 from densely.whole_file import write_whole
 
 
-def create_folder(config: CompareConfig, output: Path) -> Path:
+def create_folder(config: CompareConfig, output: Path, split: Split) -> Path:
     """Make the next free `OUTPUT/compare-NAME-NNN` with the configuration in it.
 
+    Args:
+        config: what is compared.
+        output: where the folder goes.
+        split: on what the runs will be judged.
+
     Raises:
-        DenselyError: a variant cannot be trained, or the folder cannot be made.
+        DenselyError: a variant cannot be trained, or would be judged on other images than the
+            others; or the folder cannot be made.
     """
+    judged: dict[str, Identity] = {}
     for variant in config.variants:  # before anything is written: hours may follow
         first = config.config(variant, 0)
         check_start(first)
-        begin(first, splits_of(first).train)
+        splits = splits_of(first)
+        begin(first, splits.train)
+        judged[variant] = identity(part_of(splits, split), first.data, first.split_seed)
+    one, *others = judged
+    for other in others:
+        if not same_images(judged[one], judged[other]):
+            raise ConfigError(
+                f"variants '{one}' and '{other}' would be judged on different images or classes: "
+                f"the {split} split of their data must be the same"
+            )
     folder = new_folder(output, config.name)
     _write_config(folder, config)
     return folder

@@ -78,7 +78,7 @@ def judge(
         else _own_elsewhere(directory, classifier, source)
     )
     if own is not None:
-        name, images = f"{source}, {split}", _part(own, split)
+        name, images = f"{source}, {split}", part_of(own, split)
     else:
         name, images = _other_images(directory, classifier, source, split, data_dir)
     if images.classes != classifier.classes:
@@ -181,7 +181,7 @@ def _other_images(
         channels=prep.channels,
         split_seed=config.split_seed,
     )
-    return f"{source}, {split}", _part(splits, split)
+    return f"{source}, {split}", part_of(splits, split)
 
 
 def _config(run: RunDirectory, data_dir: str | None) -> TrainConfig:
@@ -189,7 +189,12 @@ def _config(run: RunDirectory, data_dir: str | None) -> TrainConfig:
     return config if data_dir is None else dataclasses.replace(config, data_dir=data_dir)
 
 
-def _part(splits: Splits, split: Split) -> ImageSet:
+def part_of(splits: Splits, split: Split) -> ImageSet:
+    """A part of the data by its name.
+
+    Raises:
+        ConfigError: there is no validation split.
+    """
     images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[split]
     if images is None:
         raise ConfigError(f"--split validation: {splits.name} has no validation split here")
