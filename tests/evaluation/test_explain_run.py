@@ -259,6 +259,13 @@ def test_connections_alone_need_no_image(
     assert capsys.readouterr().out.strip() == str(tmp_path / "connections.png")
 
 
+def test_images_may_stand_behind_flags(
+    digits_run: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(digits_run, "--connections", "--output", tmp_path, *images[:2])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

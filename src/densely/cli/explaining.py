@@ -13,11 +13,10 @@ Method = Literal["cam", "gradcam", "gradcam++", "integrated_gradients"]
 def explain(parser: Parser, arguments: list[str]) -> None:
     """Show where a network looks: heat maps over images, and how its layers read each other."""
     parser.add_argument("run", type=str, metavar="RUN", help="run directory")
-    # With "*", argparse settles for no image as soon as a flag stands between RUN and IMAGE.
-    parser.add_argument(
+    images = parser.add_argument(
         "images",
         type=str,
-        nargs="*" if "--connections" in arguments else "+",
+        nargs="+",
         metavar="IMAGE",
         help="image files; with --connections none are needed",
     )
@@ -55,9 +54,13 @@ def explain(parser: Parser, arguments: list[str]) -> None:
     except ConfigError as error:
         if "required: images" not in str(error):
             raise
-        raise ConfigError(
-            f"no IMAGE given: name image files, or --connections (see {parser.prog} --help)"
-        ) from error
+        if "--connections" not in arguments:
+            raise ConfigError(
+                f"no IMAGE given: name image files, or --connections (see {parser.prog} --help)"
+            ) from error
+        # Not before: argparse would settle for no image where a flag stands between RUN and IMAGE.
+        images.nargs, images.required = "*", False
+        chosen = parser.parse_args(arguments)
 
     from densely.evaluation.explain_run import explain_connections, explain_images
     from densely.runtime import settle_process
