@@ -68,9 +68,9 @@ of the norms were moved a little, so that no value behind one is near zero
 
 {chr(10).join(lines)}
 
-In bfloat16, and in float32 without these biases, gradients of deep networks are far from exact in any
-code, since a ReLU whose input is near zero opens or closes with the last bit of it. What counts is
-that the fused code is no further away.
+In bfloat16, and in float32 without these biases, gradients of deep networks are far from exact in
+any code, since a ReLU whose input is near zero opens or closes with the last bit of it. What counts
+is that the fused code is no further away.
 """
 
 
