@@ -31,6 +31,8 @@ ROUND_S = 0.2
 #: What a variant's first measurement and turns may take; where less is left, none is begun.
 RESERVE_S = 5.0
 COMPILE_RESERVE_S = 75.0
+#: Of what ran, and only while others may have been on the GPU.
+NO_TURN = "ready, and had no turn"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def run(setting: Setting) -> int:
         print("nothing measured: none of --variants is one of these --modes and --compile")
         return 1
     wrong = any(row["ours"] and "error" in row for row in findings.rows)
-    return 1 if wrong or any(row.get("gap") == OUT_OF_TIME for row in findings.rows) else 0
+    return (
+        1 if wrong or any(row.get("gap") in (OUT_OF_TIME, NO_TURN) for row in findings.rows) else 0
+    )
 
 
 def _groups(setting: Setting) -> Iterator[tuple[str, CheckedNet, Sequence[Variant]]]:
@@ -185,6 +189,8 @@ def _compare(
         if setting.left_s() < RESERVE_S:
             break
         with setting.turns.alone():
+            if setting.left_s() < RESERVE_S:  # others took it
+                break
             _round(setting, entrants)
         findings.flush()
     entrants.clear()
@@ -288,7 +294,11 @@ def _turn(setting: Setting, entrant: Entrant) -> None:
     """Some steps in a row, timed as a whole; the row's figures are renewed."""
     torch.backends.cudnn.benchmark = entrant.variant.tuned
     entrant.ms.append(1000 * _seconds(setting, entrant.step, entrant.steps) / entrant.steps)
-    median = statistics.median(entrant.ms[1:] or entrant.ms)  # the first was taken alone
+    if setting.turns.shared and len(entrant.ms) == 1:
+        entrant.row["gap"] = NO_TURN
+        return
+    entrant.row.pop("gap", None)
+    median = statistics.median(entrant.ms[1:] or entrant.ms)  # the first was none of a round
     entrant.row["step_ms"] = round(median, 4)
     entrant.row["images_per_s"] = round(1000 * batch_of(setting) / median, 1)
     entrant.row["step_ms_by_round"] = [round(ms, 4) for ms in entrant.ms]

@@ -16,6 +16,11 @@ class Turns:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
 
+    @property
+    def shared(self) -> bool:
+        """Whether there may be others."""
+        return self._path is not None
+
     def among_others(self) -> AbstractContextManager[None]:
         """Where to compile, check, and make ready: nobody measures meanwhile."""
         return self._locked(fcntl.LOCK_SH)
@@ -29,6 +34,9 @@ class Turns:
         if self._path is None:
             yield
             return
-        with self._path.open("a") as file:  # closing it ends the turn
+        with self._path.open("a") as file:
             fcntl.flock(file, kind)
-            yield
+            try:
+                yield
+            finally:  # closing it would not do where a forked process has it too
+                fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,11 +1,14 @@
 """Float32 is compared where no ReLU's input is near zero: the operands that see to it."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from densely.fused import restore
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -61,6 +64,61 @@ def test_no_norm_of_a_network_gives_values_near_zero() -> None:
     assert max(before) < 2e-4 < 1e-3 < min(during)
     assert after == pytest.approx(during, abs=1e-5)
     torch.testing.assert_close(again.double(), made, rtol=0, atol=1e-5)
+
+
+def test_a_networks_own_biases_are_moved() -> None:
+    from gpu_check.clearance import batch_norms, clear_norms
+    from gpu_check.setting import NETS
+
+    model = NETS["bc"].shrunk().build().train()
+    images = torch.randn(4, 3, 16, 16)
+    near: list[float] = []
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    clear_norms(model, images)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed <= {name for name in before if name.endswith("bias")}
+    assert len(changed) == len(batch_norms(model))
+    plain = copy.deepcopy(model)
+    restore(plain)
+    for norm in batch_norms(plain):
+        norm.register_forward_hook(lambda _m, _x, y: near.append(float(y.detach().abs().amin())))
+    plain(images)
+    assert len(near) == len(batch_norms(model))
+    assert min(near) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_moves_them_in_float32_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu_check import correct, steps
+    from gpu_check.setting import NETS, Setting
+
+    net = NETS["bc"].shrunk()
+    setting = Setting(tmp_path, (net,), (dtype,), "auto", (), ("train",), (), (), 60.0, True)
+    moved: list[str] = []
+    monkeypatch.setattr(correct, "_clear", lambda case, *_: moved.append(case.name))
+    monkeypatch.setattr(correct, "clear_norms", lambda *_: moved.append("net"))
+    case = next(iter(steps.cases(net)))
+    correct._check_step(setting, case, dtype, True)
+    correct._check_net(setting, net, dtype)
+    assert moved == ([case.name, "net"] if dtype == torch.float32 else [])
+
+
+def test_what_breaks_a_bound_is_drawn_anew() -> None:
+    from gpu_check.correct import DRAWS, _drawn
+
+    def check(*found: dict[str, object]) -> tuple[bool, int]:
+        left = [{"ok": False, "same_bits": True} | one for one in found]
+        result = _drawn(lambda: left.pop(0))()
+        return result["ok"], result["draws"]
+
+    assert check({"ok": True}) == (True, 1)
+    assert check({}, {}, {"ok": True}) == (True, 3)
+    assert check(*[{}] * (DRAWS + 1)) == (False, DRAWS)
+    assert check({"same_bits": False}, {"ok": True}) == (False, 1)
+    assert check({"problem": "ran plain"}, {"ok": True}) == (False, 1)
 
 
 def test_float32_gradients_are_compared_to_the_last_digits() -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,8 @@ def test_who_measures_is_alone(tmp_path: Path) -> None:
 
     first, second, third = (Turns(tmp_path / "turns") for _ in range(3))
     with first.among_others():
-        with second.among_others():
-            pass  # at the same time
+        thread, had = waits(second.among_others)
+        assert had.wait(10)  # at the same time
         thread, had = waits(third.alone)
         assert not had.wait(0.2)
     thread.join(10)
@@ -147,6 +148,72 @@ def test_variants_are_made_ready_among_others_and_measured_alone(
     assert speed.run(given) == 0
     ready = [("_ready", "among others"), ("_turn", "among others")]
     assert seen == [*ready, *ready, ("_turn", "alone"), ("_turn", "alone")]
+
+
+def test_who_had_no_turn_says_so(
+    setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was measured beside others is no result."""
+    from gpu_check import speed
+    from gpu_check.turns import Turns
+
+    given = setting()
+    given.nets, given.variants = given.nets[:1], ("densely captured",)
+    given.turns, given.budget_s = Turns(tmp_path / "turns"), 3.0
+    monkeypatch.setattr(speed, "RESERVE_S", 0.5)
+    with Turns(tmp_path / "turns").among_others():
+        thread = threading.Thread(target=lambda: codes.append(speed.run(given)))
+        codes: list[int] = []
+        thread.start()
+        while given.left_s() > 0.2:
+            time.sleep(0.1)
+    thread.join(30)
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert row["gap"] == speed.NO_TURN
+    assert "images_per_s" not in row
+    assert codes == [1]
+
+
+def test_correctness_is_checked_among_others(
+    setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_check import correct
+
+    given, kinds = setting(), []
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        kinds.append("in")
+        yield
+        kinds.append("out")
+
+    monkeypatch.setattr(given.turns, "among_others", turn)
+    monkeypatch.setattr(correct, "_checked", lambda *_: pytest.fail("out of time"))
+    given.budget_s = -1.0
+    assert correct.run(given) == 1
+    assert kinds == ["in", "out"]
+
+
+def test_what_still_runs_is_ended_with_the_stage(
+    setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_check import at_once
+
+    popen, made = subprocess.Popen, []
+
+    def stand_in(_command: list[str], **how: Any) -> Any:
+        seconds = 60 if made else 0
+        made.append(popen([sys.executable, "-c", f"import time; time.sleep({seconds})"], **how))
+        return made[-1]
+
+    def interrupted(*_: object) -> None:
+        raise RuntimeError("as by Ctrl-C")
+
+    monkeypatch.setattr(at_once.subprocess, "Popen", stand_in)
+    monkeypatch.setattr(at_once, "_tell", interrupted)
+    with pytest.raises(RuntimeError):
+        at_once.run(setting())
+    assert [process.wait(10) for process in made] == [0, -15, -15, -15]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import densely
@@ -15,6 +16,8 @@ from densely import drawing
 from densely.cli import main
 from densely.comparison.compare import compare, grouped, mcnemar
 from densely.comparison.page import sentence, table, write_comparison
+from densely.comparison.same_images import identity, same_images
+from densely.data import ImageSet
 from densely.errors import ConfigError, RunError
 from densely.training.run import RunDirectory
 
@@ -230,6 +233,41 @@ def test_variants_that_would_be_judged_on_other_images_are_not_trained(
     assert "no validation split" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     assert main(["compare", *flags, *same]) == 0
+
+
+def test_a_folder_in_two_sizes_is_the_same_images_and_two_folders_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for top in ("a", "b"):
+        for name, shade in (("dark", 30), ("light", 100)):
+            (tmp_path / top / name).mkdir(parents=True)
+            for i in range(10):
+                Image.new("L", (8, 8), shade + i).save(tmp_path / top / name / f"{i}.png")
+    flags = ["--epochs", "1", "--batch-size", "4", "--seeds", "1", "--validation", "0", "--quiet"]
+    flags += ["--variant", "one: {data: a, image_size: 8}"]
+    for other in ("{data: b, image_size: 12}", "{data: a, image_size: 12, split_seed: 1}"):
+        assert main(["compare", *flags, "--variant", f"two: {other}"]) == 2
+    assert "variant 'two': split_seed is the same for all variants" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert main(["compare", *flags, "--variant", "two: {data: ./a/, image_size: 12}"]) == 0
+
+
+def test_images_are_the_same_by_pixels_or_by_where_they_come_from() -> None:
+    def images(seed: int, size: int, *labels: int, classes: str = "ab") -> ImageSet:
+        torch.manual_seed(seed)
+        pixels = torch.randint(256, (len(labels), 1, size, size), dtype=torch.uint8)
+        return ImageSet(pixels, torch.tensor(labels), tuple(classes))
+
+    one = identity(images(0, 8, 0, 1, 1), "x", 0)
+    assert same_images(one, identity(images(0, 8, 0, 1, 1), "y", 1))
+    assert not same_images(one, identity(images(1, 8, 0, 1, 1), "x", 0))
+    assert not same_images(one, identity(images(0, 8, 0, 1, 1, classes="ba"), "x", 0))
+    assert same_images(one, identity(images(1, 9, 0, 1, 1), "x", 0))  # another scale
+    assert not same_images(one, identity(images(1, 9, 0, 1, 1, classes="ba"), "x", 0))
+    assert not same_images(one, identity(images(1, 9, 0, 1, 0), "x", 0))
+    assert not same_images(one, identity(images(1, 9, 0, 1, 1), "y", 0))
+    assert not same_images(one, identity(images(1, 9, 0, 1, 1), "x", 1))
 
 
 @pytest.mark.parametrize(

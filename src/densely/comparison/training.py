@@ -37,7 +37,7 @@ def create_folder(config: CompareConfig, output: Path, split: Split) -> Path:
     """
     judged: dict[str, Identity] = {}
     for variant in config.variants:  # before anything is written: hours may follow
-        first = config.config(variant, 0)
+        first = from_anywhere(config.config(variant, 0))
         check_start(first)
         splits = splits_of(first)
         begin(first, splits.train)
