@@ -26,7 +26,9 @@ def test_a_variant_changes_its_fields_and_nothing_else() -> None:
 
 
 def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
-    config = CompareConfig(name="größer", train=TrainConfig(lr=0.3), variants=TWO, seeds=2)
+    config = CompareConfig(
+        name="größer", train=TrainConfig(lr=0.3), variants=TWO, seeds=2, split="train"
+    )
     (tmp_path / "c.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert CompareConfig.read(tmp_path / "c.yaml") == config
 
@@ -58,6 +60,11 @@ def test_wrong_variants_are_named(variants: Any, message: str) -> None:
 def test_seeds_are_a_number_from_one_on(seeds: Any) -> None:
     with pytest.raises(ConfigError, match="seeds="):
         CompareConfig(name="c", train=TrainConfig(), variants=TWO, seeds=seeds)
+
+
+def test_the_split_is_one_of_three() -> None:
+    with pytest.raises(ConfigError, match="split=tset: must be one of train, validation, test"):
+        CompareConfig(name="c", train=TrainConfig(), variants=TWO, split="tset")  # type: ignore[arg-type]
 
 
 def test_a_file_with_unknown_fields_is_refused(tmp_path: Path) -> None:

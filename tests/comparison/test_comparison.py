@@ -178,6 +178,24 @@ def test_a_stopped_comparison_goes_on(
     assert (copy / "runs" / "maximum-seed0-001" / "metrics.csv").read_bytes() == before
 
 
+def test_a_comparison_goes_on_with_the_images_that_it_was_to_be_judged_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("split: test", "split: train"))
+    assert main(["compare", "--resume", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"] == "digits, train"
+    assert main(["compare", "--resume", str(copy), "--split", "test"]) == 2
+    assert "goes on with a comparison as it began" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("split: train\n", ""))  # of before there were
+    assert main(["compare", "--resume", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"] == "digits, test"
+
+
 def test_finished_runs_are_judged_where_the_data_are_now(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

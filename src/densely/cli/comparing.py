@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from densely.cli.parser import (
     Parser,
@@ -18,7 +18,7 @@ from densely.cli.parser import (
 from densely.cli.training import add_voices, reporter_of
 from densely.comparison.config import COMPARISONS, CompareConfig, read_variant
 from densely.errors import ConfigError, unknown_name
-from densely.training.config import RECIPES, TrainConfig, read_yaml
+from densely.training.config import RECIPES, Split, TrainConfig, read_yaml
 
 if TYPE_CHECKING:
     from densely.comparison.compare import Comparison
@@ -62,7 +62,9 @@ def compare(parser: Parser, arguments: list[str]) -> None:
         help=f"a comparison: {', '.join(COMPARISONS)}; or what variants begin with: "
         f"{', '.join(RECIPES)}",
     )
-    source.add_argument("--config", metavar="FILE", help="YAML with name, train, variants, seeds")
+    source.add_argument(
+        "--config", metavar="FILE", help="YAML with name, train, variants, seeds, split"
+    )
     source.add_argument("--resume", metavar="FOLDER", help="go on with a stopped comparison")
     source.add_argument(
         "--variant",
@@ -80,9 +82,9 @@ def compare(parser: Parser, arguments: list[str]) -> None:
     judged = parser.add_argument_group("which images runs are judged on")
     judged.add_argument(
         "--split",
-        type=Literal["train", "validation", "test"],
+        type=Split,
         metavar="{train,validation,test}",
-        default="test",
+        default=base.split if isinstance(base, CompareConfig) else "test",
         help="part of the data",
     )
     add_fields(parser, train)
@@ -101,7 +103,8 @@ def compare(parser: Parser, arguments: list[str]) -> None:
     changed = changed_fields(train, chosen)
     if early.resume is not None:
         assert isinstance(base, CompareConfig)
-        if changed.keys() - _FREE or chosen.variant or chosen.seeds != base.seeds:
+        same = (chosen.seeds, chosen.split) == (base.seeds, base.split)
+        if changed.keys() - _FREE or chosen.variant or not same:
             raise ConfigError(
                 "--resume goes on with a comparison as it began; only "
                 f"{', '.join(flag_of(name) for name in _FREE)} may change"
@@ -112,7 +115,7 @@ def compare(parser: Parser, arguments: list[str]) -> None:
             change_folder(folder, config)
     else:
         config = _config(base, train, changed, chosen)
-        folder = create_folder(config, Path(chosen.output), chosen.split)
+        folder = create_folder(config, Path(chosen.output))
     _train(folder, config, chosen)
 
 
@@ -152,7 +155,9 @@ def _config(
             "nothing to compare: name runs, --recipe with one of "
             f"{', '.join(COMPARISONS)}, or variants (see densely compare --help)"
         )
-    return CompareConfig(name=name, train=shared, variants=variants, seeds=chosen.seeds)
+    return CompareConfig(
+        name=name, train=shared, variants=variants, seeds=chosen.seeds, split=chosen.split
+    )
 
 
 def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
@@ -176,7 +181,7 @@ def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
         raise TrainingError(f"{error}; {go_on}") from error
     result = compare(
         runs,
-        split=chosen.split,
+        split=config.split,
         title=config.name,
         device=config.train.device,
         precision=config.train.precision,

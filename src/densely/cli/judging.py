@@ -11,7 +11,7 @@ from jsonargparse import ActionYesNo
 
 from densely.cli.parser import Parser, add_fields, hardware_of
 from densely.errors import ConfigError, DataError
-from densely.training.config import HARDWARE, TrainConfig
+from densely.training.config import HARDWARE, Split, TrainConfig
 
 if TYPE_CHECKING:
     from densely.evaluation.evaluate import Evaluation
@@ -38,7 +38,7 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--split",
-        type=Literal["train", "validation", "test"],
+        type=Split,
         metavar="{train,validation,test}",
         default="test",
         help="part of the data; another folder without train/ is judged on as a whole",

@@ -28,10 +28,10 @@ from densely.errors import ConfigError, RunError
 from densely.evaluation.classifier import Classifier
 from densely.evaluation.cost import costs
 from densely.evaluation.findings import Cost, Interval
-from densely.evaluation.judged import Split, judge
+from densely.evaluation.judged import judge
 from densely.evaluation.scores import wilson_share
 from densely.runtime import MemoryFormat, Precision
-from densely.training.config import TrainConfig
+from densely.training.config import Split, TrainConfig
 from densely.training.run import EpochMetrics, RunDirectory
 
 

@@ -7,12 +7,12 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from densely.errors import ConfigError, unknown_name
-from densely.training.config import TrainConfig, read_yaml
+from densely.training.config import Split, TrainConfig, read_yaml
 
 #: Decided by the comparison itself, so that no variant may set them.
 _RESERVED = ("seed", "split_seed", "output", "name", "recipe")
@@ -27,6 +27,7 @@ class CompareConfig:
         train: what all variants share; its seed is the first one's.
         variants: fields of `train` that a variant changes, by the variant's name.
         seeds: runs of each variant; all variants have the same seeds.
+        split: part of the data that all runs are judged on.
 
     Raises:
         ConfigError: fewer than two variants, unknown fields, or values out of range.
@@ -36,10 +37,13 @@ class CompareConfig:
     train: TrainConfig
     variants: dict[str, dict[str, Any]]
     seeds: int = 3
+    split: Split = "test"
 
     def __post_init__(self) -> None:
         if type(self.seeds) is not int or self.seeds < 1:
             raise ConfigError(f"seeds={self.seeds}: must be at least 1")
+        if self.split not in get_args(Split):
+            raise ConfigError(f"split={self.split}: must be one of {', '.join(get_args(Split))}")
         if not isinstance(self.variants, dict) or not all(
             isinstance(name, str) for name in self.variants
         ):
@@ -106,6 +110,7 @@ class CompareConfig:
             train=TrainConfig.from_values(train),
             variants=variants,
             seeds=values.get("seeds", 3),
+            split=values.get("split", "test"),
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from densely.comparison.config import CompareConfig, slug
 from densely.comparison.same_images import Identity, identity, same_images
 from densely.errors import ConfigError, DataError
-from densely.evaluation.judged import Split, part_of
+from densely.evaluation.judged import part_of
 from densely.training.checkpoint import find_checkpoint, load_state
 from densely.training.config import TrainConfig
 from densely.training.loop import from_anywhere, train
@@ -23,13 +23,8 @@ from densely.training.start import begin, check_start
 from densely.whole_file import write_whole
 
 
-def create_folder(config: CompareConfig, output: Path, split: Split) -> Path:
+def create_folder(config: CompareConfig, output: Path) -> Path:
     """Make the next free `OUTPUT/compare-NAME-NNN` with the configuration in it.
-
-    Args:
-        config: what is compared.
-        output: where the folder goes.
-        split: on what the runs will be judged.
 
     Raises:
         DenselyError: a variant cannot be trained, or would be judged on other images than the
@@ -41,13 +36,13 @@ def create_folder(config: CompareConfig, output: Path, split: Split) -> Path:
         check_start(first)
         splits = splits_of(first)
         begin(first, splits.train)
-        judged[variant] = identity(part_of(splits, split), first.data, first.split_seed)
+        judged[variant] = identity(part_of(splits, config.split), first.data, first.split_seed)
     one, *others = judged
     for other in others:
         if not same_images(judged[one], judged[other]):
             raise ConfigError(
                 f"variants '{one}' and '{other}' would be judged on different images or classes: "
-                f"the {split} split of their data must be the same"
+                f"the {config.split} split of their data must be the same"
             )
     folder = new_folder(output, config.name)
     _write_config(folder, config)

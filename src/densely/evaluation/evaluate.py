@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densely.evaluation.judged import Judged, Split, judge
+from densely.evaluation.judged import Judged, judge
 from densely.runtime import MemoryFormat, Precision
+from densely.training.config import Split
 from densely.training.scoring import score
 
 

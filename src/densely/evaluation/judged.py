@@ -4,7 +4,6 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -16,12 +15,10 @@ from densely.evaluation.classifier import Classifier, load
 from densely.evaluation.scores import check_logits
 from densely.runtime import MemoryFormat, Precision, settle_process
 from densely.training.checkpoint import load_state
-from densely.training.config import TrainConfig
+from densely.training.config import Split, TrainConfig
 from densely.training.run import RunDirectory
 from densely.training.scoring import logits_of
 from densely.training.splits import splits_of
-
-Split = Literal["train", "validation", "test"]
 
 #: Share of the training images that stand in where a run set none aside for validation.
 STAND_IN_SHARE = 0.1

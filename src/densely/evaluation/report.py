@@ -27,7 +27,7 @@ from densely.evaluation.cost import costs
 from densely.evaluation.evaluate import Evaluation, evaluation_of
 from densely.evaluation.findings import Example, Findings, Method, Scores
 from densely.evaluation.heat_maps import explain
-from densely.evaluation.judged import Judged, Split, fitting_images, judge, own_splits, seen
+from densely.evaluation.judged import Judged, fitting_images, judge, own_splits, seen
 from densely.evaluation.label_errors import likely_label_errors
 from densely.evaluation.overlay import tile
 from densely.evaluation.report_page import check_replaceable, write_report
@@ -35,6 +35,7 @@ from densely.evaluation.scores import check, scores_of
 from densely.evaluation.selective import risk_coverage, threshold_for
 from densely.runtime import MemoryFormat, Precision
 from densely.training.checkpoint import find_checkpoint
+from densely.training.config import Split
 
 METHODS: tuple[Method, ...] = get_args(Method)
 WANTED_ERRORS = (0.01, 0.02, 0.05, 0.1)

@@ -16,6 +16,8 @@ from densely.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
 
+#: A part of the data.
+Split = Literal["train", "validation", "test"]
 
 #: What may differ when a run goes on: how long, where and how fast, not what. Data may have moved:
 #: whether they are still the same images is checked by their digest.
