@@ -29,12 +29,13 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     device = images.device
     top, left = (max(1, round(side * PADDED_SHARE)) for side in (height, width))
 
+    # On the CPU, also for a GPU, where each of these would be a launch beside the step.
     choices = (2 * top + 1, 2 * left + 1, 2)
-    drawn = torch.cat([torch.randint(n, (count, 1), generator=generator) for n in choices], dim=1)
-    down, right, mirrored = send(drawn, device).tensor_split(3, dim=1)
-    rows = torch.arange(height, device=device) + down
-    columns = torch.arange(width, device=device) + right
+    down, right, mirrored = (torch.randint(n, (count, 1), generator=generator) for n in choices)
+    rows = torch.arange(height) + down
+    columns = torch.arange(width) + right
     columns = torch.where(mirrored == 1, columns.flip(1), columns)
+    places = send(torch.cat((torch.arange(count)[:, None], rows, columns), dim=1), device)
+    image, rows, columns = torch.split(places, [1, height, width], dim=1)
     padded = F.pad(images, (left, left, top, top))
-    index = torch.arange(count, device=device)[:, None, None]
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[image[:, :, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
