@@ -88,8 +88,10 @@ def _by_ncu(net: CheckedNet, seconds: float) -> dict[str, float]:
     tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if tool is None:
         raise FileNotFoundError("ncu is not installed")
-    # Caches as the kernel before has left them, or what it wrote would be counted nowhere.
+    # Caches as the kernel before has left them, or what it wrote would be counted nowhere. Clocks
+    # do not matter to bytes, and are others' too.
     command = [tool, "--csv", "--profile-from-start", "off", "--cache-control", "none"]
+    command += ["--clock-control", "none"]
     command += ["--metrics", ",".join(_METRICS)]
     done = subprocess.run(
         [*command, sys.executable, "-m", "gpu_check.traffic", net.name],

@@ -66,6 +66,7 @@ Judged on {comparison.data}: {comparison.images:,} images. Trained alike: {sched
 
 {table(comparison)}
 
+In the picture lines are means over the runs and shades reach from the lowest to the highest.
 Accuracy is the mean over the runs, with Student's 95% interval over them (a single run: Wilson's,
 over the images). Speeds were measured in turns, medians; training in batches of
 {comparison.groups[0].cost.train_batch}. "Kept" is what a training step keeps for its backward

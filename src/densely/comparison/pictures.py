@@ -13,7 +13,7 @@ from densely.training.run import held_out_split
 def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Draw into a PNG: held-out accuracy and training loss over the epochs, accuracy at the end.
 
-    Lines are means over the runs of a group, the shade reaches from its lowest to its highest.
+    A line below says what lines and shades are, where a group has several runs.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -56,6 +56,9 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     end.set_ylim(-0.5, len(comparison.groups) - 0.5)
     end.set_title("accuracy in the end, 95% interval", fontsize=10)
     end.grid(alpha=0.3)
+    if any(len(group.runs) > 1 for group in comparison.groups):
+        told = "lines: mean over the runs; shades: from the lowest to the highest; small dots: runs"
+        figure.supxlabel(told, fontsize=8, color="0.35")
     title = figure.suptitle(f"{comparison.title}, on {comparison.data}", fontsize=11)
     drawing.anybodys([title, *legend.get_texts(), *end.get_yticklabels()])
     drawing.save(figure, path)
