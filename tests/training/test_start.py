@@ -109,3 +109,16 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="growth_rate=6"):
         train(config(weights=str(tmp_path / "x.pth"), output=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_network_lacks_is_told_as_flags_that_mend_it(tmp_path: Path) -> None:
+    file = str(tmp_path / "x.pth")
+    save_weights(build_model("densenet_bc_22_12", in_channels=1), file)
+    other = {"bias": True, "stem": "large"}
+    with pytest.raises(WeightsError) as caught:
+        begin(config(weights=file, model="densenet_bc_22_12", options=other), images())
+    flags = str(caught.value).splitlines()[-1].removeprefix("  here: ").split()
+    options = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert options == {"--options.bias": "False", "--options.stem": "small"}
+    mended = {"bias": False, "stem": "small"}
+    begin(config(weights=file, model="densenet_bc_22_12", options=mended), images())

@@ -1,12 +1,13 @@
 """What a run starts from: a network with fresh weights, published ones, or those of a file."""
 
 import dataclasses
+import re
 from typing import cast
 
 from torch import nn
 
 from densely.data import ImageSet, Preprocessing
-from densely.errors import ConfigError, DenselyError
+from densely.errors import ConfigError, DenselyError, WeightsError
 from densely.models.registry import ModelOptions, preset
 from densely.training.checkpoint import ModelInfo
 from densely.training.config import TrainConfig
@@ -38,6 +39,11 @@ def begin(
     """
     try:
         return _begin(config, train_set)
+    except WeightsError as error:
+        # What create_model takes is said for Python; a run has it among its options.
+        passed = re.findall(r"pass (bias|stem)='?(\w+)", str(error))
+        flags = " ".join(f"--options.{name} {value}" for name, value in passed)
+        raise WeightsError(f"{error}\n  here: {flags}" if flags else str(error)) from error
     except DenselyError:
         raise
     except (TypeError, ValueError, AttributeError) as error:
