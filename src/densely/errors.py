@@ -14,7 +14,7 @@ printed as it is, without a traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class DenselyError(Exception):
@@ -36,7 +36,16 @@ class RunError(DenselyError):
 
 
 class WeightsError(DenselyError):
-    """A file of weights is missing, damaged, unsafe, or does not fit the model."""
+    """A file of weights is missing, damaged, unsafe, or does not fit the model.
+
+    Args:
+        message: for people.
+        options: arguments of the network that the weights ask for, as far as they are known.
+    """
+
+    def __init__(self, message: str, options: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.options = dict(options or {})
 
 
 class ShapeError(DenselyError, ValueError):

@@ -163,7 +163,7 @@ def compare(
     weighed = costs([(leader.model, leader.info) for leader in leaders], first.classifier.runtime)
     return Comparison(
         title=title,
-        data=first.data,
+        data=first.images.source,
         images=len(first.right),
         date=datetime.date.today().isoformat(),
         schedule=_shared_schedule([run.run for run in everything]),
@@ -207,7 +207,6 @@ class _Judged:
     run: RunDirectory
     config: TrainConfig
     classifier: Classifier
-    data: str
     images: Identity
     right: NDArray[np.bool_]
 
@@ -217,7 +216,7 @@ def _judged(run: str | os.PathLike[str], data: str | None, **options: Any) -> _J
     right: NDArray[np.bool_] = (found.logits.argmax(dim=1) == found.labels).numpy()
     config = found.run.config()
     images = identity(found.images, found.data, config.split_seed)
-    return _Judged(found.run, config, found.classifier, found.data, images, right)
+    return _Judged(found.run, config, found.classifier, images, right)
 
 
 def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:

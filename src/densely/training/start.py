@@ -1,7 +1,6 @@
 """What a run starts from: a network with fresh weights, published ones, or those of a file."""
 
 import dataclasses
-import re
 from typing import cast
 
 from torch import nn
@@ -40,10 +39,10 @@ def begin(
     try:
         return _begin(config, train_set)
     except WeightsError as error:
-        # What create_model takes is said for Python; a run has it among its options.
-        passed = re.findall(r"pass (bias|stem)='?(\w+)", str(error))
-        flags = " ".join(f"--options.{name} {value}" for name, value in passed)
-        raise WeightsError(f"{error}\n  here: {flags}" if flags else str(error)) from error
+        if not error.options:
+            raise
+        flags = " ".join(f"--options.{name} {value}" for name, value in error.options.items())
+        raise WeightsError(f"{error}\n  here: {flags}", error.options) from error
     except DenselyError:
         raise
     except (TypeError, ValueError, AttributeError) as error:

@@ -54,7 +54,7 @@ def require_fit(
             wrong=[(key_of(place), value, aim) for place, value, aim in differing.wrong],
             unexpected=unexpected,
         )
-        raise WeightsError(message + hint)
+        raise WeightsError(message + hint, _asked(found.weights, wanted))
     return differing.missing
 
 
@@ -97,11 +97,33 @@ def _told(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _reasons(given: Mapping[Place, Tensor], expected: Mapping[Place, Tensor]) -> list[str]:
+def _both(
+    given: Mapping[Place, Tensor], expected: Mapping[Place, Tensor]
+) -> tuple[Architecture, Architecture] | None:
+    """Of the file and of the model; None if one is none that is known."""
     try:
-        file, model = architecture(given, "file"), architecture(expected, "model")
+        return architecture(given, "file"), architecture(expected, "model")
     except WeightsError:
+        return None
+
+
+def _asked(
+    given: Mapping[Place, Tensor], expected: Mapping[Place, Tensor]
+) -> dict[str, str | bool]:
+    """Arguments that would give the model the file's stem and biases, if it is the same network."""
+    both = _both(given, expected)
+    if both is None or _blocks(both[0]) != _blocks(both[1]):
+        return {}
+    asked: list[dict[str, str | bool]] = [{"stem": net.stem, "bias": net.bias} for net in both]
+    file, model = asked
+    return {name: value for name, value in file.items() if value != model[name]}
+
+
+def _reasons(given: Mapping[Place, Tensor], expected: Mapping[Place, Tensor]) -> list[str]:
+    both = _both(given, expected)
+    if both is None:
         return []
+    file, model = both
     reasons = []
     if file.spatial_dims != model.spatial_dims:
         reasons.append(
