@@ -1,7 +1,8 @@
 """Float32 is compared where no ReLU's input is near zero: the operands that see to it."""
 
 import copy
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,7 @@ from torch import Tensor, nn
 
 from densely.fused import restore
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+pytestmark = pytest.mark.usefixtures("gpu_check")
 
 
 def test_zero_comes_into_the_widest_gap_nearby() -> None:
@@ -90,19 +86,18 @@ def test_a_networks_own_biases_are_moved() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_moves_them_in_float32_alone(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dtype: torch.dtype, setting: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gpu_check import correct, steps
-    from gpu_check.setting import NETS, Setting
 
-    net = NETS["bc"].shrunk()
-    setting = Setting(tmp_path, (net,), (dtype,), "auto", (), ("train",), (), (), 60.0, True)
+    given = setting("bc")
+    (net,) = given.nets
     moved: list[str] = []
     monkeypatch.setattr(correct, "_clear", lambda case, *_: moved.append(case.name))
     monkeypatch.setattr(correct, "clear_norms", lambda *_: moved.append("net"))
     case = next(iter(steps.cases(net)))
-    correct._check_step(setting, case, dtype, True)
-    correct._check_net(setting, net, dtype)
+    correct._check_step(given, case, dtype, True)
+    correct._check_net(given, net, dtype)
     assert moved == ([case.name, "net"] if dtype == torch.float32 else [])
 
 

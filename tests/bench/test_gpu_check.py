@@ -21,12 +21,7 @@ from PIL import Image
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "gpu_check"]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("gpu_check")
 
 
 def outcomes(change: float) -> list[dict[str, torch.Tensor]]:
@@ -242,27 +237,6 @@ def test_a_training_that_is_cut_off_leaves_its_row_and_goes_on(tmp_path: Path) -
         assert 1 <= row["epochs"] < 300
         assert row["test_accuracy"] is None
     assert len(list((tmp_path / "out" / "cifar-runs").iterdir())) == 1
-
-
-@pytest.fixture
-def setting(tmp_path: Path) -> Iterator[Any]:
-    """A dry run of one small net."""
-    from gpu_check.setting import NETS, Setting
-
-    def make(net: str = "bc", **options: Any) -> Any:
-        usual: dict[str, Any] = {
-            "out": tmp_path, "nets": (NETS[net],), "dtypes": (torch.float32,), "kernels": "auto",
-            "compile_modes": (), "modes": ("train",), "variants": (), "kinds": (),
-            "budget_s": 600.0, "smoke": True,
-        }  # fmt: skip
-        return Setting(**usual | options)
-
-    changed = [(torch.backends.cuda.matmul, "allow_tf32")]
-    changed += [(torch.backends.cudnn, n) for n in ("allow_tf32", "deterministic", "benchmark")]
-    before = [getattr(*switch) for switch in changed]
-    yield make
-    for switch, value in zip(changed, before, strict=True):
-        setattr(*switch, value)
 
 
 def test_speeds_are_a_table_a_picture_and_rows(setting: Any, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+TWO = (torch.bfloat16, torch.float32)
+
+pytestmark = pytest.mark.usefixtures("gpu_check")
 
 
 def waits(lock: Any) -> tuple[threading.Thread, threading.Event]:
@@ -60,33 +60,14 @@ def test_who_names_no_file_waits_for_nobody() -> None:
         pass
 
 
-@pytest.fixture
-def setting(tmp_path: Path) -> Callable[[], Any]:
-    from gpu_check.setting import NETS, Setting
-
-    def make() -> Any:
-        return Setting(
-            out=tmp_path,
-            nets=(NETS["d2l"], NETS["bc"]),
-            dtypes=(torch.bfloat16, torch.float32),
-            kernels="triton",
-            compile_modes=("default",),
-            modes=("train",),
-            variants=(),
-            kinds=(),
-            budget_s=60.0,
-            smoke=True,
-        )
-
-    return make
-
-
 def test_all_is_each_precision_and_each_network_then_bytes_and_kernels(
     setting: Callable[[], Any],
 ) -> None:
     from gpu_check import at_once, speed
 
-    groups = [[job.folder for job in group] for group in at_once.jobs(setting())]
+    groups = [
+        [job.folder for job in group] for group in at_once.jobs(setting("d2l", "bc", dtypes=TWO))
+    ]
     assert groups == [
         ["correct-bfloat16", "correct-float32", "speed-d2l", "speed-bc"], ["traffic"], ["kernels"],
     ]  # fmt: skip
@@ -111,7 +92,7 @@ def test_what_one_says_is_kept_and_what_fails_fails_all(
         return popen([sys.executable, "-c", f"print('found'); raise SystemExit({code})"], **how)
 
     monkeypatch.setattr(at_once.subprocess, "Popen", stand_in)
-    assert at_once.run(setting()) == int(bool(fails))
+    assert at_once.run(setting("d2l", "bc", dtypes=TWO)) == int(bool(fails))
     assert len(commands) == 6
     for command in commands:
         assert command[:3] == [sys.executable, "-m", "gpu_check"]
@@ -126,7 +107,7 @@ def test_variants_are_made_ready_among_others_and_measured_alone(
 ) -> None:
     from gpu_check import speed
 
-    given, now, seen = setting(), [""], []
+    given, now, seen = setting("d2l"), [""], []
 
     @contextmanager
     def turn(kind: str) -> Iterator[None]:
@@ -144,7 +125,7 @@ def test_variants_are_made_ready_among_others_and_measured_alone(
             return real(*args)
 
         monkeypatch.setattr(speed, name, noted)
-    given.nets, given.variants = given.nets[:1], ("densely captured", "eager NHWC")
+    given.variants = ("densely captured", "eager NHWC")
     assert speed.run(given) == 0
     ready = [("_ready", "among others"), ("_turn", "among others")]
     assert seen == [*ready, *ready, ("_turn", "alone"), ("_turn", "alone")]
@@ -157,9 +138,8 @@ def test_who_had_no_turn_says_so(
     from gpu_check import speed
     from gpu_check.turns import Turns
 
-    given = setting()
-    given.nets, given.variants = given.nets[:1], ("densely captured",)
-    given.turns, given.budget_s = Turns(tmp_path / "turns"), 3.0
+    shared = Turns(tmp_path / "turns")
+    given = setting("d2l", variants=("densely captured",), turns=shared, budget_s=3.0)
     monkeypatch.setattr(speed, "RESERVE_S", 0.5)
     with Turns(tmp_path / "turns").among_others():
         thread = threading.Thread(target=lambda: codes.append(speed.run(given)))
@@ -179,7 +159,7 @@ def test_correctness_is_checked_among_others(
 ) -> None:
     from gpu_check import correct
 
-    given, kinds = setting(), []
+    given, kinds = setting(budget_s=-1.0), []
 
     @contextmanager
     def turn() -> Iterator[None]:
@@ -189,7 +169,6 @@ def test_correctness_is_checked_among_others(
 
     monkeypatch.setattr(given.turns, "among_others", turn)
     monkeypatch.setattr(correct, "_checked", lambda *_: pytest.fail("out of time"))
-    given.budget_s = -1.0
     assert correct.run(given) == 1
     assert kinds == ["in", "out"]
 
@@ -212,7 +191,7 @@ def test_what_still_runs_is_ended_with_the_stage(
     monkeypatch.setattr(at_once.subprocess, "Popen", stand_in)
     monkeypatch.setattr(at_once, "_tell", interrupted)
     with pytest.raises(RuntimeError):
-        at_once.run(setting())
+        at_once.run(setting("d2l", "bc", dtypes=TWO))
     assert [process.wait(10) for process in made] == [0, -15, -15, -15]
 
 
