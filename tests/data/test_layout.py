@@ -122,6 +122,35 @@ def test_many_endings_are_not_all_listed(tmp_path: Path) -> None:
     assert note.startswith("10 files left out: .7, .0, .1, .2, .3, ... (")
 
 
+@pytest.mark.parametrize("part", ["", "train"])
+def test_images_of_no_class_are_noted(tmp_path: Path, part: str) -> None:
+    folder = save_classes(tmp_path / part, each=5)
+    (folder / "a").rename(folder / "a.png")  # still a class
+    for name in ("x.png", "y.JPG", ".hidden.png"):
+        save(folder / name)
+    if part:
+        save(tmp_path / "test" / "b" / "x.png")
+        save(tmp_path / "test" / "a.png" / "x.png")
+    splits = load_folder(tmp_path, None, 0)
+    assert splits.train.classes == ("a.png", "b")
+    assert len(splits.train) == (10 if part else 8)
+    assert splits.notes == (f"2 images left out: in {folder.name}/, and in no class's folder",)
+
+
+def test_images_without_class_folders_are_told_of(tmp_path: Path) -> None:
+    save(tmp_path / "x.png")
+    assert_refused(tmp_path, "no class folders with images", "1 image left out: in ")
+
+
+def test_folders_beside_the_splits_are_noted(tmp_path: Path) -> None:
+    for part in ("train", "test", "dev", "Extra/deep", ".git", "__MACOSX"):
+        save_classes(tmp_path / part)
+    touch(tmp_path, "labels/a/x.txt", "masks/.x.png")
+    splits = load_folder(tmp_path, None, 0)
+    assert len(splits.train) == len(splits.test) == 2
+    assert splits.notes == ("nothing is read from Extra/, dev/: splits are train/, test/ and val/",)
+
+
 def test_what_datasets_carry_is_not_noted(tmp_path: Path) -> None:
     save_classes(tmp_path, each=5)
     touch(

@@ -13,7 +13,7 @@ import torch
 
 from densely.data.dataset import ImageSet, Splits, stratified_split
 from densely.data.images import SUFFIXES, decode, is_grey, is_sixteen_bit, open_image
-from densely.data.layout import EXPECTED, Part, find_parts, left_out_note, list_part
+from densely.data.layout import EXPECTED, Part, find_parts, left_out_notes, list_part, unread_note
 from densely.data.parallel import shared_bytes, spread
 from densely.data.preprocessing import resize
 from densely.errors import DataError
@@ -49,7 +49,7 @@ def load_folder(
     classes = tuple(parts["train"].files)
     for name, part in parts.items():
         _check_classes(part, classes, name == "train")
-    notes = left_out_note(parts.values())
+    notes = left_out_notes(parts.values()) + unread_note(folder, parts.values())
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
         notes += (f"there is no test folder: {parts['test'].path.name}/ is the test split",)

@@ -36,11 +36,13 @@ class Part:
         path: its folder.
         files: the image files of each class, in a fixed order.
         left_out: numbers of files that look like none of these, by the ending of their names.
+        beside: number of image files beside the classes' folders, which belong to no class.
     """
 
     path: Path
     files: dict[str, list[Path]]
     left_out: Counter[str]
+    beside: int = 0
 
     @property
     def images(self) -> list[Path]:
@@ -49,7 +51,7 @@ class Part:
 
     def error(self, message: str) -> DataError:
         """Make an error about this folder, which also says what was left out of it."""
-        return DataError("; ".join((f"{self.path}: {message}", *left_out_note([self]))))
+        return DataError("; ".join((f"{self.path}: {message}", *left_out_notes([self]))))
 
 
 def find_parts(folder: Path) -> dict[str, Part]:
@@ -86,9 +88,11 @@ def has_splits(folder: Path) -> bool:
 
 def list_part(path: Path) -> Part:
     """List the image files below each class's folder."""
-    part = Part(path, {}, Counter())
-    for entry in sorted(path.iterdir()):
-        if entry.is_dir() and not _is_hidden(entry.name):
+    entries = sorted(entry for entry in path.iterdir() if not _is_hidden(entry.name))
+    beside = sum(entry.name.lower().endswith(SUFFIXES) and entry.is_file() for entry in entries)
+    part = Part(path, {}, Counter(), beside)
+    for entry in entries:
+        if entry.is_dir():
             part.files[entry.name] = sorted(_image_files(entry, part.left_out))
     return part
 
@@ -106,17 +110,45 @@ def images_below(folder: Path) -> list[Path]:
     return images
 
 
-def left_out_note(parts: Iterable[Part]) -> tuple[str, ...]:
-    """One note on the files that were left out, or none."""
+def left_out_notes(parts: Iterable[Part]) -> tuple[str, ...]:
+    """What was left out of these: images of no class, and one note on all other files."""
+    parts = list(parts)
+    notes = [
+        f"{_counted(part.beside, 'image')} left out: in {part.path.name}/, and in no class's folder"
+        for part in parts
+        if part.beside
+    ]
     endings = sum((part.left_out for part in parts), Counter())
-    if not endings:
+    if endings:
+        by_number = sorted(endings, key=lambda ending: (-endings[ending], ending))
+        listed = [ending or "without ending" for ending in by_number[:_MOST_ENDINGS]]
+        if len(endings) > _MOST_ENDINGS:
+            listed.append("...")
+        files = _counted(endings.total(), "file")
+        notes.append(f"{files} left out: {', '.join(listed)} (PNG, JPEG, BMP and WebP are read)")
+    return tuple(notes)
+
+
+def unread_note(folder: Path, parts: Iterable[Part]) -> tuple[str, ...]:
+    """A note on folders of images beside the splits, which nothing is read from; or none."""
+    read = {part.path for part in parts}
+    if folder in read:
         return ()
-    by_number = sorted(endings, key=lambda ending: (-endings[ending], ending))
-    listed = [ending or "without ending" for ending in by_number[:_MOST_ENDINGS]]
-    if len(endings) > _MOST_ENDINGS:
-        listed.append("...")
-    files = "1 file" if endings.total() == 1 else f"{endings.total():,} files"
-    return (f"{files} left out: {', '.join(listed)} (PNG, JPEG, BMP and WebP are read)",)
+    beside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry not in read]
+    unread = [f"{entry.name}/" for entry in beside if not _is_hidden(entry.name) and _any(entry)]
+    if not unread:
+        return ()
+    return (f"nothing is read from {', '.join(unread)}: splits are train/, test/ and val/",)
+
+
+def _any(folder: Path) -> bool:
+    """Whether there is an image at any depth; what cannot be looked into holds none."""
+    names = (name for _, _, names in os.walk(folder) for name in names)
+    return any(name.lower().endswith(SUFFIXES) and not name.startswith(".") for name in names)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _folders_of(folder: Path, split: str) -> list[Path]:
