@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import needs_gpu
 from torch import Tensor, nn
 
 from densely import forward as module
@@ -175,8 +176,7 @@ def test_what_cannot_be_recorded_runs_all_the_same(
     ]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here")
+@needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("training", [False, True])
 def test_graphs_agree_with_the_model_on_a_gpu(precision: str, training: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import foreign
 import pytest
 import torch
+from on_gpu import DEVICES, exact_convolutions
 from torch import Tensor, nn
 
 from densely.fused import accelerate
@@ -54,9 +55,13 @@ def test_equal_masks_of_dropout_under_the_same_seed(case: foreign.Case) -> None:
 
 
 def distances(
-    case: foreign.Case, models: tuple[nn.Module, nn.Module], dtype: torch.dtype, train: bool
+    case: foreign.Case,
+    models: tuple[nn.Module, nn.Module],
+    dtype: torch.dtype,
+    train: bool,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
-    """How far outputs, gradients and statistics of each model are from float64.
+    """How far outputs, gradients and statistics of each model are from float64 (on the CPU).
 
     Relative, all values together, and summed over batches: a single one says little, as which
     ReLUs flip is chance.
@@ -71,8 +76,8 @@ def distances(
         with torch.autocast("cpu", enabled=False):
             exact = foreign.step(exact_model, x, train=train)
         for i, model in enumerate(models):
-            model.to(dtype).load_state_dict(start)
-            got = foreign.step(model, x.to(dtype), train=train)
+            model.to(device, dtype).load_state_dict(start)
+            got = foreign.step(model, x.to(device, dtype), train=train)
             for part, far in found.items():
                 a, b = (_all_values(getattr(r, part)) for r in (got, exact))
                 far[i] += float((a - b).norm() / b.norm())
@@ -81,15 +86,18 @@ def distances(
 
 def _all_values(tensors: Tensor | dict[str, Tensor]) -> Tensor:
     some = tensors.values() if isinstance(tensors, dict) else [tensors]
-    return torch.cat([t.double().flatten() for t in some])
+    return torch.cat([t.double().flatten().cpu() for t in some])
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["torchvision", "timm", "MONAI 1D", "MONAI 3D"])
-def test_float32_is_as_near_to_float64_as_before(name: str, train: bool) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_is_as_near_to_float64_as_before(device: str, name: str, train: bool) -> None:
     case = foreign.CASES[name]
     models = pair(case.make())
-    for part, (before, now) in distances(case, models, torch.float32, train).items():
+    with exact_convolutions():
+        found = distances(case, models, torch.float32, train, device)
+    for part, (before, now) in found.items():
         assert now <= 1.5 * before + 1e-7, part
     assert_all_ran(models[1], times=3)
 
@@ -107,11 +115,13 @@ def test_bfloat16_weights_take_the_same_path(name: str, train: bool) -> None:
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["torchvision", "MONAI 1D"])
-def test_autocast_takes_the_same_path(name: str, train: bool) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_takes_the_same_path(device: str, name: str, train: bool) -> None:
     models = pair(foreign.CASES[name].make())
-    with torch.autocast("cpu", torch.bfloat16):
-        found = distances(foreign.CASES[name], models, torch.float32, train)
-        outputs = [model(foreign.images(foreign.CASES[name].shape).float()) for model in models]
+    with torch.autocast(device, torch.bfloat16):
+        found = distances(foreign.CASES[name], models, torch.float32, train, device)
+        x = foreign.images(foreign.CASES[name].shape).to(device, torch.float32)
+        outputs = [model(x) for model in models]
     for part, (before, now) in found.items():
         assert now <= 1.5 * before + 1e-7, part
     assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from on_gpu import needs_gpu
 from torch import Tensor, nn
 
 from densely.forward import Forward
@@ -297,8 +298,7 @@ def test_learning_rates_are_numbers_again_after_the_capture() -> None:
     assert (group["lr"], group["fused"], group["foreach"]) == (0.1, None, None)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here")
+@needs_gpu
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_graph_and_plain_step_agree_under_a_schedule(
