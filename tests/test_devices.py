@@ -34,8 +34,8 @@ def run(digits_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _device_is_used(device: str) -> Iterator[None]:
-    """A command that computed on the CPU all the same would prove nothing."""
+def _device_is_used(device: str, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A command that computed on the CPU all the same, or kernel by kernel, would prove nothing."""
     if device == "cpu":
         yield
         return
@@ -44,6 +44,7 @@ def _device_is_used(device: str) -> Iterator[None]:
     with exact_convolutions():
         yield
     assert torch.cuda.max_memory_allocated() > before
+    assert not [message for message in caplog.messages if "without a CUDA graph" in message]
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def test_a_loaded_network_is_the_saved_one(saved: Path) -> None:
 
 def test_optimizer_and_progress_come_back(tmp_path: Path) -> None:
     info = ModelInfo("densenet_bc_22_12", ("a", "b"), Preprocessing.identity(8, 1))
-    model, other = info.build(), info.build()
+    model, other = (info.build().to(memory_format=torch.channels_last) for _ in range(2))
     optimizer, blank = (
         torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other)
     )
@@ -48,7 +48,19 @@ def test_optimizer_and_progress_come_back(tmp_path: Path) -> None:
     assert load_progress(tmp_path / "last", other, blank) == progress
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         buffers = (s.state[p]["momentum_buffer"] for s, p in ((optimizer, mine), (blank, theirs)))
-        assert torch.equal(*buffers)
+        momentum, loaded = buffers
+        assert torch.equal(momentum, loaded)
+        assert loaded.stride() == theirs.stride()  # or PyTorch's fused steps would not take it
+
+
+def test_momentum_of_another_shape_is_named(saved: Path) -> None:
+    model, _ = load_model(saved)
+    path = saved / "optimizer.safetensors"
+    tensors = load_file(path)
+    key = sorted(tensors)[0]
+    save_file(tensors | {key: torch.zeros(3, 2)}, path)
+    with pytest.raises(RunError, match=rf"optimizer\.safetensors: {key} is \[3, 2\], expected \["):
+        load_progress(saved, model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -188,7 +188,14 @@ def load_progress(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         if not index.isdigit() or int(index) >= len(parameters):
             raise RunError(f"{folder / 'optimizer.safetensors'}: unexpected key '{key}'")
         parameter = parameters[int(index)]
-        optimizer.state[parameter][name] = value.to(parameter.device)
+        if value.shape != parameter.shape:
+            raise RunError(
+                f"{folder / 'optimizer.safetensors'}: {key} is {list(value.shape)}, expected "
+                f"{list(parameter.shape)}"
+            )
+        # In the parameter's own layout, which a file does not tell: fused steps of PyTorch go
+        # through the memory of both in one order, or refuse.
+        optimizer.state[parameter][name] = torch.empty_like(parameter.detach()).copy_(value)
     return load_state(folder)
 
 
