@@ -173,6 +173,24 @@ def test_double_backward_and_forward_mode() -> None:
     assert paths(accelerated) == {(1, 1)}  # forward mode goes through plain operators only
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_many_gradients_at_once(train: bool) -> None:
+    original, accelerated = pair()
+    x = foreign.images(SHAPE).requires_grad_()
+    found = []
+    for net in (original, accelerated):
+        output = net.train(train)(x)
+        many = torch.linspace(-1, 1, 3 * output.numel(), dtype=output.dtype)
+        found.append(
+            torch.autograd.grad(
+                output, [x, *net.parameters()], many.view(3, *output.shape), is_grads_batched=True
+            )
+        )
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        close(ours, theirs)
+    assert paths(accelerated) == {(1, 0)}
+
+
 SHORT = {"blocks": (2, 1)}  # tracing takes its time, layer by layer
 
 

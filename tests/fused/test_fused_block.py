@@ -319,6 +319,37 @@ def test_what_is_not_finite_spreads_as_in_plain(name: str, norm: NormCase, value
     assert broken[0] == broken[1]
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of Triton's interpreter
+@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("norm", [TRAIN, EVAL], ids=["train", "eval"])
+def test_relu_of_nan_lets_the_gradient_through_as_in_plain(name: str, norm: NormCase) -> None:
+    x, layers = build(block((2, 4, 5, 5), norm=norm, count=2), torch.float32)
+    x.detach()[0, 1, 2, 2] = math.nan
+    grad = gradient(block((2, 4, 5, 5), count=2), torch.float32)
+    expected = run(plain, x, layers, grad)
+    with fused(name):
+        got = run(backend, x, layers, grad)
+    biases = [key for key in expected.grads if key.endswith("norm.bias")]
+    assert len(biases) == 4
+    for key in biases[:-1]:  # the last one is read by nobody: no norm spreads the NaN there
+        np.testing.assert_allclose(got.grads[key], expected.grads[key], rtol=1e-3, atol=1e-3)
+    assert norm is EVAL or np.isnan(expected.grads[biases[1]]).any()
+
+
+def test_gradients_of_gradients_reach_the_output_as_in_plain() -> None:
+    """Asked for, and by hooks, which must not take the input's gradient for the output's."""
+    x, layers = build(block((2, 3, 5, 5), count=2))
+    x = x.detach().requires_grad_()
+    found = []
+    for module in (plain, backend):
+        output = module.dense_block(x, layers)
+        output.register_hook(lambda g: 2 * g + 0.1)
+        (first,) = torch.autograd.grad((output**3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad((first**2).sum(), (output, x), retain_graph=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 @every_kind
 def test_channels_that_do_not_vary(dtype: torch.dtype, name: str, near: float) -> None:
     case = block((3, 4, 5, 3))

@@ -42,7 +42,8 @@ from densely.fused.kernels.reference import accumulation_dtype, three_vectors, t
 from densely.fused.operators import Operator
 from densely.fused.ownership import owners, sole_owners
 from densely.fused.packing import PackedStep, convert, pack, unpack
-from densely.fused.second_order import gradients_with_gradients, second_order_wanted
+from densely.fused.precision import without_autocast
+from densely.fused.second_order import gradients_with_gradients, plain_wanted
 from densely.fused.zero_sums import is_marked, mark
 
 
@@ -67,7 +68,7 @@ def dense_block(x: Tensor, layers: tuple[plain.Layer, ...]) -> Outcome:
     tensors, flags, numbers = pack(x, layers)
     needed = [tensor.requires_grad for tensor in (x, *tensors)]
     if torch.is_grad_enabled() and any(needed):
-        output, *kept = _DenseBlock.apply(  # type: ignore[no-untyped-call]
+        output, _, *kept = _DenseBlock.apply(  # type: ignore[no-untyped-call]
             x, flags, numbers, needed, *tensors
         )
     else:
@@ -96,8 +97,9 @@ def _update_running_statistics(
 class _DenseBlock(torch.autograd.Function):
     """The two operators below as one differentiable function.
 
-    All that is kept is saved through `save_for_backward`. The output is, so that a second
-    backward can go through it: its first channels are the input, with the input's gradient.
+    All that is kept is saved through `save_for_backward`. The block's input is kept as the first
+    channels of the output, under a name of its own among the outputs: a second backward brings the
+    gradient of the input there, and of the output to the output.
     """
 
     @staticmethod
@@ -110,39 +112,47 @@ class _DenseBlock(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         output, *kept = dense_block_forward(x, tensors, flags, numbers, True)
-        ctx.save_for_backward(output, *kept, *tensors)
+        # A compiler has no second backward, and allows no outputs that share memory.
+        channels = 0 if torch.compiler.is_compiling() else x.shape[1]
+        first = output[:, :channels].detach()
+        ctx.save_for_backward(output, first, *kept, *tensors)
         ctx.num_kept, ctx.num_inputs = len(kept), x.shape[1]
         ctx.flags, ctx.numbers, ctx.needed = flags, numbers, needed
         ctx.sole_owners = () if torch.compiler.is_compiling() else sole_owners()
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        return output, *kept
+        return output, first, *kept
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, of_first: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, *(None for _ in ctx.needed[1:])
-        output, *rest = ctx.saved_tensors
+            return of_first, None, None, None, *(None for _ in ctx.needed[1:])
+        output, first, *rest = ctx.saved_tensors
         kept, tensors = rest[: ctx.num_kept], rest[ctx.num_kept :]
-        if second_order_wanted():
-            found = _differentiable_backward(
-                grad, output[:, : ctx.num_inputs], tensors, ctx.flags, ctx.numbers, ctx.needed
-            )
-        else:
-            zero_sums = is_marked(grad)
-            run: Callable[..., list[Tensor]] = dense_block_backward
-            counted = owners(grad) if ctx.sole_owners else None
-            if counted is not None and counted in ctx.sole_owners:
-                run = partial(_backward, may_write=True)  # as an operator may not
-            found = run(
-                grad, output, kept, tensors, ctx.num_inputs, ctx.flags, ctx.numbers, ctx.needed,
-                zero_sums,
-            )  # fmt: skip
-            if ctx.needed[0] and zero_sums:
-                readers = unpack(tensors, ctx.flags, ctx.numbers)
-                if all(layer[0].training for layer in readers):
-                    mark(found[0])
+        with without_autocast(grad):
+            if plain_wanted(grad):
+                found = _differentiable_backward(
+                    grad, first, tensors, ctx.flags, ctx.numbers, ctx.needed
+                )
+            else:
+                zero_sums = is_marked(grad)
+                run: Callable[..., list[Tensor]] = dense_block_backward
+                counted = owners(grad) if ctx.sole_owners else None
+                if counted is not None and counted in ctx.sole_owners:
+                    run = partial(_backward, may_write=True)  # as an operator may not
+                found = run(
+                    grad, output, kept, tensors, ctx.num_inputs, ctx.flags, ctx.numbers,
+                    ctx.needed, zero_sums,
+                )  # fmt: skip
+                if ctx.needed[0] and zero_sums:
+                    readers = unpack(tensors, ctx.flags, ctx.numbers)
+                    if all(layer[0].training for layer in readers):
+                        mark(found[0])
         grad_x, *grad_tensors = in_places(found, ctx.needed)
+        if of_first is not None and grad_x is not None and first.numel():
+            grad_x = grad_x + of_first
         return grad_x, None, None, None, *grad_tensors
 
 

@@ -28,7 +28,8 @@ from densely.fused.kernels import chosen
 from densely.fused.kernels.operands import Affine, NormVectors, Pooling, Space
 from densely.fused.kernels.reference import three_vectors, two_vectors
 from densely.fused.operators import Operator
-from densely.fused.second_order import gradients_with_gradients, second_order_wanted
+from densely.fused.precision import without_autocast
+from densely.fused.second_order import gradients_with_gradients, plain_wanted
 from densely.fused.zero_sums import is_marked, mark
 
 
@@ -117,16 +118,19 @@ class _Reader(torch.autograd.Function):
             return None, None, None, *(None for _ in ctx.needed)
         x, mean, var, *rest = ctx.saved_tensors
         learnt, kept = rest[: len(ctx.needed) - 1], rest[len(ctx.needed) - 1 :]
-        if second_order_wanted():
-            found = _differentiable_backward(grad, x, learnt, (mean, var), ctx.setting, ctx.needed)
-        else:
-            zero_sums = is_marked(grad)
-            _, training, kind, step = ctx.setting
-            found = reader_backward(
-                grad, x, mean, kept, learnt, training, kind, step, ctx.needed, zero_sums
-            )
-            if ctx.needed[0] and training:
-                mark(found[0])
+        with without_autocast(grad):
+            if plain_wanted(grad):
+                found = _differentiable_backward(
+                    grad, x, learnt, (mean, var), ctx.setting, ctx.needed
+                )
+            else:
+                zero_sums = is_marked(grad)
+                _, training, kind, step = ctx.setting
+                found = reader_backward(
+                    grad, x, mean, kept, learnt, training, kind, step, ctx.needed, zero_sums
+                )
+                if ctx.needed[0] and training:
+                    mark(found[0])
         return None, None, None, *in_places(found, ctx.needed)
 
 

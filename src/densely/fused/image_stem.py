@@ -34,7 +34,8 @@ from densely.fused.kernels.reference import (
     two_vectors,
 )
 from densely.fused.operators import Operator
-from densely.fused.second_order import gradients_with_gradients, second_order_wanted
+from densely.fused.precision import without_autocast
+from densely.fused.second_order import gradients_with_gradients, plain_wanted
 
 
 def image_stem(
@@ -102,15 +103,16 @@ class _ImageStem(torch.autograd.Function):
         images, *rest = ctx.saved_tensors
         kept, rest = rest[: ctx.num_kept], rest[ctx.num_kept :]
         statistics, learnt = rest[: ctx.num_statistics], rest[ctx.num_statistics :]
-        if second_order_wanted():
-            found = _differentiable_backward(
-                grad, images, learnt, statistics, ctx.setting, ctx.needed
-            )
-        else:
-            _, stride, step = ctx.setting
-            found = image_stem_backward(
-                grad, images, kept, learnt, statistics, stride, step, ctx.needed
-            )
+        with without_autocast(grad):
+            if plain_wanted(grad):
+                found = _differentiable_backward(
+                    grad, images, learnt, statistics, ctx.setting, ctx.needed
+                )
+            else:
+                _, stride, step = ctx.setting
+                found = image_stem_backward(
+                    grad, images, kept, learnt, statistics, stride, step, ctx.needed
+                )
         return None, None, None, None, *in_places(found, ctx.needed)
 
 

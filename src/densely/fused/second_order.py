@@ -1,4 +1,4 @@
-"""Gradients that have gradients, for the rare call with `create_graph=True`."""
+"""Gradients by plain PyTorch: those that have gradients of their own, and many at once."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 
-def second_order_wanted() -> bool:
-    """Whether the backward that runs now is to have gradients itself: under `create_graph`."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def plain_wanted(grad: Tensor) -> bool:
+    """Whether the backward that runs now is not for kernels.
+
+    It is to have gradients itself, as under `create_graph`, or `grad` stands for a batch of
+    gradients, as under `is_grads_batched` or `torch.autograd.functional.jacobian(vectorize=True)`.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    is_batch = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or is_batch
 
 
 def gradients_with_gradients(

@@ -157,7 +157,7 @@ class Kernels:
         self, g: Tensor, act: Tensor, x: Tensor, affine: Affine
     ) -> tuple[NormGradient, Tensor]:
         """Mask g [rows, C] where relu was zero, and sum up for the norm's parameters."""
-        g = torch.where(act > 0, g, 0.0).to(affine.scale.dtype)
+        g = torch.where(act <= 0, 0.0, g).to(affine.scale.dtype)
         bias = g.sum(dim=0)
         weight = (g * (x - affine.mean)).sum(dim=0) * affine.rstd
         return NormGradient(weight, bias), g

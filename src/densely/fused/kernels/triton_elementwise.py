@@ -132,7 +132,7 @@ def form(pending: Pending, out: Tensor) -> None:
 @triton.jit
 def masked(g, x, scale, shift):
     """The gradient g where relu(x * scale + shift) is above zero, as forward has rounded that."""
-    return tl.where(normalised(x, scale, shift) > 0, g.to(tl.float32), 0.0)
+    return tl.where(normalised(x, scale, shift) <= 0, 0.0, g.to(tl.float32))
 
 
 @triton.jit

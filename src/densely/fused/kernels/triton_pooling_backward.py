@@ -267,9 +267,9 @@ def _average_sums(
                 value = tl.load(at, mask=there, other=0.0)
                 act = normalised(value, s, t).to(tl.float32)
                 total += act
-                opens = act > 0
-                opened += tl.where(opens, 1.0, 0.0)
-                centers += tl.where(opens, value.to(tl.float32) - m, 0.0)
+                shut = act <= 0  # NaN is not
+                opened += tl.where(shut, 0.0, 1.0)
+                centers += tl.where(shut, 0.0, value.to(tl.float32) - m)
         sum_g += g * opened
         sum_gx += g * centers
         if again is not None:

@@ -121,7 +121,7 @@ def masked_back(
     rows: the vectors take few registers, and sums over rows few exchanges between threads.
     """
     act = normalised(x, scale[:, None], shift[:, None])
-    back = tl.where(act > 0, back, 0.0)
+    back = tl.where(act <= 0, 0.0, back)
     result = back
     if ADD:
         result = before.to(tl.float32) + back * scale[:, None]

@@ -54,7 +54,15 @@ struct Matrix {
 };
 
 template <class T>
+constexpr ScalarType scalar_type_of = std::is_same_v<T, bfloat16>   ? ScalarType::BFloat16
+                                      : std::is_same_v<T, _Float16> ? ScalarType::Half
+                                      : std::is_same_v<T, uint8_t>  ? ScalarType::Byte
+                                                                    : ScalarType::Float;
+
+template <class T>
 inline Matrix<T> matrix(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == scalar_type_of<T>,
+                  "densely's CPU kernels were given maps of several dtypes");
   return {static_cast<T*>(t.data_ptr()), t.size(0), t.size(1), t.stride(0)};
 }
 

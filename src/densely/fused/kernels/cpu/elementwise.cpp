@@ -96,20 +96,20 @@ void norm_relu_backward(
     std::vector<NormSums> parts(chunks, NormSums(columns));
     in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
       NormSums& part = parts[chunk];
-      for (int64_t r = begin; r < end; r++) {
-        auto run = [&](auto into, auto* to) {
+      auto run = [&](auto into, auto to) {
+        for (int64_t r = begin; r < end; r++) {
           norm_relu_backward_row<into.value>(
-              grad.row(r), relu.row(r), in.row(r), vector(scale), vector(mean), direct.row(r), to,
-              part.bias.data(), part.weight.data(), columns);
-        };
-        if (!accumulate)
-          run(std::integral_constant<Into, Into::masked>(), matrix<T>(out).row(r));
-        else if (base)
-          run(std::integral_constant<Into, Into::store>(), matrix<float>(out).row(r));
-        else
-          run(std::integral_constant<Into, Into::add>(), matrix<float>(out).row(r));
-        if ((r - begin) % 64 == 63) part.flush();
-      }
+              grad.row(r), relu.row(r), in.row(r), vector(scale), vector(mean), direct.row(r),
+              to.row(r), part.bias.data(), part.weight.data(), columns);
+          if ((r - begin) % 64 == 63) part.flush();
+        }
+      };
+      if (!accumulate)
+        run(std::integral_constant<Into, Into::masked>(), matrix<T>(out));
+      else if (base)
+        run(std::integral_constant<Into, Into::store>(), matrix<float>(out));
+      else
+        run(std::integral_constant<Into, Into::add>(), matrix<float>(out));
       part.flush();
     });
     NormSums::finish(parts, vector(rstd), vector(norm_weight), vector(norm_bias));

@@ -152,7 +152,7 @@ inline void form_row(
   }
 }
 
-// Masks g by act > 0, sums it up, and stores or adds it.
+// Masks g by act <= 0 (NaN lets it through, as in PyTorch), sums it up, and stores or adds it.
 enum class Into { masked, add, store };  // g itself; total += scale g; total = base + scale g
 
 template <Into into, class T, class Out>
@@ -161,7 +161,7 @@ inline void norm_relu_backward_row(
     const float* __restrict scale, const float* __restrict mean, const T* __restrict base,
     Out* __restrict out, float* __restrict bias, float* __restrict weight, int64_t columns) {
   for (int64_t c = 0; c < columns; c++) {
-    float m = float(act[c]) > 0 ? float(g[c]) : 0.0f;
+    float m = float(act[c]) <= 0 ? 0.0f : float(g[c]);
     bias[c] += m;
     weight[c] += m * (float(x[c]) - mean[c]);
     if constexpr (into == Into::masked)

@@ -113,7 +113,7 @@ void mask_row(
     const T* __restrict x, const float* __restrict scale, const float* __restrict shift,
     float* __restrict g, int64_t columns) {
   for (int64_t c = 0; c < columns; c++)
-    g[c] = float(activate(x[c], scale[c], shift[c])) > 0 ? g[c] : 0.0f;
+    g[c] = float(activate(x[c], scale[c], shift[c])) <= 0 ? 0.0f : g[c];
 }
 
 // geometry: sizes of three axes, steps along them. `choice` [pooled rows, C] says for a maximum
