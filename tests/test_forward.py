@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -85,6 +86,43 @@ def test_on_a_cpu_it_is_the_model() -> None:
     with torch.no_grad():
         torch.testing.assert_close(outputs, model.eval()(images(3)), rtol=0, atol=0)
     assert not outputs.requires_grad
+
+
+def test_parts_keep_their_own_modes() -> None:
+    model = small_net().train()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    Forward(model, CPU)(images(3))
+    assert [module for module in model.modules() if not module.training] == [frozen]
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_outputs_are_tensors_like_others(graphs: list[Graph], records: bool) -> None:
+    forward = Forward(small_net(), CPU)
+    forward.records = records
+    for _ in range(3):
+        found = forward(images(4))
+        assert not found.is_inference()
+        found += 1
+
+
+def test_threads_get_their_own_answers(graphs: list[Graph]) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
+    forward = recording(model)
+    wrong: list[int] = []
+
+    def ask(seed: int) -> None:
+        mine = images(4, seed)
+        with torch.no_grad():
+            expected = model(mine)
+        for _ in range(500):
+            if not torch.allclose(forward(mine), expected, atol=1e-6):
+                wrong.append(seed)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(ask, range(3)))
+    assert not wrong
+    assert len(graphs) == 1
 
 
 def test_every_size_gives_the_models_outputs(graphs: list[Graph]) -> None:

@@ -176,7 +176,7 @@ def _triton_version() -> str:
 
 def _known_launches(device: torch.device) -> int:
     """Those that `densely bench --tune` has left for this GPU, in place of the rule's."""
-    if device.type != "cuda" or kernels.missing("cuda"):
+    if device.type != "cuda" or kernels.missing(device):
         return 0
     from densely.fused.kernels.triton_launches import table_of
 

@@ -5,6 +5,7 @@ Source: PyTorch's notes on CUDA semantics, "CUDA Graphs".
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from densely.fused.kernels import compiling_ahead
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: Held while a graph is recorded, and while one is replayed whose tensors threads may share.
+one_at_a_time = threading.RLock()
 
 #: Runs before the recording: kernels are compiled and chosen, libraries take their work space.
 WARM_UP = 3
@@ -49,7 +53,7 @@ def record_graph(
     graph = torch.cuda.CUDAGraph()
     random_state = torch.cuda.get_rng_state(device)
     tries_kernels = torch.backends.cudnn.benchmark
-    with torch.cuda.device(device):
+    with one_at_a_time, torch.cuda.device(device):
         here = torch.cuda.current_stream()
         aside = _recording_stream(torch.cuda.current_device())
         try:

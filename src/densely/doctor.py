@@ -33,7 +33,7 @@ def diagnosis(device: str = "auto") -> dict[str, object]:
 
 
 def _block_code(device: torch.device) -> str:
-    why = missing(device.type)
+    why = missing(device)
     if why:
         return f"plain PyTorch kernels: {why}"
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from densely.cuda_graphs import compile_kernels_of, record_graph
+from densely.cuda_graphs import compile_kernels_of, one_at_a_time, record_graph
 from densely.errors import first_line
 from densely.runtime import Runtime
 
@@ -62,8 +62,11 @@ class Forward:
         The mode of the model is put back.
         """
         with self._in_mode():
-            recorded = self._recorded(inputs) if self.records else None
-            return _replay(recorded, inputs) if recorded else self._launch(inputs).float()
+            if not self.records:
+                return _own(self._launch(inputs))
+            with one_at_a_time:  # threads share what a graph reads and writes
+                recorded = self._recorded(inputs)
+                return _replay(recorded, inputs) if recorded else _own(self._launch(inputs))
 
     def filled(self, count: int) -> int:
         """The size of the batch that so many images recur in."""
@@ -72,18 +75,20 @@ class Forward:
     def launched(self, inputs: Tensor) -> Tensor:
         """The same, kernel after kernel; it does not count as a batch of its size."""
         with self._in_mode():
-            return self._launch(inputs).float()
+            return _own(self._launch(inputs))
 
     @contextmanager
     def _in_mode(self) -> Iterator[None]:
-        was_training = self.model.training
-        if was_training != self.training:
-            self.model.train(self.training)
+        if self.model.training == self.training:
+            yield
+            return
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.train(self.training)
         try:
             yield
         finally:
-            if was_training != self.training:
-                self.model.train(was_training)
+            for module, training in modes:
+                module.training = training
 
     def _recorded(self, inputs: Tensor) -> _Recorded | None:
         """The graph for such batches; None for the first of them, and where none can be."""
@@ -124,8 +129,12 @@ def _replay(recorded: _Recorded, inputs: Tensor) -> Tensor:
     count = len(inputs)
     recorded.inputs[:count].copy_(inputs)
     recorded.graph.replay()
-    # A copy: the next replay writes to the same place.
-    return recorded.outputs[:count].to(torch.float32, copy=True)
+    return _own(recorded.outputs[:count])
+
+
+def _own(outputs: Tensor) -> Tensor:
+    """A copy in float32, which no replay writes over, and which is free of inference mode."""
+    return outputs.to(torch.float32, copy=True)
 
 
 def _mixes_images(model: nn.Module) -> bool:

@@ -51,6 +51,13 @@ def test_the_way_of_gpus_to_resize_is_the_same(
     assert found.equal(expected)
 
 
+def test_the_way_of_gpus_is_the_same_within_autocast() -> None:
+    images = random_images(5, 3, 40, 31)
+    expected = _resize_by_products(images, (16, 16), "bilinear")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _resize_by_products(images, (16, 16), "bilinear").equal(expected)
+
+
 @pytest.mark.parametrize("size", [28, 96])
 def test_resize_of_the_chapter_is_pillows_bit_for_bit(size: int) -> None:
     images = random_images(50, 1, 28, 28)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,14 @@ def test_two_runs_give_the_same_bits() -> None:
 # How kernels are chosen.
 
 
+@pytest.fixture
+def trials() -> Iterator[None]:
+    """GPUs are tried anew, and what is found of them is forgotten."""
+    kernels._triton.cache_clear()
+    yield
+    kernels._triton.cache_clear()
+
+
 def test_triton_is_one_of_the_sets_here() -> None:
     assert kernels.available()[-1] == "triton"
     assert kernels.missing("cuda") is None
@@ -275,7 +283,7 @@ def test_without_triton_gpus_run_plain_pytorch(monkeypatch: pytest.MonkeyPatch) 
         device = torch.device("cuda")
 
     monkeypatch.setattr(kernels, "_HAS_TRITON", False)
-    monkeypatch.setattr(kernels, "_triton", lambda: "not there")
+    monkeypatch.setattr(kernels, "_triton", lambda gpu: "not there")
     assert kernels.missing("cuda") == "Triton is not installed"
     assert "triton" not in kernels.available()
     assert type(kernels.chosen(OnGpu())) is Kernels  # type: ignore[arg-type]
@@ -292,6 +300,7 @@ def test_without_triton_gpus_run_plain_pytorch(monkeypatch: pytest.MonkeyPatch) 
 def test_a_gpu_that_cannot_run_the_kernels_runs_plain_pytorch(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    trials: None,
     capability: tuple[int, int],
     error: Exception | None,
     reason: str,
@@ -300,31 +309,47 @@ def test_a_gpu_that_cannot_run_the_kernels_runs_plain_pytorch(
         assert error is not None, "was tried"
         raise error
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability if i else (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old One")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
     monkeypatch.setattr(triton_kernels.TritonKernels, "affine", fails)
-    found = kernels._triton.__wrapped__()
-    assert isinstance(found, str)
+    found = kernels.missing("cuda:1")
+    assert found is not None
     assert reason in found
     assert "\n" not in found
     assert found in caplog.text
-    monkeypatch.setattr(kernels, "_triton", lambda: found)
-    assert kernels.missing("cuda") == found
+    monkeypatch.setattr(triton_kernels.TritonKernels, "affine", lambda *_: None)
+    assert kernels.missing("cuda:1") == found  # asked once
+    assert kernels.missing("cuda:0") is None  # each by itself
 
 
-def test_the_trial_runs_among_tensors_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_full_is_asked_again(monkeypatch: pytest.MonkeyPatch, trials: None) -> None:
+    asked: list[torch.device] = []
+
+    def ones(_: int, *, device: torch.device) -> Tensor:
+        asked.append(device)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return torch.full((8,), 1.0, device=DEVICE)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "ones", ones)
+    assert "out of memory" in str(kernels.missing("cuda:1"))
+    assert kernels.missing("cuda:1") is None
+    assert asked == [torch.device("cuda:1")] * 2
+
+
+def test_the_trial_runs_among_tensors_without_memory(
+    monkeypatch: pytest.MonkeyPatch, trials: None
+) -> None:
     """A compiler's stand-ins ask for the kernels first; what they find stays for the process."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "ones", lambda n, **_: torch.full((n,), 1.0, device=DEVICE))
     with FakeTensorMode():
-        assert isinstance(kernels._triton.__wrapped__(), triton_kernels.TritonKernels)
+        assert kernels.missing("cuda:0") is None
 
 
 def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:

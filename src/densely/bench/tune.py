@@ -142,7 +142,7 @@ def run_tune(config: BenchConfig) -> Path:
     runtime = choose_runtime(config.device)
     if runtime.device.type != "cuda":
         raise ConfigError(f"--tune: it is for GPUs, and this would run on {runtime.device.type}")
-    if why := missing("cuda"):
+    if why := missing(runtime.device):
         raise ConfigError(f"--tune: the Triton kernels do not run here: {why}")
 
     from triton.testing import do_bench

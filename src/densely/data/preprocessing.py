@@ -47,8 +47,9 @@ def _resize_by_products(
         _weights(old, new, interpolation, images.device)
         for old, new in zip(images.shape[-2:], sides, strict=True)
     )
-    wide = _to_whole(images.float() @ horizontal.T)
-    return _to_whole(vertical @ wide).to(torch.uint8)
+    with torch.autocast(images.device.type, enabled=False):  # a user's own may be on
+        wide = _to_whole(images.float() @ horizontal.T)
+        return _to_whole(vertical @ wide).to(torch.uint8)
 
 
 def _to_whole(pixels: Tensor) -> Tensor:

@@ -101,8 +101,8 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]
             return "runs under a transform of torch.func"
         if forward_ad._current_level >= 0:
             return "runs under forward-mode differentiation"
-    device = x.device.type
-    if device != "cpu" and (device != "cuda" or missing(device)):
+    device = x.device
+    if device.type != "cpu" and (device.type != "cuda" or missing(device)):
         return f"runs on {x.device.type}, for which there are no kernels yet"
     if x.layout != torch.strided or x.dtype not in _DTYPES or x.numel() == 0:
         return f"reads {x.dtype} of shape {list(x.shape)}"

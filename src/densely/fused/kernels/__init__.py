@@ -37,7 +37,7 @@ def chosen(x: Tensor) -> Kernels:
     """The set for steps on x."""
     if _forced:
         return _forced[-1]
-    found = _of_device(x.device.type)
+    found = _of_device(x.device)
     return _REFERENCE if isinstance(found, str) else found
 
 
@@ -49,23 +49,24 @@ def makes_image_stem(images: Tensor, dtype: torch.dtype, weight: Tensor) -> bool
     make it again took longer on an H100 than to read it. Code being compiled may ask, as it may ask
     what is `missing`.
     """
-    triton = images.device.type == "cuda" and missing("cuda") is None
+    triton = images.device.type == "cuda" and missing(images.device) is None
     if _forced:
         triton = _forced[-1].name == "triton"
     planar = weight.dim() == 4
     return triton and planar and dtype.itemsize == 2 and filled_taps(weight) <= _MOST_TAPS
 
 
-def missing(device_type: str = "cpu") -> str | None:
-    """Why a kind of device, "cpu" or "cuda", has no kernels of its own here; None if it has.
+def missing(device: str | torch.device = "cpu") -> str | None:
+    """Why a device, such as "cpu" or "cuda:1", has no kernels of its own here; None if it has.
 
     Code being compiled may ask; it does not go into Triton then.
     """
-    if device_type == "cuda" and not _HAS_TRITON:
+    device = torch.device(device)
+    if device.type == "cuda" and not _HAS_TRITON:
         return "Triton is not installed"
-    if device_type == "cuda" and torch.compiler.is_compiling():
+    if device.type == "cuda" and torch.compiler.is_compiling():
         return None
-    found = _of_device(device_type)
+    found = _of_device(device)
     return found if isinstance(found, str) else None
 
 
@@ -102,15 +103,23 @@ def _sets() -> dict[str, Kernels]:
     """Triton's interpreter runs the kernels for GPUs on a machine without one, for tests."""
     found: list[Kernels | str] = [_REFERENCE, _cpu()]
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        found.append(_triton())
+        found.append(_of_device(torch.device("cuda")))
     return {kernels.name: kernels for kernels in found if isinstance(kernels, Kernels)}
 
 
-def _of_device(device_type: str) -> Kernels | str:
+def _of_device(device: torch.device) -> Kernels | str:
     """The device's own kernels, or why there are none."""
-    if device_type == "cpu":
+    if device.type == "cpu":
         return _cpu()
-    return _triton() if device_type == "cuda" else f"there are none for {device_type}"
+    if device.type != "cuda":
+        return f"there are none for {device.type}"
+    gpu = device.index
+    if gpu is None and torch.cuda.is_available():
+        gpu = torch.cuda.current_device()
+    try:
+        return _triton(gpu)
+    except torch.OutOfMemoryError as error:  # which says nothing of what the GPU can do
+        return first_line(error)
 
 
 @functools.cache
@@ -123,13 +132,20 @@ def _cpu() -> Kernels | str:
 
 
 @functools.cache
-def _triton() -> Kernels | str:
+def _triton(gpu: int | None) -> Kernels | str:
+    """The kernels for a GPU of this number; None for those that Triton's interpreter runs.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU is too full for a trial.
+    """
     try:
         from densely.fused.kernels.triton_kernels import TritonKernels
 
         kernels = TritonKernels()
-        if torch.cuda.is_available():
-            _try(kernels)
+        if gpu is not None:
+            _try(kernels, gpu)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # as of a compiler that Triton does not find
         reason = first_line(error)
         _log.warning("DenseNets run on GPUs as plain PyTorch, slower than they could: %s", reason)
@@ -137,18 +153,16 @@ def _triton() -> Kernels | str:
     return kernels
 
 
-def _try(kernels: Kernels) -> None:
+def _try(kernels: Kernels, gpu: int) -> None:
     """Run the smallest kernel once: a machine may have Triton and not what it needs."""
-    devices = range(torch.cuda.device_count())
-    oldest = min(devices, key=torch.cuda.get_device_capability)
-    capability = torch.cuda.get_device_capability(oldest)
-    if capability < (8, 0):
+    major, minor = torch.cuda.get_device_capability(gpu)
+    if major < 8:
         raise ConfigError(
-            f"{torch.cuda.get_device_name(oldest)} has compute capability "
-            f"{capability[0]}.{capability[1]}; the Triton kernels need 8.0 (Ampere) or later"
+            f"{torch.cuda.get_device_name(gpu)} has compute capability {major}.{minor}; "
+            "the Triton kernels need 8.0 (Ampere) or later"
         )
     # A compiler asks for the kernels among tensors that have no memory: here it has to be there.
     with _disable_current_modes():
         if not torch.cuda.is_current_stream_capturing():
-            ones = torch.ones(8, device="cuda")
+            ones = torch.ones(8, device=torch.device("cuda", gpu))
             kernels.affine(NormVectors(ones, ones, ones, ones, 1e-5, True))
