@@ -44,14 +44,26 @@ def test_equal_in_float64(case: foreign.Case, train: bool) -> None:
     assert_all_ran(accelerated, times=2)
 
 
+CHANNELS_LAST = {
+    3: torch.preserve_format,
+    4: torch.channels_last,
+    5: torch.channels_last_3d,
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", foreign.CASES.values(), ids=foreign.CASES)
-def test_equal_masks_of_dropout_under_the_same_seed(case: foreign.Case) -> None:
-    original, accelerated = pair(case.make(0.3))
-    x = foreign.images(case.shape)
-    kept = foreign.step(original, x)
-    foreign.assert_same(foreign.step(accelerated, x), kept)
-    assert_all_ran(accelerated, times=1)
-    assert not torch.equal(kept.output, foreign.step(original, x, train=False).output)
+def test_equal_masks_of_dropout_under_the_same_seed(
+    case: foreign.Case, channels_last: bool
+) -> None:
+    layout = CHANNELS_LAST[len(case.shape)] if channels_last else torch.preserve_format
+    original, accelerated = (net.to(memory_format=layout) for net in pair(case.make(0.3)))
+    x = foreign.images(case.shape).to(memory_format=layout)
+    kept, whole = (foreign.step(original, x, train=train) for train in (True, False))
+    foreign.assert_same(foreign.step(accelerated, x, train=True), kept)
+    foreign.assert_same(foreign.step(accelerated, x, train=False), whole)
+    assert_all_ran(accelerated, times=2)
+    assert not torch.equal(kept.output, whole.output)
 
 
 def distances(

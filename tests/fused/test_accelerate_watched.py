@@ -145,6 +145,17 @@ def test_hooks_that_change_something_change_it(name: str, kind: str) -> None:
     assert_only_this_is_plain(accelerated, unit_of(accelerated, name))
 
 
+def test_a_hook_that_changes_a_blocks_output_in_place_changes_what_follows() -> None:
+    original, accelerated = pair()
+    outputs = []
+    for net in (original, accelerated):
+        net.features.denseblock1.register_forward_hook(lambda _, args, out: out.mul_(3).add_(1))
+        with torch.no_grad():
+            outputs.append(net(foreign.images(SHAPE)))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-10)
+    assert_only_this_is_plain(accelerated, None)
+
+
 def test_densely_runs_again_when_the_hook_has_gone() -> None:
     net = foreign.torchvision()
     handle = net.features.denseblock1.denselayer1.relu1.register_forward_hook(lambda *_: None)
@@ -247,6 +258,11 @@ def synchronized(net: nn.Module) -> None:
     assert block is net.features.denseblock1
 
 
+def shared_norm(net: nn.Module) -> None:
+    layers = net.features.denseblock1
+    layers.denselayer2.norm2 = layers.denselayer1.norm2
+
+
 def compiled(net: nn.Module) -> None:
     net.features.denseblock1.denselayer1.conv1.compile(backend="eager")
 
@@ -259,6 +275,7 @@ def compiled(net: nn.Module) -> None:
         (parametrized, "denselayer1.conv1 is of type ParametrizedConv2d"),
         (pruned, "denselayer1.conv1 has hooks"),
         (synchronized, "denselayer1.norm1 is of type SyncBatchNorm"),
+        (shared_norm, "uses a norm twice"),
         (compiled, "denselayer1.conv1 is compiled on its own"),
     ],
 )

@@ -83,19 +83,24 @@ def test_within_another_net_a_net_learns_at_its_own_end() -> None:
     assert outer.num_batches_tracked == 1
 
 
-def test_a_net_has_learnt_when_it_returns_and_also_where_it_raises() -> None:
-    def net(fused: bool) -> nn.Module:
-        torch.manual_seed(0)
-        return build_model("d2l", block_config=(1, 1), in_channels=1, fused=fused).train()
+def net(fused: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("d2l", block_config=(1, 1), in_channels=1, fused=fused).train()
 
+
+def assert_learnt_the_same(ours: nn.Module, theirs: nn.Module) -> None:
+    expected = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        assert torch.allclose(value, expected[name], atol=1e-5), name
+
+
+def test_a_net_has_learnt_when_it_returns_and_also_where_it_raises() -> None:
     ours, theirs, x = net(True), net(False), torch.rand(4, 1, 32, 32)
     before = backend.fused_calls.total()
     ours(x)
     theirs(x)
     assert backend.fused_calls.total() > before
-    expected = theirs.state_dict()
-    for name, value in ours.state_dict().items():
-        assert torch.allclose(value, expected[name], atol=1e-5), name
+    assert_learnt_the_same(ours, theirs)
 
     def stop(*_: object) -> None:
         raise StopIteration
@@ -105,3 +110,12 @@ def test_a_net_has_learnt_when_it_returns_and_also_where_it_raises() -> None:
         ours(x)
     assert ours.features.norm0.num_batches_tracked == 2  # type: ignore[union-attr]
     assert ours.features[-1].num_batches_tracked == 1  # type: ignore[index]
+
+
+def test_a_block_that_runs_by_itself_after_a_net_learns_at_once() -> None:
+    ours, theirs = net(True), net(False)
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        model(torch.rand(4, 1, 32, 32))
+        model.features.denseblock1(torch.rand(4, 64, 8, 8))  # type: ignore[union-attr,operator]
+    assert_learnt_the_same(ours, theirs)

@@ -12,14 +12,20 @@ TRAIN, EVAL = NormCase(), NormCase("eval")
 
 
 class Net:
-    """Block - transition - block - final norm, with biases, in float64."""
+    """Block - transition - block - final norm, with biases, in float64.
 
-    def __init__(self, last: NormCase = TRAIN) -> None:
+    `second` is the norm of the second block's last layer, `last` the final one.
+    """
+
+    def __init__(self, last: NormCase = TRAIN, second: NormCase = TRAIN) -> None:
         make = Maker(3)
         self.x = make.normal(3, 4, 6, 6).requires_grad_()
-        step = StepCase(3, 3, bias=True)
         self.blocks = [
-            tuple((make.step(step, channels + 3 * i, 2),) for i in range(2)) for channels in (4, 5)
+            tuple(
+                (make.step(StepCase(3, 3, norm, bias=True), channels + 3 * i, 2),)
+                for i, norm in enumerate((TRAIN, of_last_layer))
+            )
+            for channels, of_last_layer in ((4, TRAIN), (5, second))
         ]
         self.norms = [make.norm(TRAIN, 10), make.norm(last, 11)]
         self.conv = make.conv(5, 10, (1, 1), True, 1)
@@ -54,12 +60,15 @@ def test_nothing_is_added_up_where_all_goes_through_norms_of_the_batch() -> None
     assert torch.allclose(to_x, expected_to_x, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("last", "second"), [(EVAL, 0.0), (TRAIN, 0.5), (EVAL, 0.5)])
+@pytest.mark.parametrize(
+    ("last", "second", "reader"),
+    [(EVAL, TRAIN, 0.0), (TRAIN, TRAIN, 0.5), (EVAL, TRAIN, 0.5), (TRAIN, EVAL, 0.0)],
+)
 def test_biases_have_their_gradients_where_something_else_reads(
-    last: NormCase, second: float
+    last: NormCase, second: NormCase, reader: float
 ) -> None:
-    net = Net(last)
-    found, expected = net.gradients(backend, second), net.gradients(plain, second)
+    net = Net(last, second)
+    found, expected = net.gradients(backend, reader), net.gradients(plain, reader)
     assert any(grad.abs().max() > 1e-3 for grad in expected[:-1])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-11)

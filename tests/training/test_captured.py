@@ -38,8 +38,8 @@ def batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def sgd(model: nn.Module, **settings: float | bool) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, **settings)
+def sgd(model: nn.Module, lr: float = 0.1, **settings: float | bool) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, **settings)
 
 
 def run(step: TrainingStep, sizes: tuple[int, ...] = (8, 8, 8, 3, 8)) -> list[Tensor]:
@@ -164,9 +164,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
     monkeypatch.setattr(captured, "compile_kernels_of", lambda work: work())
 
     def make(
-        model: nn.Module, *sizes: int, beside: tuple[Callable[[], object], ...] = ()
+        model: nn.Module,
+        *sizes: int,
+        beside: tuple[Callable[[], object], ...] = (),
+        lr: float = 0.1,
     ) -> captured._CapturedStep:
-        optimizer = sgd(model)
+        optimizer = sgd(model, lr)
         pools = set()
 
         def record(
@@ -191,12 +194,20 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., captured._Capture
     return make
 
 
-@pytest.mark.parametrize("other_sizes", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(
+    ("other_sizes", "rate", "frozen"),
+    [((), 0.1, False), ((3,), RATES[0], False), ((2, 3), 0.1, True)],
+)
 def test_a_recorded_step_takes_new_images_labels_and_rates(
-    other_sizes: tuple[int, ...], recorded: Callable[..., captured._CapturedStep]
+    other_sizes: tuple[int, ...],
+    rate: float,
+    frozen: bool,
+    recorded: Callable[..., captured._CapturedStep],
 ) -> None:
     model, other = CPU.place(small_net()), CPU.place(small_net())
-    step = recorded(model, *other_sizes)
+    for net in (model, other):
+        net.features[0].requires_grad_(not frozen)  # type: ignore[index]
+    step = recorded(model, *other_sizes, lr=rate)
     for mine, expected in zip(run(step), plain_loop(other, sgd(other)), strict=True):
         torch.testing.assert_close(mine, expected)
     assert sorted(step._graphs) == sorted((8, *other_sizes))
@@ -206,9 +217,50 @@ def test_batches_of_sizes_that_were_told_are_replayed(
     recorded: Callable[..., captured._CapturedStep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = recorded(CPU.place(small_net()), 3)
-    replayed = [size for size in (8, 3) if not _launches(step, size, monkeypatch)]
+    replayed = [size for size in (8, 3) if not _launches(step, batch(size, 1), monkeypatch)]
     assert replayed == [8, 3]
-    assert _launches(step, 5, monkeypatch)
+    assert _launches(step, batch(5, 1), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images, labels: (images[..., :1], labels),
+        lambda images, labels: (images.double(), labels),
+        lambda images, labels: (images, labels[:1]),
+        lambda images, labels: (images, labels.int()),
+    ],
+    ids=["shape of images", "dtype of images", "shape of labels", "dtype of labels"],
+)
+def test_batches_of_another_shape_or_dtype_are_not_pressed_into_the_graph(
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    recorded: Callable[..., captured._CapturedStep],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = recorded(CPU.place(small_net()))
+    assert _launches(step, change(*batch(8, 1)), monkeypatch)
+
+
+@pytest.mark.parametrize("failing", [2, 5], ids=["warmed up", "recorded"])
+def test_a_size_whose_graph_cannot_be_made_is_launched(
+    failing: int,
+    recorded: Callable[..., captured._CapturedStep],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, runs = CPU.place(small_net()), list[int]()
+
+    def fail(_: nn.Module, given: tuple[Tensor]) -> None:
+        if len(given[0]) == 3:
+            runs.append(3)
+            if len(runs) == failing:
+                raise torch.OutOfMemoryError("no room")
+
+    model.register_forward_pre_hook(fail)
+    step = recorded(model, 3)
+    assert caplog.messages == ["batches of 3 train without a CUDA graph: no room"]
+    launched = [size for size in (8, 3) if _launches(step, batch(size, 1), monkeypatch)]
+    assert launched == [3]
 
 
 class Stream:
@@ -240,6 +292,33 @@ def test_a_batch_is_made_beside_the_step_before(
     assert said == (copied if runs == "replay" else ["launched", copied[0]])
 
 
+def test_sums_are_made_beside_backward_and_after_the_loss(
+    recorded: Callable[..., captured._CapturedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        said.append("loss")
+        return F.cross_entropy(logits, labels)
+
+    step, said = recorded(CPU.place(small_net())), list[str]()
+    step.loss = loss
+    step._counting = Stream("counting", said)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("the step", said))
+    monkeypatch.setattr(TrainingStep, "_count", lambda *_: said.append("sums"))
+    step._one_run(8)
+    waits = "counting waits for the step"
+    assert said == [waits, "loss", waits, "sums", "the step waits for counting"]
+
+
+def test_the_first_batch_is_made_after_all_that_was_run_for_the_capture(
+    recorded: Callable[..., captured._CapturedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, names = list[str](), iter(("one", "other"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(next(names), said))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("the step", said))
+    step = recorded(CPU.place(small_net()))
+    assert said[-1] == f"{step._preparing.name} waits for the step"  # type: ignore[attr-defined]
+
+
 def test_streams_come_together_after_an_error(
     recorded: Callable[..., captured._CapturedStep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,12 +334,14 @@ def test_streams_come_together_after_an_error(
     assert said == ["counting waits for the step", "the step waits for counting"]
 
 
-def _launches(step: captured._CapturedStep, size: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether a batch of this size runs kernel after kernel."""
-    called: list[int] = []
+def _launches(
+    step: captured._CapturedStep, given: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """Whether this batch runs kernel after kernel."""
+    called: list[Tensor] = []
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", lambda self, images, labels: called.append(size))
-        step(*batch(size, seed=1))
+        patch.setattr(TrainingStep, "__call__", lambda self, images, labels: called.append(images))
+        step(*given)
     return bool(called)
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: whole at any moment, and every kind of damage named."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from densely.data import Preprocessing
 from densely.errors import RunError
+from densely.training import checkpoint
 from densely.training.checkpoint import (
     ModelInfo,
     Progress,
@@ -87,13 +90,51 @@ def test_a_process_that_died_while_writing_left_the_old_one(saved: Path) -> None
     assert load_model(saved)[0].num_classes == 10
 
 
-def test_saving_after_such_a_death_loses_nothing(saved: Path) -> None:
-    model, info = load_model(saved)
+def save(folder: Path, epoch: int) -> None:
+    model, info = load_model(folder)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    save_checkpoint(folder, model, info, optimizer, Progress({}, "abc", epoch=epoch))
+
+
+def test_saving_after_such_a_death_loses_nothing(saved: Path) -> None:
     saved.rename(saved.with_name("last.new"))  # died after the old one had moved to last.old
-    save_checkpoint(saved, model, info, optimizer, Progress({}, "abc", epoch=9))
+    save(saved, epoch=9)
     assert load_state(saved).epoch == 9
     assert [path.name for path in saved.parent.iterdir()] == ["last"]
+
+
+def die_between_the_swaps(folder: Path, epoch: int) -> None:
+    """Save, until the old checkpoint has given way and the new one has not taken its place."""
+    swap = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if target == folder:
+            raise SystemExit
+        swap(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(SystemExit):
+            save(folder, epoch)
+
+
+def test_of_two_that_a_death_left_whole_the_newer_is_found(saved: Path) -> None:
+    die_between_the_swaps(saved, epoch=9)
+    assert sorted(path.name for path in saved.parent.glob("last*")) == ["last.new", "last.old"]
+    assert load_state(saved).epoch == 9
+
+
+def test_a_disk_that_is_full_after_such_a_death_loses_nothing(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    die_between_the_swaps(saved, epoch=9)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save(saved, epoch=10)
+    assert load_state(saved).epoch == 9
 
 
 def test_the_old_one_is_found_where_only_it_is_whole(saved: Path) -> None:
