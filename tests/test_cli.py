@@ -166,7 +166,9 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(
     flags = ["--lr", "0.02", "--config", tmp_path / "mine.yaml", "--no-normalize"]
     code, out, _ = run(capsys, "train", *flags, "--json")
     assert code == 0
-    config = json.loads(out.splitlines()[0])["config"]
+    events = [json.loads(line) for line in out.splitlines()]
+    assert {"event": "note", "text": "reading digits ..."} in events
+    (config,) = (event["config"] for event in events if event["event"] == "start")
     assert (config["lr"], config["epochs"], config["batch_size"]) == (0.02, 1, 64)
     assert config["normalize"] is False
 

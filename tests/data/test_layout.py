@@ -7,7 +7,7 @@ import pytest
 from folder_cases import save, save_classes, shades
 
 from densely.data.folder import load_folder, load_labelled
-from densely.data.layout import has_splits
+from densely.data.layout import has_splits, images_below
 from densely.errors import DataError
 
 
@@ -140,6 +140,29 @@ def test_images_of_no_class_are_noted(tmp_path: Path, part: str) -> None:
 def test_images_without_class_folders_are_told_of(tmp_path: Path) -> None:
     save(tmp_path / "x.png")
     assert_refused(tmp_path, "no class folders with images", "1 image left out: in ")
+
+
+@pytest.mark.parametrize("target", [".", "..", "../b", "deep"])
+def test_a_link_to_what_is_read_anyway_is_not_followed(tmp_path: Path, target: str) -> None:
+    save_classes(tmp_path, each=5)
+    save(tmp_path / "a" / "deep" / "x.png", shade=99)
+    (tmp_path / "a" / "before").symlink_to(target)
+    splits = load_folder(tmp_path, None, 0)
+    found = [*shades(splits.train), *shades(splits.test)]
+    assert sorted(found) == [*range(10), 99]
+    assert splits.notes == ("1 link left out: to folders that are read anyway",)
+    assert len(images_below(tmp_path)) == 11
+
+
+def test_links_to_other_folders_are_followed(tmp_path: Path) -> None:
+    save_classes(tmp_path / "data", "b", each=5)
+    save_classes(tmp_path / "elsewhere", "a", each=5)
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere" / "a")
+    save(tmp_path / "more" / "x.png", shade=99)
+    (tmp_path / "data" / "b" / "more").symlink_to(tmp_path / "more")
+    splits = load_folder(tmp_path / "data", None, 0)
+    assert len(splits.train) + len(splits.test) == 11
+    assert splits.notes == ()
 
 
 def test_folders_beside_the_splits_are_noted(tmp_path: Path) -> None:

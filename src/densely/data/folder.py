@@ -5,9 +5,9 @@ is set aside for testing.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -21,6 +21,9 @@ from densely.errors import DataError
 TEST_SHARE = 0.2
 #: Side that images are scaled to where the user names none and they are larger or differ in size.
 DEFAULT_SIZE = 96
+MOST_NAMED = 5  # of images that cannot be read
+
+R = TypeVar("R")
 
 
 def load_folder(
@@ -147,7 +150,7 @@ class _Reader:
         if channels is None and image_size is not None and not _header(paths[0])[1]:
             channels = 3  # one image of colour decides, and most often the first one does
         if channels is None or image_size is None:
-            headers = spread(lambda i: _header(paths[i]), len(paths))
+            headers = _of_all(lambda i: _header(paths[i]), len(paths))
         if channels is None:
             channels = 1 if all(grey for _, grey in headers) else 3
         if image_size is None:
@@ -182,9 +185,33 @@ class _Reader:
             _, height, width = pixels.shape
             return _Origin((width, height), int(pixels.max()) if deep else None)
 
-        origins = spread(fill, len(paths))
+        origins = _of_all(fill, len(paths))
         names = tuple(path.relative_to(folder).as_posix() for path in paths)
         return ImageSet(images, torch.tensor(labels, dtype=torch.int64), classes, names), origins
+
+
+def _of_all(read: Callable[[int], R], count: int) -> list[R]:
+    """Return [read(0), ..., read(count - 1)], called side by side.
+
+    Raises:
+        DataError: of those that failed; the first few are named.
+    """
+
+    def attempt(i: int) -> R | DataError:
+        try:
+            return read(i)
+        except DataError as error:
+            return error
+
+    results = spread(attempt, count)
+    errors = [result for result in results if isinstance(result, DataError)]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        named = "; ".join(map(str, errors[:MOST_NAMED]))
+        more = f"; and {len(errors) - MOST_NAMED:,} more" if len(errors) > MOST_NAMED else ""
+        raise DataError(f"{len(errors):,} images cannot be read: {named}{more}")
+    return [result for result in results if not isinstance(result, DataError)]
 
 
 def _header(path: Path) -> tuple[tuple[int, int], bool]:

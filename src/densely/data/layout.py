@@ -14,6 +14,7 @@ from pathlib import Path
 
 from densely.data.images import SUFFIXES
 from densely.errors import DataError
+from densely.words import counted
 
 EXPECTED = "expected FOLDER/train/CLASS/*.png with test/, or FOLDER/CLASS/*.png"
 
@@ -37,12 +38,14 @@ class Part:
         files: the image files of each class, in a fixed order.
         left_out: numbers of files that look like none of these, by the ending of their names.
         beside: number of image files beside the classes' folders, which belong to no class.
+        again: number of links to folders that are read anyway.
     """
 
     path: Path
     files: dict[str, list[Path]]
     left_out: Counter[str]
     beside: int = 0
+    again: int = 0
 
     @property
     def images(self) -> list[Path]:
@@ -90,11 +93,10 @@ def list_part(path: Path) -> Part:
     """List the image files below each class's folder."""
     entries = sorted(entry for entry in path.iterdir() if not _is_hidden(entry.name))
     beside = sum(entry.name.lower().endswith(SUFFIXES) and entry.is_file() for entry in entries)
-    part = Part(path, {}, Counter(), beside)
-    for entry in entries:
-        if entry.is_dir():
-            part.files[entry.name] = sorted(_image_files(entry, part.left_out))
-    return part
+    folders = [entry for entry in entries if entry.is_dir()]
+    walk = _Walk([path, *folders])
+    files = {folder.name: sorted(walk.image_files(folder)) for folder in folders}
+    return Part(path, files, walk.left_out, beside, walk.again)
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -103,10 +105,10 @@ def images_below(folder: Path) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    left_out: Counter[str] = Counter()
-    images = sorted(_image_files(folder, left_out))
+    walk = _Walk([folder])
+    images = sorted(walk.image_files(folder))
     if not images:
-        raise Part(folder, {}, left_out).error(f"no images in it ({', '.join(SUFFIXES)})")
+        raise Part(folder, {}, walk.left_out).error(f"no images in it ({', '.join(SUFFIXES)})")
     return images
 
 
@@ -114,17 +116,19 @@ def left_out_notes(parts: Iterable[Part]) -> tuple[str, ...]:
     """What was left out of these: images of no class, and one note on all other files."""
     parts = list(parts)
     notes = [
-        f"{_counted(part.beside, 'image')} left out: in {part.path.name}/, and in no class's folder"
+        f"{counted(part.beside, 'image')} left out: in {part.path.name}/, and in no class's folder"
         for part in parts
         if part.beside
     ]
+    if again := sum(part.again for part in parts):
+        notes.append(f"{counted(again, 'link')} left out: to folders that are read anyway")
     endings = sum((part.left_out for part in parts), Counter())
     if endings:
         by_number = sorted(endings, key=lambda ending: (-endings[ending], ending))
         listed = [ending or "without ending" for ending in by_number[:_MOST_ENDINGS]]
         if len(endings) > _MOST_ENDINGS:
             listed.append("...")
-        files = _counted(endings.total(), "file")
+        files = counted(endings.total(), "file")
         notes.append(f"{files} left out: {', '.join(listed)} (PNG, JPEG, BMP and WebP are read)")
     return tuple(notes)
 
@@ -147,10 +151,6 @@ def _any(folder: Path) -> bool:
     return any(name.lower().endswith(SUFFIXES) and not name.startswith(".") for name in names)
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def _folders_of(folder: Path, split: str) -> list[Path]:
     """Folders that are called as a split is."""
     named = (path for path in folder.iterdir() if path.name.lower() in _SPLITS[split])
@@ -161,25 +161,51 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"  # which archives made on a Mac leave
 
 
-def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """Images at any depth; other files are counted in `left_out`."""
+class _Walk:
+    """Looks for images at any depth, in no folder twice: a link may lead back to where it lies.
 
-    def fail(error: OSError) -> None:
-        raise error  # a folder that cannot be read must not be left out without a word
+    Args:
+        tops: folders that will be looked into, and others that nothing is wanted from.
 
-    images = []
-    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        for name in names:
-            if name.startswith("."):
-                continue
-            lower = name.lower()
-            if lower.endswith(SUFFIXES):
-                images.append(Path(top, name))
-            elif (
-                not lower.endswith(_CARRIED_SUFFIXES)
-                and lower not in _CARRIED_NAMES
-                and os.path.isfile(os.path.join(top, name))
-            ):
-                left_out[Path(lower).suffix] += 1
-    return images
+    Attributes:
+        left_out: numbers of other files, by the ending of their names.
+        again: number of links that were not followed, since their folder is walked anyway.
+    """
+
+    def __init__(self, tops: Iterable[Path]) -> None:
+        self.left_out: Counter[str] = Counter()
+        self.again = 0
+        self._walked = {os.path.realpath(top) for top in tops}
+
+    def image_files(self, folder: Path) -> list[Path]:
+        """Images below one of the folders."""
+
+        def fail(error: OSError) -> None:
+            raise error  # a folder that cannot be read must not be left out without a word
+
+        images = []
+        for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+            visible = (os.path.join(top, name) for name in folders if not _is_hidden(name))
+            by_links = sorted(visible, key=lambda path: (os.path.islink(path), path))
+            folders[:] = [os.path.basename(path) for path in by_links if self._is_new(path)]
+            for name in names:
+                if name.startswith("."):
+                    continue
+                lower = name.lower()
+                if lower.endswith(SUFFIXES):
+                    images.append(Path(top, name))
+                elif (
+                    not lower.endswith(_CARRIED_SUFFIXES)
+                    and lower not in _CARRIED_NAMES
+                    and os.path.isfile(os.path.join(top, name))
+                ):
+                    self.left_out[Path(lower).suffix] += 1
+        return images
+
+    def _is_new(self, path: str) -> bool:
+        real = os.path.realpath(path)
+        self.again += real in self._walked
+        if real in self._walked:
+            return False
+        self._walked.add(real)
+        return True

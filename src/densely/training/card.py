@@ -5,6 +5,7 @@ import shlex
 from densely.environment import package_versions
 from densely.training.checkpoint import ModelInfo
 from densely.training.reporting import RunFacts, Summary
+from densely.words import counted
 
 
 def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
@@ -41,7 +42,7 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
 | input | {colour} images, scaled to {prep.image_size}x{prep.image_size} pixels in [0, 1]\
 {scaled} |
 | training images | {facts.train_images:,}, and {facts.validation_images:,} for validation |
-| training | {config.epochs} epochs, batch {config.batch_size}, SGD lr {config.lr:g} \
+| training | {counted(config.epochs, "epoch")}, batch {config.batch_size}, SGD lr {config.lr:g} \
 ({config.schedule}), momentum {config.momentum:g}, weight decay {config.weight_decay:g}, \
 seed {config.seed}{averaged} |
 | computed on | {facts.device}, {facts.precision}, {facts.memory_format} |

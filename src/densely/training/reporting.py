@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from densely.training.config import TrainConfig
 from densely.training.run import EpochMetrics
 from densely.training.scoring import Score
+from densely.words import counted
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ class Reporter:
 
 
 class JsonReporter(Reporter):
-    """A JSON object a line: `start`, one `epoch` for each, `end`."""
+    """A JSON object a line: a `note` for each, `start`, one `epoch` for each, `end`."""
+
+    def note(self, text: str) -> None:
+        """Say something in passing."""
+        self._event("note", {"text": text})
 
     def started(self, facts: RunFacts) -> None:
         """Training begins."""
@@ -120,7 +125,7 @@ class PlainReporter(Reporter):
             f"{facts.image_size}x{facts.image_size}"
         )
         self.say(
-            f"{config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g} "
+            f"{counted(config.epochs, 'epoch')}, batch {config.batch_size}, lr {config.lr:g} "
             f"({config.schedule}); {facts.device}, {facts.precision}, {facts.memory_format}"
         )
         if facts.first_epoch:
