@@ -1,9 +1,11 @@
 """The presets have the published sizes, and `build_model` fits them to the images."""
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -158,6 +160,34 @@ def test_too_few_classes_or_channels_are_refused(name: str, field: str, value: i
     options: Any = {field: value}
     with pytest.raises(ConfigError, match=f"{field}={value}"):
         build_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("num_classes", "10", "num_classes='10': must be a whole number"),
+        ("growth_rate", True, "growth_rate=True: must be a whole number"),
+        ("bn_size", 2.5, "bn_size=2.5: must be a whole number or null"),
+        ("drop_rate", "high", "drop_rate='high': must be a number"),
+        ("fused", "maybe", "fused='maybe': must be true or false"),
+        ("block_config", 3, "block_config=3: must be a list, each a whole number"),
+        ("block_config", [1, "2"], "block_config=[1, '2']: must be a list, each a whole"),
+        ("strides", 2, "strides=2: must be a list, each a list, each a whole number or null"),
+        ("norm", 3, "norm=3: must be 'batch' or 'sync_batch' or 'group' or 'layer' or a function"),
+        ("image_size", (32, 32), "image_size=(32, 32): must be a whole number"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(option: str, value: object, message: str) -> None:
+    options: Any = {option: value}
+    with pytest.raises(ConfigError, match=re.escape(f"densenet_bc_22_12: {message}")):
+        build_model("densenet_bc_22_12", **options)
+
+
+def test_numbers_of_numpy_and_functions_are_arguments_too() -> None:
+    model = build_model(
+        "densenet_bc_22_12", growth_rate=np.int64(8), compression=1, norm=lambda c: nn.Identity()
+    )  # type: ignore[call-arg]
+    assert model.feature_channels[0] == 24 + 3 * 8
 
 
 def test_options_replace_what_was_published() -> None:

@@ -1,0 +1,47 @@
+"""Whether arguments of a network, as a YAML file or a flag gives them, are of the right types."""
+
+import types
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def type_faults(network: Any, given: dict[str, Any]) -> list[str]:
+    """What is wrong with arguments by their names, as the class annotates them; values aside."""
+    hints = get_type_hints(network.__init__)
+    return [
+        f"{name}={value!r}: must be {_named(hints[name])}"
+        for name, value in given.items()
+        if not _fits(value, hints[name])
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return isinstance(value, str)  # which ones there are, the network says
+    if kind is Sequence:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_list and all(_fits(each, inner[0]) for each in value)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool)
+    if hint is bool or hint is type(None):
+        return isinstance(value, hint)
+    return callable(value)
+
+
+def _named(hint: Any) -> str:
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_named, inner)))
+    if kind is Literal:
+        return " or ".join(f"'{name}'" for name in inner)
+    if kind is Sequence:
+        return f"a list, each {_named(inner[0])}"
+    return _NAMES.get(hint, "a function")
