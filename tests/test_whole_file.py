@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def test_the_old_one_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
         beside.write_text("half")
         assert path.read_text() == "old"
     assert path.read_text() == "half"
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match="No space") as caught, whole_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as `write` raises it
+    assert caught.value.filename == str(path)
 
 
 def test_a_failure_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:

@@ -70,13 +70,17 @@ _PLACES = {
     "train": "densely.training.loop",
 }
 __all__ = sorted(_PLACES)
+#: Modules that are named in the documentation, and need no import of their own.
+_MODULES = ("chapter", "weights")
 
 
 def __getattr__(name: str) -> object:
     if name in _PLACES:
         return getattr(import_module(_PLACES[name]), name)
+    if name in _MODULES:
+        return import_module(f"densely.{name}")
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_MODULES, "__version__"]

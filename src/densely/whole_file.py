@@ -8,11 +8,19 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; it takes the place of `path` if nothing is raised."""
+    """Give a path beside `path` to write to; it takes the place of `path` if nothing is raised.
+
+    Raises:
+        OSError: it cannot be written; `filename` is set, which a full disk leaves open.
+    """
     beside = path.with_name(path.name + ".new")
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()

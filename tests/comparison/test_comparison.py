@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,30 @@ def test_a_variant_given_twice_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_comparison_that_is_stopped_while_it_judges_says_how_to_go_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("densely.comparison.compare.compare", stopped)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert main(["compare", "--resume", str(copy), "--quiet"]) == 130
+    assert f"go on with: densely compare --resume {copy}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "explain", "train --resume", "compare"])
+def test_where_a_run_is_wanted_a_comparison_is_told_from_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    others = ["x.png"] if command in ("predict", "explain") else []
+    assert main([*command.split(), str(folder), *others]) == 2
+    assert f"{folder}: a comparison; its runs are in {folder / 'runs'}" in capsys.readouterr().err
+
+
 def test_a_stopped_comparison_goes_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     before = (copy / "runs" / "maximum-seed0-001" / "metrics.csv").read_bytes()
@@ -301,7 +321,7 @@ def test_images_are_the_same_by_pixels_or_by_where_they_come_from() -> None:
         ("nowhere --recipe d2l", "--recipe: runs are compared as they are"),
         ("nowhere elsewhere --epochs=5 --seeds 2", "--epochs, --seeds: runs are compared"),
         ("--variant 'a: {}' --variant 'b: {lr: 0.2}' --quiet --json", "exclude each other"),
-        ("--variant 'a: {}' --variant 'b: {options: {growth_rate: wide}}'", "options={'growth"),
+        ("--variant 'a: {}' --variant 'b: {options: {growth_rate: wide}}'", "growth_rate='wide'"),
         ("--variant 'a: {}' --variant 'b: {options: {num_classes: 3}}'", "what the data decide"),
         ("--recipe average-or-max --seeds 0", "seeds=0"),
         ("--recipe average-or-max", "Fashion-MNIST is not here"),

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,23 @@ def test_data_with_other_classes_are_refused(
         shutil.copytree(folder_run[1], tmp_path / "data" / part)
     with pytest.raises(DataError, match=r"has the classes bluish, reddish, and .* knows 0, 1"):
         densely.evaluate(digits_run, str(tmp_path / "data"))
+
+
+def test_an_unknown_split_is_refused_before_anything_is_read() -> None:
+    wrong: Any = "tst"
+    with pytest.raises(ConfigError, match="split='tst': must be one of train, validation, test"):
+        densely.evaluate("nowhere", split=wrong)
+
+
+def test_other_classes_are_told_before_their_images_are_read(
+    digits_run: Path, tmp_path: Path
+) -> None:
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "x.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"has the classes a, b, and .* knows 0, 1, 2"):
+        densely.evaluate(digits_run, str(tmp_path))
 
 
 def test_no_validation_split_is_said(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from densely.evaluation.label_errors import likely_label_errors
 
 
 def by_the_paper(probabilities: list[list[float]], labels: list[int]) -> list[int]:
-    """Equations 1 and 2, and the order of the margins."""
+    """Equations 1 and 2 but for labels that are likeliest themselves; the order of the margins."""
     classes = range(len(probabilities[0]))
     thresholds = {}
     for k in set(labels):
@@ -18,7 +18,7 @@ def by_the_paper(probabilities: list[list[float]], labels: list[int]) -> list[in
         reached = [k for k in classes if k in thresholds and p[k] >= thresholds[k]]
         if reached and max(reached, key=lambda k: p[k]) != label:
             margins[i] = p[label] - max(p[k] for k in classes if k != label)
-    return sorted(margins, key=lambda i: margins[i])
+    return sorted((i for i in margins if margins[i] < 0), key=lambda i: margins[i])
 
 
 def world(images: int, classes: int, seed: int, sureness: float = 4) -> tuple[Tensor, Tensor]:
@@ -62,9 +62,16 @@ def test_none_is_found_where_the_network_agrees() -> None:
 
 
 def test_the_likeliest_comes_first() -> None:
-    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.45, 0.55], [0.02, 0.98], [0.3, 0.7]])
-    # Thresholds: (0.9 + 0.2 + 0.02) / 3 = 0.37 and (0.55 + 0.7) / 2 = 0.625.
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.55, 0.45], [0.02, 0.98], [0.3, 0.7]])
+    # Thresholds: (0.9 + 0.2 + 0.02) / 3 = 0.37 and (0.45 + 0.7) / 2 = 0.575.
     assert likely_label_errors(probabilities, torch.tensor([0, 0, 1, 0, 1])) == [3, 1, 2]
+
+
+def test_a_label_that_is_the_likeliest_is_in_no_doubt() -> None:
+    """Though a rare class, of which little is expected, reaches its threshold too."""
+    probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.9, 0.1]])
+    # Thresholds: (0.9 + 0.8 + 0.6) / 3 = 0.77 and 0.1, so that image 2 belongs to the second class.
+    assert likely_label_errors(probabilities, torch.tensor([0, 0, 0, 1])) == [3]
 
 
 def test_the_likeliest_class_does_not_count_below_its_threshold() -> None:

@@ -419,6 +419,7 @@ def test_a_failure_leaves_the_old_report(
         write_report(tmp_path / "report", findings, curves=None, tile=draw)
     assert (tmp_path / "report" / "report.html").read_text() == "old"
     assert (tmp_path / "report" / "metrics.json").read_text() == "{}"
+    assert not (tmp_path / "report.new").exists()
     monkeypatch.undo()
 
 

@@ -107,6 +107,7 @@ def test_unknown_names_come_with_the_nearest(values: dict[str, Any], message: st
     [
         ("lr: [", "no valid YAML"),
         ("- lr", "expected lines such as"),
+        ("lr: 1\nepochs: 2\nlr: 2", "lr: given twice"),
         ("!!python/object/apply:os.system ['true']", "no valid YAML"),
     ],
 )
@@ -117,6 +118,12 @@ def test_a_broken_yaml_file_is_named(tmp_path: Path, content: str, message: str)
         read_yaml(path)
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_values_that_are_no_fields_are_refused() -> None:
+    wrong: Any = "d2l"
+    with pytest.raises(ConfigError, match="str given, fields by their names expected"):
+        TrainConfig.from_values(wrong)
 
 
 def test_a_missing_yaml_file_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from run_cases import StopAt, config, same_bits, weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -229,6 +230,27 @@ def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         dataclasses.replace(config, split_seed=1)))  # fmt: skip
     with pytest.raises(DataError, match="began with other training images than digits"):
         train(settings, resume=run)
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_resume_refuses_other_images_to_judge_by(tmp_path: Path, part: str) -> None:
+    for folder, shades in (("train", range(30, 90, 10)), ("val", (35, 45)), ("test", (55, 65))):
+        for name, shift in (("dark", 0), ("light", 120)):
+            (tmp_path / "data" / folder / name).mkdir(parents=True)
+            for shade in shades:
+                path = tmp_path / "data" / folder / name / f"{shade}.png"
+                Image.new("L", (8, 8), shade + shift).save(path)
+    settings = config(tmp_path, data=str(tmp_path / "data"), limit=None)
+    run = train(settings).run
+    assert train(settings, resume=str(run)).epochs == 2
+    Image.new("L", (8, 8), 1).save(tmp_path / "data" / part / "dark" / "new.png")
+    with pytest.raises(DataError, match="began with other validation or test images than"):
+        train(dataclasses.replace(settings, epochs=3), resume=run)
+    state = run / "checkpoints" / "last" / "state.json"
+    values = json.loads(state.read_text())
+    del values["held_out_digest"]  # as in runs of before it was kept
+    state.write_text(json.dumps(values))
+    assert train(dataclasses.replace(settings, epochs=3), resume=run).epochs == 3
 
 
 def test_resume_refuses_a_config_that_was_edited(tmp_path: Path) -> None:

@@ -179,14 +179,17 @@ def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
         raise Stopped(f"stopped and saved; {go_on}", stop.exit_code) from stop
     except TrainingError as error:
         raise TrainingError(f"{error}; {go_on}") from error
-    result = compare(
-        runs,
-        split=config.split,
-        title=config.name,
-        device=config.train.device,
-        precision=config.train.precision,
-        memory_format=config.train.memory_format,
-    )
+    try:
+        result = compare(
+            runs,
+            split=config.split,
+            title=config.name,
+            device=config.train.device,
+            precision=config.train.precision,
+            memory_format=config.train.memory_format,
+        )
+    except KeyboardInterrupt as stop:
+        raise Stopped(f"interrupted, with all runs trained; {go_on}", 130) from stop
     _tell(result, write_comparison(result, folder), chosen)
 
 

@@ -30,7 +30,12 @@ def train(parser: Parser, arguments: list[str]) -> None:
         values = read_yaml(Path(early.config)) if early.config is not None else {}
         if early.recipe is not None:
             values["recipe"] = early.recipe
-        base = TrainConfig.from_values(values)
+        try:
+            base = TrainConfig.from_values(values)
+        except ConfigError as error:
+            if early.config is None:
+                raise
+            raise ConfigError(f"{early.config}: {error}") from error
 
     source = parser.add_argument_group("where values come from")
     source.add_argument(

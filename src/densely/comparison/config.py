@@ -105,13 +105,16 @@ class CompareConfig:
         variants = values.get("variants") or {}
         if isinstance(variants, dict):  # YAML takes 12 for a number
             variants = {str(name): changes for name, changes in variants.items()}
-        return cls(
-            name=str(values.get("name", path.stem)),
-            train=TrainConfig.from_values(train),
-            variants=variants,
-            seeds=values.get("seeds", 3),
-            split=values.get("split", "test"),
-        )
+        try:
+            return cls(
+                name=str(values.get("name", path.stem)),
+                train=TrainConfig.from_values(train),
+                variants=variants,
+                seeds=values.get("seeds", 3),
+                split=values.get("split", "test"),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def slug(name: str) -> str:

@@ -46,7 +46,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     for axes, label in ((accuracy, "held-out accuracy"), (loss, "training loss")):
         axes.set_xlabel("epoch")
         axes.set_title(label, fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     legend = accuracy.legend(loc="lower right", fontsize=8)
     end.set_yticks(

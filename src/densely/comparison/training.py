@@ -18,7 +18,7 @@ from densely.training.config import TrainConfig
 from densely.training.loop import from_anywhere, train
 from densely.training.reporting import Reporter
 from densely.training.run import RunDirectory, numbered_folder
-from densely.training.splits import splits_of
+from densely.training.splits import held_out_digest, splits_of
 from densely.training.start import begin, check_start
 from densely.whole_file import write_whole
 
@@ -63,15 +63,21 @@ def change_folder(folder: Path, config: CompareConfig) -> None:
 
 
 def _check_data(folder: Path, config: CompareConfig, variant: str) -> None:
-    digest = splits_of(config.config(variant, 0)).train.digest()
+    splits = splits_of(config.config(variant, 0))
+    learned, held_out = splits.train.digest(), held_out_digest(splits)
     for number in range(config.seeds):
         wanted = config.config(variant, number)
         run = _latest(folder / "runs", wanted.run_name)
         if run is None or not find_checkpoint(run.last):
             continue
-        if load_state(run.last).data_digest != digest:
+        state = load_state(run.last)
+        if state.data_digest != learned:
             raise DataError(
                 f"{run.path} learned from other training images than {wanted.data} gives"
+            )
+        if state.held_out_digest not in ("", held_out):
+            raise DataError(
+                f"{run.path} began with other validation or test images than {wanted.data} gives"
             )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from torch import Tensor
 
@@ -63,6 +64,8 @@ def judge(
         DenselyError: the run or the data are missing or damaged, or do not fit each other; or the
             network gives NaN.
     """
+    if split not in get_args(Split):
+        raise ConfigError(f"split={split!r}: must be one of {', '.join(get_args(Split))}")
     classifier = load(run, device=device, precision=precision, memory_format=memory_format)
     if classifier.runtime.device.type == "cpu":
         settle_process()
@@ -78,11 +81,7 @@ def judge(
         name, images = f"{source}, {split}", part_of(own, split)
     else:
         name, images = _other_images(directory, classifier, source, split, data_dir)
-    if images.classes != classifier.classes:
-        raise DataError(
-            f"{source} has the classes {_listed(images.classes)}, and {directory.path} knows "
-            f"{_listed(classifier.classes)}"
-        )
+    _check_classes(images.classes, source, directory, classifier)
     images, logits = seen(classifier, images)
     return Judged(directory, classifier, name, images, own, logits, images.labels.cpu())
 
@@ -171,6 +170,9 @@ def _other_images(
     if Path(source).is_dir() and not has_splits(Path(source)):
         folder = Path(source)
         return source, load_labelled(folder, classifier.classes, prep.image_size, prep.channels)
+    if Path(source).is_dir():  # before its images are read
+        found = tuple(find_parts(Path(source))["train"].files)
+        _check_classes(found, source, run, classifier)
     splits = load_data(
         source,
         data_dir=config.data_dir,
@@ -179,6 +181,16 @@ def _other_images(
         split_seed=config.split_seed,
     )
     return f"{source}, {split}", part_of(splits, split)
+
+
+def _check_classes(
+    classes: tuple[str, ...], source: str, run: RunDirectory, classifier: Classifier
+) -> None:
+    if classes != classifier.classes:
+        raise DataError(
+            f"{source} has the classes {_listed(classes)}, and {run.path} knows "
+            f"{_listed(classifier.classes)}"
+        )
 
 
 def _config(run: RunDirectory, data_dir: str | None) -> TrainConfig:

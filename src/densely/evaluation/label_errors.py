@@ -12,8 +12,9 @@ def likely_label_errors(probabilities: Tensor, labels: Tensor) -> list[int]:
 
     The threshold of a class is the mean of its probability over the images labelled so. An image
     belongs to the likeliest of the classes whose probability reaches their threshold. It is listed
-    where that class is not its label; the smaller p[label] - max of the others, the likelier its
-    label is wrong.
+    where that class is not its label, unless its label is likelier than any other class all the
+    same, as where the threshold of a rare class is low; the smaller p[label] - max of the others,
+    the likelier its label is wrong.
 
     Args:
         probabilities: float [N, K], given by a network that did not learn from these images.
@@ -39,6 +40,6 @@ def likely_label_errors(probabilities: Tensor, labels: Tensor) -> list[int]:
     elsewhere = np.where(is_label, -np.inf, confident).max(axis=1)
     as_labelled = np.where(is_label, confident, -np.inf).max(axis=1)
     margin = own - np.where(is_label, -np.inf, given).max(axis=1)
-    listed = (elsewhere > as_labelled).nonzero()[0]
+    listed = ((elsewhere > as_labelled) & (margin < 0)).nonzero()[0]
     order: list[int] = listed[np.argsort(margin[listed], kind="stable")].tolist()
     return order

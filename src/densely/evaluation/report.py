@@ -147,9 +147,13 @@ def report(
         cost=cost,
     )
     curves = judged.run.curves_file
-    page = write_report(
-        folder, findings, curves=curves.read_bytes() if curves.is_file() else None, tile=tile
-    )
+    drawn = curves.read_bytes() if curves.is_file() else None
+    try:
+        page = write_report(folder, findings, curves=drawn, tile=tile)
+    except RunError as error:
+        if not fitted.is_new or unkept:
+            raise
+        raise RunError(f"{error}; its calibration is stored with the model all the same") from error
     return Report(evaluation_of(judged), findings, page)
 
 
@@ -168,7 +172,7 @@ def _keep(judged: Judged, calibration: Calibration, *, is_needed: bool) -> tuple
             raise RunError(f"{weights}/calibration.json: cannot be written: {reason}") from error
         return (
             f"The calibration was not kept, as {judged.run.path} cannot be written ({reason}): "
-            "`densely predict` does not apply it.",
+            "densely predict does not apply it.",
         )
     return ()
 

@@ -211,6 +211,7 @@ def write_report(folder: Path, findings: Findings, *, curves: bytes | None, tile
             (new / name).write_text(text, encoding="utf-8", errors="replace", newline="")
         _take_place(new, target, old)
     except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)  # its room is wanted
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder / "report.html"
 

@@ -63,11 +63,13 @@ class Progress:
     by loss between equals.
     `total_s` is the time that the run took until it was saved, everything included.
     `settings` are the fields of the config that may not change when the run goes on, the seed
-    among them, and `data_digest` tells whether the training images are still the same.
+    among them, and `data_digest` tells whether the training images are still the same, as
+    `held_out_digest` does of those for validation and test; empty in runs from before it was kept.
     """
 
     settings: dict[str, Any]
     data_digest: str
+    held_out_digest: str = ""
     epoch: int = 0
     step: int = 0
     seen: int = 0

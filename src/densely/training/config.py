@@ -6,6 +6,7 @@ Importing this module does not import torch, so that `--help` answers at once.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -22,6 +23,8 @@ Split = Literal["train", "validation", "test"]
 #: What may differ when a run goes on: how long, where and how fast, not what. Data may have moved:
 #: whether they are still the same images is checked by their digest.
 FREE_ON_RESUME = ("epochs", "data", "data_dir", "device", "precision", "memory_format")
+
+_DECIDED = ("num_classes", "in_channels", "image_size", "spatial_dims")  # options, by the data
 
 
 def _option(default: T, group: str, help: str) -> T:
@@ -153,8 +156,8 @@ class TrainConfig:
             ),
             (
                 "options",
-                "without what the data decide: num_classes, in_channels, image_size",
-                not self.options.keys() & {"num_classes", "in_channels", "image_size"},
+                f"without what the data decide: {', '.join(_DECIDED)}",
+                not self.options.keys() & set(_DECIDED),
             ),
             ("seed", "from 0 to 2^32 - 1", 0 <= self.seed < 2**32),
             ("split_seed", "from 0 to 2^32 - 1", 0 <= self.split_seed < 2**32),
@@ -190,6 +193,8 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown recipe or field (the nearest are named), or a wrong value.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{type(values).__name__} given, fields by their names expected")
         name = str(values.get("recipe", "quickstart"))
         if name not in RECIPES:
             raise ConfigError(unknown_name("recipe", name, RECIPES))
@@ -207,6 +212,16 @@ def _is_path(text: str) -> bool:
         return False
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which would take the last of two values of one name without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))}: given twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the fields in a YAML file.
 
@@ -214,7 +229,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, no YAML, or not a mapping of fields to values.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe one
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # PyYAML's dates raise the plain one

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics, RunDirectory
 from densely.training.scoring import Score, batch_sizes, score_of
 from densely.training.sgd import SGD
-from densely.training.splits import splits_of
+from densely.training.splits import held_out_digest, splits_of
 from densely.training.start import begin, check_start
 from densely.training.stopping import StopRequest
 from densely.whole_file import write_whole
@@ -51,7 +52,10 @@ REPORT_SECONDS = 0.25
 
 
 def train(
-    config: TrainConfig, *, resume: Path | None = None, reporter: Reporter | None = None
+    config: TrainConfig,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    reporter: Reporter | None = None,
 ) -> Summary:
     """Train a network as `config` says, and write its run directory.
 
@@ -67,8 +71,14 @@ def train(
         DenselyError: wrong data or settings; training diverged; memory was too small; or
             (`Stopped`) a signal ended it after saving.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"train: {type(config).__name__} given, a TrainConfig expected, as of "
+            "TrainConfig.from_values({'epochs': 2})"
+        )
+    begun = None if resume is None else Path(resume)
     try:
-        return _Trainer(from_anywhere(config), resume, reporter or Reporter()).fit()
+        return _Trainer(from_anywhere(config), begun, reporter or Reporter()).fit()
     except (RuntimeError, MemoryError) as error:
         if ran_out_of_memory(error):
             raise TrainingError(
@@ -151,21 +161,22 @@ class _Trainer:
         )
         # Only now: what is wrong with data or model has shown, and left nothing behind.
         if resume is None:
-            self.progress = Progress(_settings(config), train_set.digest())
+            digests = train_set.digest(), held_out_digest(splits)
+            self.progress = Progress(_settings(config), *digests)
             self.run = RunDirectory.create(config, self.runtime)
             self.run.lock()
         else:
             self.run = RunDirectory.open(resume)
             self.run.lock()
             try:
-                self._restore(train_set.digest())
+                self._restore(train_set.digest(), held_out_digest(splits))
             except BaseException:
                 self.run.unlock()
                 raise
         self._spent_before = self.progress.total_s
         self._saved_at = self._drawn_at = time.monotonic()
 
-    def _restore(self, data_digest: str) -> None:
+    def _restore(self, data_digest: str, held_out: str) -> None:
         self.progress = load_progress(self.run.last, self.model, self.optimizer)
         now = _settings(self.config)
         if other := [
@@ -180,6 +191,13 @@ class _Trainer:
                 f"{self.run.path} began with other training images than {self.config.data} now "
                 "gives; start a new run"
             )
+        if self.progress.held_out_digest not in ("", held_out):
+            raise DataError(
+                f"{self.run.path} began with other validation or test images than "
+                f"{self.config.data} now gives, so its epochs could not be compared: start a new "
+                "run, or judge this one on them with densely evaluate --data"
+            )
+        self.progress.held_out_digest = held_out
         if self.config.epochs < self.progress.epoch:
             raise ConfigError(
                 f"epochs={self.config.epochs}: {self.progress.epoch} are already done"

@@ -92,6 +92,11 @@ class RunDirectory:
         """
         if not (path / "config.yaml").is_file():
             raise RunError(f"{path}: no run directory (it has no config.yaml)")
+        if (path / "runs").is_dir() and not (path / "checkpoints").is_dir():
+            raise RunError(
+                f"{path}: a comparison; its runs are in {path / 'runs'}, and it goes on with "
+                "densely compare --resume"
+            )
         return cls(path)
 
     def config(self) -> TrainConfig:

@@ -6,6 +6,15 @@ from densely.data import Splits, limited, load_data, with_validation
 from densely.training.config import TrainConfig
 
 
+def held_out_digest(splits: Splits) -> str:
+    """Short name of the images that a run is judged by: validation, where there are any, and test.
+
+    By the first the best epoch is chosen, among all of a run's.
+    """
+    parts = [splits.validation, splits.test]
+    return " ".join(part.digest() for part in parts if part is not None)
+
+
 def splits_of(
     config: TrainConfig, *, image_size: int | None = None, channels: int | None = None
 ) -> Splits:

@@ -300,7 +300,8 @@ def write_weights(
             if path.suffix == ".safetensors":
                 save_file(kept, part, metadata={"format": "pt", **(metadata or {})})
             else:
-                torch.save(kept, part)
+                with part.open("wb") as file:
+                    torch.save(kept, file)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{path}: cannot be written: {first_line(error)}") from error
 
