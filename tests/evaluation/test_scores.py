@@ -292,6 +292,7 @@ def test_several_labels_an_image_class_by_class(classes: int) -> None:
     )
     assert result.confusion is result.balanced_accuracy is result.top5_accuracy is None
     assert multilabel_scores(logits, targets.float(), NAMES[:classes]) == result
+    assert multilabel_scores(logits.numpy(), targets.numpy(), NAMES[:classes]) == result
 
 
 def test_several_labels_interval_is_that_of_images_drawn_again() -> None:

@@ -141,15 +141,17 @@ def multilabel_scores(logits: Tensor, targets: Tensor, classes: tuple[str, ...])
     """Judge a network that gives an image all classes whose sigmoid is at least 0.5.
 
     Args:
-        logits: float [N, K].
+        logits: float [N, K]; arrays are taken too.
         targets: bool, or 0 and 1 [N, K].
         classes: names of the K classes.
 
     Raises:
-        DataError: as `check` says.
+        DataError: shapes do not fit; there are no images; a logit is NaN or infinity; a target is
+            neither 0 nor 1, or none is 1.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
+    logits, targets = torch.as_tensor(logits), torch.as_tensor(targets)
     if targets.ndim != 2:
         raise DataError(
             f"targets have the shape {list(targets.shape)}: expected [images, {len(classes)}]"

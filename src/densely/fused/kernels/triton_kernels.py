@@ -45,7 +45,11 @@ class TritonKernels(Kernels):
     name = "triton"
 
     def total_dtype(self, x: Tensor) -> torch.dtype:
-        """That of the maps: each reader adds once, as plain PyTorch rounds at each addition."""
+        """That of the maps: each reader adds once, as plain PyTorch rounds at each addition.
+
+        What norms take off the sum in the end is rounded with it, though: see docs/log.md for
+        where that shows.
+        """
         return x.dtype
 
     def matrix(self, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
