@@ -8,11 +8,12 @@ import torch
 from block_cases import EVAL, NormCase, assert_same, is_no_worse
 from block_oracle import Result, arrays
 from image_stem_cases import CASES, Case, Inputs, build, call, gradient, oracle
-from test_triton_kernels import few_programs, run
+from test_triton_kernels import DEVICE, few_programs, run
 from torch import Tensor
 
 from densely.fused import backend, image_stem, plain
 from densely.fused.kernels import triton_image_stem
+from densely.fused.kernels.operands import Affine, FirstConvolution, Pooling, Space
 
 __all__ = ["few_programs"]
 pytestmark = [
@@ -86,6 +87,30 @@ def test_of_equal_maxima_the_first_counts_and_nothing_below_zero_does() -> None:
     tree.x.fill_(0.5)
     grad = gradient(case, torch.float32)
     assert_same(by(image_stem, case, tree, grad), oracle(case, tree, grad), 1e-5)
+
+
+def test_a_channel_that_is_zero_has_no_gradient() -> None:
+    case = Case(norm=EVAL)
+    tree, grad = build(case, torch.float32), gradient(case, torch.float32)
+    norm = tree.layers.norm
+    assert norm.weight is not None
+    assert norm.bias is not None
+    with torch.no_grad():
+        norm.weight[2], norm.bias[2] = 0, 0
+    assert_same(by(image_stem, case, tree, grad), oracle(case, tree, grad), 1e-4)
+
+
+def test_windows_know_where_their_nan_was() -> None:
+    """At the corner of each of four windows of 3 x 3 that lies in the middle."""
+    images = torch.ones(9, 1, device=DEVICE)
+    images[4] = torch.nan
+    ones = torch.ones(4, 1, device=DEVICE)
+    conv = FirstConvolution(ones[0].view(1, 1, 1, 1), (1, 1), Space(1, (3, 3)))
+    out, choice = torch.empty_like(ones), torch.empty_like(ones, dtype=torch.uint8)
+    how = Pooling("max", (2, 2))
+    triton_image_stem.pool(images, conv, Affine(*ones, False), how, out, choice)
+    assert out.isnan().all()
+    assert choice.flatten().tolist() == [8, 6, 2, 0]
 
 
 def test_nan_spreads_as_far_as_in_plain() -> None:

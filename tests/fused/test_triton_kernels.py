@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densely.errors import ConfigError
 from densely.fused import backend, block, kernels, plain
-from densely.fused.kernels.operands import NormVectors, Space
+from densely.fused.kernels.operands import Affine, Convolution, NormVectors, Pending, Space
 from densely.fused.kernels.reference import Kernels
 
 #: The interpreter computes what is masked out too.
@@ -90,6 +90,7 @@ BLOCKS = {
     "frozen but x": blocks.block((2, 4, 4, 5), count=1)._replace(learnt=0.0),
     "frozen but the end": blocks.block((2, 4, 4, 5))._replace(learnt=0.1, x_learnt=False, seed=4),
     "wide": blocks.block((1, 70, 4, 5), growth=12, width=48, count=1),
+    "formed first": blocks.Case((2, 390, 1, 2), ((StepCase(6, 1), StepCase(3, 1)),)),
     "1D": blocks.block((2, 3, 19)),
     "3D": blocks.block((2, 3, 3, 2, 4)),
 }
@@ -188,6 +189,24 @@ def test_the_gradients_own_memory_may_be_added_to(
     got = run(backend.dense_block, tree, given, "triton")
     assert_same(got, blocks.oracle(*tree, grad), 1e-4)
     assert not torch.equal(given.cpu(), grad), "it has not been added to"
+
+
+def test_a_gradient_that_others_read_is_not_formed_in_its_own_memory() -> None:
+    make = blocks.Maker(0, dtype=torch.float32)
+    x, mean, a, b = (make.normal(*shape).to(DEVICE) for shape in ((6, 390), (7,), (7,), (7,)))
+    vectors = [make.uniform(390).to(DEVICE) for _ in range(4)]
+    weight, space = make.normal(7, 390, 1, 1).to(DEVICE), Space(1, (2, 3))
+    conv = Convolution(Affine(*vectors, True), weight, None, 1, space)
+    assert triton_pointwise.wants_formed(x, 7)
+    grad = Pending(*(make.normal(6, 7).to(DEVICE) for _ in range(2)), None, mean, a, b)
+    kept = grad.g.clone()
+    found, expected = (
+        kernel_set.convolve_backward(grad, x, conv, True)
+        for kernel_set in (triton_kernels.TritonKernels(), Kernels())
+    )
+    assert torch.equal(grad.g, kept)
+    assert found[0] is not None
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-4, atol=1e-4)
 
 
 def test_an_affine_goes_to_the_memory_it_is_given() -> None:
@@ -407,6 +426,14 @@ def test_convolutions_compile_and_find_room(calls: str, chip: int) -> None:
         assert kernel["shared"] <= (166_912 if chip == 80 else 232_448), kernel
         if chip == 90 and "odd" not in kernel["call"]:  # rows that lie askew cost addresses
             assert kernel["spilled"] <= (96 if "backward" in kernel["name"] else 8), kernel
+
+
+@pytest.mark.parametrize("calls", ["121 3x3, block 4", pytest.param("", marks=pytest.mark.slow)])
+def test_convolutions_find_room_where_a_program_has_less_memory(calls: str) -> None:
+    found = compiled_ahead("triton_ahead.py", calls, "89")
+    assert {"_forward_kernel", "_weight_kernel"} <= {kernel["name"] for kernel in found}
+    for kernel in found:
+        assert kernel["shared"] <= 101_376, kernel
 
 
 def compiled_ahead(*command: str) -> list[dict[str, Any]]:

@@ -75,6 +75,18 @@ def test_pointwise_where_float32_may_be_rounded_to_tf32(precisions: Any) -> None
     test_pointwise(*POINTWISE[0])
 
 
+def test_weights_and_biases_may_lie_strided() -> None:
+    x, weight, bias = given(20, 6, F32, 2), torch.randn(3, 12)[:, ::2], torch.randn(6)[::2]
+    grad, made = torch.randn(20, 3), []
+    for w, b in ((weight, bias), (weight.contiguous(), bias.contiguous())):
+        out, total = within(20, 3, F32), torch.empty(20, 6)
+        triton_pointwise.forward(x.x, x.affine, w, b, out, False)
+        triton_pointwise.backward(grad, x.x, x.affine, w, False, total, None, False)
+        made.append((out, total))
+    for strided, expected in zip(*made, strict=True):
+        assert torch.equal(strided, expected)
+
+
 def test_without_moments_there_are_none() -> None:
     x = given(20, 6, F32, 2)
     weight, out = torch.randn(3, 6), within(20, 3, F32)

@@ -142,6 +142,48 @@ def check_norm_backward(
     assert_near(dx, expected, dtype)
 
 
+def vectors(scale: float, shift: float) -> Affine:
+    """For one column, in train mode."""
+    return Affine(*torch.tensor([[scale], [shift], [0.0], [1.0]], device=DEVICE), True)
+
+
+def test_of_values_that_are_equal_when_rounded_the_first_is_the_maximum() -> None:
+    """2 and 2 + 2^-10, which in float16 is 2."""
+    x = torch.tensor([[1.0], [1 + 2**-10]], dtype=torch.float16, device=DEVICE)
+    space, how, affine = Space(1, (2,)), Pooling("max", (2,)), vectors(1, 1)
+    affine = affine._replace(training=False)
+    out = torch.empty(1, 1, dtype=torch.float16, device=DEVICE)
+    choice = torch.full((1, 1), 99, dtype=torch.uint8, device=DEVICE)
+    pooling.pool(x, affine, how, space, out, choice)
+    dx = torch.empty_like(x)
+    pooling_backward.pool_backward(torch.ones_like(out), choice, x, affine, how, space, dx)
+    assert out.item() == 2
+    assert dx.flatten().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("step", [(3, 3), (4, 4)])
+def test_averages_are_of_rounded_values_in_both_ways(step: tuple[int, int]) -> None:
+    """The mean is 2 + 2^-9 / 4 or less; of values that were not rounded it would be the next."""
+    places = math.prod(step)
+    x = torch.full((places, 1), 1 + 2**-10, dtype=torch.float16, device=DEVICE)
+    x[: places // 4] = 1 + 2**-9
+    space, how, affine = Space(1, step), Pooling("average", step), vectors(1, 1)
+    out, again = (torch.empty(1, 1, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    pooling.pool(x, affine, how, space, out, None)
+    grad, none, dx = torch.ones_like(out), torch.empty(0), torch.empty_like(x)
+    pooling_backward.pool_backward(grad, none, x, affine, how, space, dx, again)
+    assert (out.item(), again.item()) == (2, 2)
+
+
+def test_what_is_zero_only_when_rounded_has_no_gradient() -> None:
+    x, space, how = torch.ones(9, 1, device=DEVICE).half(), Space(1, (3, 3)), (3, 3)
+    grad, none, dx = torch.ones(1, 1, device=DEVICE).half(), torch.empty(0), torch.empty_like(x)
+    norm = pooling_backward.pool_backward(
+        grad, none, x, vectors(2**-26, 0), Pooling("average", how), space, dx
+    )
+    assert not any(made.any() for made in (*norm, dx))
+
+
 def test_a_maximum_that_is_not_a_number_spreads() -> None:
     space, how = Space(1, (6, 6)), Pooling("max", (2, 2))
     x = Maker().matrix(36, 3, 3, torch.float32)

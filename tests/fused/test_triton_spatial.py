@@ -21,7 +21,7 @@ from product_cases import (
 )
 from torch import Tensor
 
-from densely.fused.kernels import triton_kernels, triton_spatial
+from densely.fused.kernels import triton_kernels, triton_launches, triton_spatial
 from densely.fused.kernels.operands import Affine, Convolution, Space
 
 __all__ = ["precisions", "small_chip"]  # fixtures
@@ -34,6 +34,7 @@ SPATIAL = [
     (1, (6, 5), 70, 40, (3, 3), 1, F16, 2, False, "base", False),
     (2, (40,), 9, 5, (3,), 20, F16, 1, False, "add", True),
     (1, (6, 20), 9, 5, (5, 3), 1, F16, 0, False, "store", True),
+    (1, (6, 20), 9, 5, (5, 3), 1, F16, 7, False, "store", True),
     (3, (1, 1), 66, 70, (3, 3), 1, F16, 0, True, "store", True),
     (2, (3, 3), 96, 32, (3, 3), 1, F16, 32, False, "add", True),
     (1, (11, 13), 16, 48, (3, 3), 1, F16, 0, False, "store", True),
@@ -89,6 +90,42 @@ def test_spatial_where_float32_may_be_rounded_to_tf32(precisions: Any) -> None:
     for setting in precisions:
         setting.fp32_precision = "tf32"
     test_spatial(*SPATIAL[2])
+
+
+class TriesAll:
+    """A tuner that keeps what each launch of the input's gradient makes."""
+
+    def __init__(self) -> None:
+        self.made: list[list[Tensor]] = []
+
+    def choose(self, choice: Any) -> Any:
+        if choice.step.kind == "spatial input":
+            for launch in (choice.usual, *choice.others):
+                self.made.append([made.clone() for made in choice.made(choice.run(launch))])
+        return choice.usual
+
+
+@pytest.mark.parametrize(("window", "outputs"), [((5, 3), 5), ((3, 3), 70), ((1, 5), 40)])
+def test_what_may_be_tried_for_windows_whose_weights_do_not_all_stay_in_memory_is_right(
+    window: tuple[int, int], outputs: int
+) -> None:
+    x, space = given(12, 9, F16, 7), Space(1, (4, 3))
+    weight, grad = torch.randn(outputs, 9, *window).half(), torch.randn(12, outputs).half()
+    total, tuner = torch.empty(12, 9), TriesAll()
+    with triton_launches.tuning(tuner):
+        triton_spatial.backward(grad, x.x, x.affine, weight, 1, space, False, total, None, False)
+    usual, *others = tuner.made
+    assert others
+    for made in others:
+        torch.testing.assert_close(made, usual, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_may_lie_strided() -> None:
+    x, space, bias = given(20, 6, F32, 2), Space(1, (4, 5)), torch.randn(6)[::2]
+    weight, out, expected = torch.randn(3, 6, 3, 3), within(20, 3, F32), within(20, 3, F32)
+    triton_spatial.forward(x.x, x.affine, weight, bias, 1, space, out, False)
+    triton_spatial.forward(x.x, x.affine, weight, bias.contiguous(), 1, space, expected, False)
+    assert torch.equal(out, expected)
 
 
 def test_without_moments_there_are_none() -> None:

@@ -27,6 +27,12 @@ def test_float32_is_rounded_to_tf32_where_both_settings_allow_it(
     assert triton_tiles.precision(torch.empty(1, dtype=F16)) == "ieee"
 
 
+@pytest.mark.parametrize(("room", "read"), [(0, 5), (2, 5), (3, 8)])
+def test_rows_are_read_beyond_their_end_as_far_as_there_is_memory(room: int, read: int) -> None:
+    x = torch.empty(8 * 3 + 5 + room).as_strided((4, 5), (8, 1))
+    assert triton_tiles.columns(x).read == read
+
+
 def test_rows_may_lie_beyond_two_to_the_31() -> None:
     """In a process of its own, which offsets of 32 bits end with a fault."""
     done = subprocess.run(

@@ -1,11 +1,13 @@
 """Triton kernels on a norm's vectors against float64."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matrix_cases import DEVICE, Maker, assert_near, exactly, few_programs
+from torch import Tensor
 
 from densely.fused.kernels import triton_vectors as vectors
 from densely.fused.kernels.operands import NormVectors, Unfinished
@@ -63,6 +65,37 @@ def test_moments_of_the_last_channels_are_finished_for_a_norm(
         strict=True,
     ):
         assert_near(value, wanted)
+
+
+def test_programs_of_channels_whose_moments_are_known_leave_the_last_ones_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other programs write those, perhaps before."""
+    original = vectors.launch
+
+    def old_ones(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
+        original(kernel, args[-1:], x, *args, **options)
+
+    monkeypatch.setattr(vectors, "launch", old_ones)
+    weight, bias, mean, var = torch.rand(4, 16, device=DEVICE)
+    after = Unfinished(torch.ones(3, 2, 11, device=DEVICE), 4, 12, mean[5:], var[5:])
+    out = torch.full((3, 16), -1.0, device=DEVICE)
+    vectors.affine(NormVectors(weight, bias, mean, var, 1e-3, True), after, out)
+    assert (out[:, 5:] == -1).all()
+    assert (out[[0, 2], :5] > 0).all()
+
+
+def test_millions_of_parts_do_not_ask_for_more_programs_than_a_second_axis_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(vectors, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    parts = 65_536 * 64
+    partials = torch.empty(1, 2, 3, device=DEVICE).expand(parts, 2, 3)
+    vectors.finish_moments(partials, 64, 64 * parts, *torch.empty(2, 3, device=DEVICE))
+    vectors.finish_norm(partials, Maker().affine(3), 64 * parts)
+    assert len(grids) == 4
+    assert all(programs <= 65_535 for grid in grids for programs in grid[1:])
 
 
 @pytest.mark.parametrize("parts", [1, 7, 513, 2100])

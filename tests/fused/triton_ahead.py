@@ -1,8 +1,8 @@
 """Compile what a call would launch, without a GPU: registers, spills, shared memory.
 
 Run as a program it prints a line for each kernel of typical calls, see `CALLS`, whose name has the
-first argument in it; the second is the compute capability, 80 for an A100, else 90 for an H100. It
-needs a process in which Triton was imported without its interpreter.
+first argument in it; the second is the compute capability: 80 for an A100, 89 for an RTX 4090, else
+90 for an H100. It needs a process in which Triton was imported without its interpreter.
 """
 
 import json
@@ -26,7 +26,7 @@ from densely.fused.kernels.operands import Affine, Convolution, Pending, Space
 from densely.fused.kernels.triton_kernels import TritonKernels
 
 #: Shared memory of a program in bytes, and multiprocessors, by compute capability.
-CHIPS = {80: (166_912, 108), 90: (232_448, 132)}
+CHIPS = {80: (166_912, 108), 89: (101_376, 128), 90: (232_448, 132)}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -188,6 +188,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 CALLS: dict[str, Callable[[], object]] = {
     "densenet121 block 1": lambda: pointwise(64 * 56 * 56, 224, 256, 128, BF16),
     "densenet121 block 1, first": lambda: pointwise(64 * 56 * 56, 64, 256, 128, BF16),
+    "densenet121 block 1, second": lambda: pointwise(64 * 56 * 56, 96, 256, 128, BF16),
     "densenet121 block 3": lambda: pointwise(256 * 14 * 14, 512, 1024, 128, BF16),
     "densenet121 block 4": lambda: pointwise(256 * 7 * 7, 992, 1024, 128, BF16),
     "bc_100_12 block 1": lambda: pointwise(64 * 1024, 180, 216, 48, BF16),

@@ -90,7 +90,7 @@ def finish_moments(
     tiles, _, columns = partials.shape
     taken = min(_PARTS, triton.next_power_of_2(tiles))
     launch(
-        _combine_moments, (triton.cdiv(columns, _COLUMNS), 1), partials,
+        _combine_moments, (triton.cdiv(columns, _COLUMNS),), partials,
         partials, mean_out, var_out, tiles, tile_rows, rows, columns, 0,
         FINAL=True, GROUP=0, PARTS=taken, COLUMNS=_COLUMNS, num_warps=_warps(taken),
     )  # fmt: skip
@@ -104,7 +104,7 @@ def _grouped(partials: Tensor, tile_rows: int, rows: int) -> tuple[Tensor, int]:
     groups = triton.cdiv(tiles, _GROUP)
     grouped = partials.new_empty(groups, 2, columns)
     launch(
-        _combine_moments, (triton.cdiv(columns, _COLUMNS), groups), partials,
+        _combine_moments, (triton.cdiv(columns, _COLUMNS) * groups,), partials,
         partials, grouped, grouped[0, 1], tiles, tile_rows, rows, columns, 2 * columns,
         FINAL=False, GROUP=_GROUP, PARTS=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
     )  # fmt: skip
@@ -144,7 +144,7 @@ def finish_norm(
         groups = triton.cdiv(parts, _GROUP)
         grouped = partials.new_empty(groups, 2, columns)
         launch(
-            _add_parts, (blocks, groups), partials,
+            _add_parts, (blocks * groups,), partials,
             partials, grouped, parts, columns,
             GROUP=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
         )  # fmt: skip
@@ -301,8 +301,9 @@ def _combine_moments(
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    group = tl.program_id(1)
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    blocks = tl.cdiv(columns, COLUMNS)  # on one axis with the groups: the others end at 65,535
+    group = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     first = group * GROUP
     last = tl.minimum(first + GROUP, tiles) if GROUP > 0 else tiles
     whole, second, total = _combined(partials, c, columns, first, last, tile_rows, rows, PARTS)
@@ -322,8 +323,9 @@ def _add_parts(
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    group = tl.program_id(1)
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    blocks = tl.cdiv(columns, COLUMNS)  # on one axis with the groups: the others end at 65,535
+    group = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     part = group * GROUP + tl.arange(0, GROUP)[:, None]
     valid = (part < parts) & (c < columns)
     at = partials + part.to(tl.int64) * (2 * columns) + c
