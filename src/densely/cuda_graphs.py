@@ -50,10 +50,10 @@ def record_graph(
     Returns:
         The graph, and what the recorded work has returned: tensors that each replay fills anew.
     """
-    graph = torch.cuda.CUDAGraph()
-    random_state = torch.cuda.get_rng_state(device)
-    tries_kernels = torch.backends.cudnn.benchmark
     with one_at_a_time, torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        random_state = torch.cuda.get_rng_state(device)
+        tries_kernels = torch.backends.cudnn.benchmark
         here = torch.cuda.current_stream()
         aside = _recording_stream(torch.cuda.current_device())
         try:

@@ -59,14 +59,14 @@ class Forward:
     def __call__(self, inputs: Tensor) -> Tensor:
         """Outputs in float32 for inputs [N, ...] on the device, in its layout.
 
-        The mode of the model is put back.
+        The mode of the model is put back. Threads may call it at the same time where the model
+        has the mode already, and on a GPU from one stream.
         """
-        with self._in_mode():
-            if not self.records:
-                return _own(self._launch(inputs))
-            with one_at_a_time:  # threads share what a graph reads and writes
-                recorded = self._recorded(inputs)
-                return _replay(recorded, inputs) if recorded else _own(self._launch(inputs))
+        if not self.records:
+            return self.launched(inputs)
+        with one_at_a_time, self._in_mode():  # threads share what a graph reads and writes
+            recorded = self._recorded(inputs)
+            return _replay(recorded, inputs) if recorded else _own(self._launch(inputs))
 
     def filled(self, count: int) -> int:
         """The size of the batch that so many images recur in."""

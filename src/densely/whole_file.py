@@ -1,9 +1,13 @@
 """A file that is written whole or not at all: nobody ever sees half of one."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+#: Numbers of errors that are a disk's, which what writes to a file raises without its name.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -18,7 +22,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        if error.errno is not None:
+        if error.errno in DISK_ERRORS:
             error.filename = error.filename or str(path)
         raise
     finally:

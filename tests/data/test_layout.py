@@ -142,16 +142,41 @@ def test_images_without_class_folders_are_told_of(tmp_path: Path) -> None:
     assert_refused(tmp_path, "no class folders with images", "1 image left out: in ")
 
 
-@pytest.mark.parametrize("target", [".", "..", "../b", "deep"])
+@pytest.mark.parametrize("target", [".", "..", "../b", "../b/deep", "0.png", "../b/0.png"])
 def test_a_link_to_what_is_read_anyway_is_not_followed(tmp_path: Path, target: str) -> None:
     save_classes(tmp_path, each=5)
-    save(tmp_path / "a" / "deep" / "x.png", shade=99)
-    (tmp_path / "a" / "before").symlink_to(target)
+    save(tmp_path / "b" / "deep" / "x.png", shade=99)
+    (tmp_path / "a" / "before.png").symlink_to(target)
     splits = load_folder(tmp_path, None, 0)
     found = [*shades(splits.train), *shades(splits.test)]
     assert sorted(found) == [*range(10), 99]
-    assert splits.notes == ("1 link left out: to folders that are read anyway",)
+    labels = [*splits.train.labels.tolist(), *splits.test.labels.tolist()]
+    assert dict(zip(found, labels, strict=True)) == {
+        **{shade: shade // 5 for shade in range(10)}, 99: 1
+    }  # fmt: skip
+    assert splits.notes == ("1 link left out: to what is read anyway",)
     assert len(images_below(tmp_path)) == 11
+
+
+@pytest.mark.parametrize("target", ["../..", "../../test", "../../test/a", "../../test/a/0.png"])
+def test_no_link_brings_test_images_into_training(tmp_path: Path, target: str) -> None:
+    save_classes(tmp_path / "train", each=2)
+    save(tmp_path / "test" / "a" / "0.png", shade=88)
+    (tmp_path / "train" / "b" / "up.png").symlink_to(target)
+    splits = load_folder(tmp_path, None, 0)
+    assert (shades(splits.train), shades(splits.test)) == ([0, 1, 2, 3], [88])
+    assert "1 link left out: to what is read anyway" in splits.notes
+
+
+@pytest.mark.parametrize(("link", "target"), [("train/b", "a"), ("test", "train")])
+def test_a_class_or_split_that_is_a_link_to_another_is_refused(
+    tmp_path: Path, link: str, target: str
+) -> None:
+    save_classes(tmp_path / "train", "ac")
+    if link != "test":
+        save_classes(tmp_path / "test", "a")
+    (tmp_path / link).symlink_to(target)
+    assert_refused(tmp_path, "a link to")
 
 
 def test_links_to_other_folders_are_followed(tmp_path: Path) -> None:
@@ -160,9 +185,14 @@ def test_links_to_other_folders_are_followed(tmp_path: Path) -> None:
     (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere" / "a")
     save(tmp_path / "more" / "x.png", shade=99)
     (tmp_path / "data" / "b" / "more").symlink_to(tmp_path / "more")
+    (tmp_path / "data" / "a" / "y.png").symlink_to(save(tmp_path / "one" / "y.png", shade=98))
     splits = load_folder(tmp_path / "data", None, 0)
-    assert len(splits.train) + len(splits.test) == 11
+    assert len(splits.train) + len(splits.test) == 12
     assert splits.notes == ()
+    (tmp_path / "data" / "a" / "z.png").symlink_to(tmp_path / "one" / "y.png")
+    assert load_folder(tmp_path / "data", None, 0).notes == (
+        "1 link left out: to what is read anyway",
+    )
 
 
 def test_folders_beside_the_splits_are_noted(tmp_path: Path) -> None:

@@ -174,6 +174,8 @@ def test_too_few_classes_or_channels_are_refused(name: str, field: str, value: i
         ("block_config", [1, "2"], "block_config=[1, '2']: must be a list, each a whole"),
         ("strides", 2, "strides=2: must be a list, each a list, each a whole number or null"),
         ("norm", 3, "norm=3: must be 'batch' or 'sync_batch' or 'group' or 'layer' or a function"),
+        ("drop_rate", True, "drop_rate=True: must be a number"),
+        ("image_size", True, "image_size=True: must be a whole number"),
         ("image_size", (32, 32), "image_size=(32, 32): must be a whole number"),
     ],
 )
@@ -185,7 +187,12 @@ def test_arguments_of_other_types_are_refused(option: str, value: object, messag
 
 def test_numbers_of_numpy_and_functions_are_arguments_too() -> None:
     model = build_model(
-        "densenet_bc_22_12", growth_rate=np.int64(8), compression=1, norm=lambda c: nn.Identity()
+        "densenet_bc_22_12",
+        growth_rate=np.int64(8),
+        compression=1,
+        norm=lambda c: nn.Identity(),
+        image_size=np.int64(32),
+        bias=np.True_,
     )  # type: ignore[call-arg]
     assert model.feature_channels[0] == 24 + 3 * 8
 

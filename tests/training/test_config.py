@@ -120,6 +120,14 @@ def test_a_broken_yaml_file_is_named(tmp_path: Path, content: str, message: str)
     assert message in str(caught.value)
 
 
+def test_merge_keys_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "deep: {base: &a {x: 1}, inner: &b {<<: *a, z: 2}}\ntop: {<<: *b, <<: *a, y: 3}\n"
+    )
+    assert read_yaml(path)["top"] == {"x": 1, "y": 3, "z": 2}
+
+
 def test_values_that_are_no_fields_are_refused() -> None:
     wrong: Any = "d2l"
     with pytest.raises(ConfigError, match="str given, fields by their names expected"):

@@ -251,6 +251,7 @@ def test_resume_refuses_other_images_to_judge_by(tmp_path: Path, part: str) -> N
     del values["held_out_digest"]  # as in runs of before it was kept
     state.write_text(json.dumps(values))
     assert train(dataclasses.replace(settings, epochs=3), resume=run).epochs == 3
+    assert load_state(run / "checkpoints" / "last").held_out_digest
 
 
 def test_resume_refuses_a_config_that_was_edited(tmp_path: Path) -> None:

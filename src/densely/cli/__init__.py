@@ -49,9 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a folder that may not be read, a full disk
+        from densely.whole_file import DISK_ERRORS
+
         where = f"{error.filename}: " if error.filename else ""
         print(f"{prog}: {where}{error.strerror or error}", file=sys.stderr)
-        return 2 if error.filename else 1
+        return 2 if error.filename and error.errno not in DISK_ERRORS else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

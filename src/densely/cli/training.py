@@ -29,6 +29,7 @@ def train(parser: Parser, arguments: list[str]) -> None:
     else:
         values = read_yaml(Path(early.config)) if early.config is not None else {}
         if early.recipe is not None:
+            TrainConfig.from_values({"recipe": early.recipe})  # no fault of the file's
             values["recipe"] = early.recipe
         try:
             base = TrainConfig.from_values(values)

@@ -38,14 +38,14 @@ class Part:
         files: the image files of each class, in a fixed order.
         left_out: numbers of files that look like none of these, by the ending of their names.
         beside: number of image files beside the classes' folders, which belong to no class.
-        again: number of links to folders that are read anyway.
+        repeated: number of links that were not followed, to what is read anyway.
     """
 
     path: Path
     files: dict[str, list[Path]]
     left_out: Counter[str]
     beside: int = 0
-    again: int = 0
+    repeated: int = 0
 
     @property
     def images(self) -> list[Path]:
@@ -76,7 +76,11 @@ def find_parts(folder: Path) -> dict[str, Part]:
     paths = {split: folders[0] for split, folders in found.items() if folders}
     if len(paths) == 1:
         raise DataError(f"{folder}: has {paths['train'].name}/ but neither test/ nor val/")
-    return {split: list_part(path) for split, path in paths.items()}
+    roots = [os.path.realpath(path) for path in paths.values()]
+    if len(set(roots)) < len(roots):
+        names = " and ".join(f"{path.name}/" for path in paths.values())
+        raise DataError(f"{folder}: of {names} one is a link to another")
+    return {split: list_part(path, roots) for split, path in paths.items()}
 
 
 def has_splits(folder: Path) -> bool:
@@ -89,14 +93,26 @@ def has_splits(folder: Path) -> bool:
     return any(path.name == "train" for path in train) or bool(train and beside)
 
 
-def list_part(path: Path) -> Part:
-    """List the image files below each class's folder."""
+def list_part(path: Path, roots: list[str] | None = None) -> Part:
+    """List the image files below each class's folder.
+
+    Args:
+        path: the folder of the classes.
+        roots: real paths that images are read from, of all splits, to which links are not
+            followed; what links lead to is added. None for `path` alone.
+
+    Raises:
+        DataError: the folder of a class is a link to one of them.
+    """
+    walk = _Walk([os.path.realpath(path)] if roots is None else roots)
     entries = sorted(entry for entry in path.iterdir() if not _is_hidden(entry.name))
     beside = sum(entry.name.lower().endswith(SUFFIXES) and entry.is_file() for entry in entries)
     folders = [entry for entry in entries if entry.is_dir()]
-    walk = _Walk([path, *folders])
+    for folder in folders:
+        if folder.is_symlink() and not walk.may_follow(str(folder)):
+            raise DataError(f"{folder}: is a link to {folder.resolve()}, which is read anyway")
     files = {folder.name: sorted(walk.image_files(folder)) for folder in folders}
-    return Part(path, files, walk.left_out, beside, walk.again)
+    return Part(path, files, walk.left_out, beside, walk.repeated)
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -105,7 +121,7 @@ def images_below(folder: Path) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    walk = _Walk([folder])
+    walk = _Walk([os.path.realpath(folder)])
     images = sorted(walk.image_files(folder))
     if not images:
         raise Part(folder, {}, walk.left_out).error(f"no images in it ({', '.join(SUFFIXES)})")
@@ -120,8 +136,8 @@ def left_out_notes(parts: Iterable[Part]) -> tuple[str, ...]:
         for part in parts
         if part.beside
     ]
-    if again := sum(part.again for part in parts):
-        notes.append(f"{counted(again, 'link')} left out: to folders that are read anyway")
+    if repeated := sum(part.repeated for part in parts):
+        notes.append(f"{counted(repeated, 'link')} left out: to what is read anyway")
     endings = sum((part.left_out for part in parts), Counter())
     if endings:
         by_number = sorted(endings, key=lambda ending: (-endings[ending], ending))
@@ -162,38 +178,55 @@ def _is_hidden(name: str) -> bool:
 
 
 class _Walk:
-    """Looks for images at any depth, in no folder twice: a link may lead back to where it lies.
+    """Looks for images at any depth, and follows no link to what is read anyway.
+
+    Such a link would make images count twice, under two classes or in two splits, or lead back to
+    where it lies.
 
     Args:
-        tops: folders that will be looked into, and others that nothing is wanted from.
+        roots: real paths of folders that are read; what links to folders lead to is added.
 
     Attributes:
         left_out: numbers of other files, by the ending of their names.
-        again: number of links that were not followed, since their folder is walked anyway.
+        repeated: number of links that were not followed.
     """
 
-    def __init__(self, tops: Iterable[Path]) -> None:
+    def __init__(self, roots: list[str]) -> None:
         self.left_out: Counter[str] = Counter()
-        self.again = 0
-        self._walked = {os.path.realpath(top) for top in tops}
+        self.repeated = 0
+        self._roots = roots
+        self._files: set[str] = set()  # what links to files lead to
+
+    def may_follow(self, link: str) -> bool:
+        """Whether nothing that a link leads to is read otherwise; it is from then on."""
+        real = os.path.realpath(link)
+        inside = any(f"{real}/".startswith(f"{root}/") for root in self._roots)
+        above = any(f"{root}/".startswith(f"{real}/") for root in self._roots)
+        if inside or above or real in self._files:
+            return False
+        if os.path.isdir(real):
+            self._roots.append(real)
+        else:
+            self._files.add(real)
+        return True
 
     def image_files(self, folder: Path) -> list[Path]:
-        """Images below one of the folders."""
+        """Images below a folder."""
 
         def fail(error: OSError) -> None:
             raise error  # a folder that cannot be read must not be left out without a word
 
         images = []
         for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-            visible = (os.path.join(top, name) for name in folders if not _is_hidden(name))
-            by_links = sorted(visible, key=lambda path: (os.path.islink(path), path))
-            folders[:] = [os.path.basename(path) for path in by_links if self._is_new(path)]
+            visible = sorted(name for name in folders if not _is_hidden(name))
+            folders[:] = [name for name in visible if self._is_read(os.path.join(top, name))]
             for name in names:
                 if name.startswith("."):
                     continue
                 lower = name.lower()
                 if lower.endswith(SUFFIXES):
-                    images.append(Path(top, name))
+                    if self._is_read(os.path.join(top, name)):
+                        images.append(Path(top, name))
                 elif (
                     not lower.endswith(_CARRIED_SUFFIXES)
                     and lower not in _CARRIED_NAMES
@@ -202,10 +235,9 @@ class _Walk:
                     self.left_out[Path(lower).suffix] += 1
         return images
 
-    def _is_new(self, path: str) -> bool:
-        real = os.path.realpath(path)
-        self.again += real in self._walked
-        if real in self._walked:
-            return False
-        self._walked.add(real)
-        return True
+    def _is_read(self, path: str) -> bool:
+        if not os.path.islink(path) or not os.path.exists(path):  # a broken one is named later
+            return True
+        follows = self.may_follow(path)
+        self.repeated += not follows
+        return follows

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -18,6 +20,11 @@ def type_faults(network: Any, given: dict[str, Any]) -> list[str]:
     ]
 
 
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, numpy's too; true and false are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
@@ -25,14 +32,16 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Literal:
         return isinstance(value, str)  # which ones there are, the network says
     if kind is Sequence:
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         return is_list and all(_fits(each, inner[0]) for each in value)
     if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
+        return is_whole(value)
     if hint is float:
         return isinstance(value, Real) and not isinstance(value, bool)
-    if hint is bool or hint is type(None):
-        return isinstance(value, hint)
+    if hint is bool:
+        return isinstance(value, bool | np.bool_)
+    if hint is type(None):
+        return value is None
     return callable(value)
 
 

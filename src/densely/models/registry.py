@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from densely.errors import ConfigError, unknown_name
 from densely.fused import restore
-from densely.models.arguments import type_faults
+from densely.models.arguments import is_whole, type_faults
 from densely.models.densenet import DenseNet, Stem
 from densely.models.fc_densenet import FCDenseNet
 from densely.models.init import InitName
@@ -210,7 +210,7 @@ def build_model(
     if in_channels is not None:
         given["in_channels"] = in_channels
     faults = type_faults(chosen.network, given)
-    if not isinstance(image_size, int | None):
+    if image_size is not None and not is_whole(image_size):
         faults.append(f"image_size={image_size!r}: must be a whole number, the side of squares")
     if faults:
         raise ConfigError(f"{name}: {'; '.join(faults)}")

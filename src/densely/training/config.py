@@ -215,11 +215,14 @@ def _is_path(text: str) -> bool:
 class _Loader(yaml.SafeLoader):
     """PyYAML's, which would take the last of two values of one name without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := {name for name in names if names.count(name) > 1}:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        # Of merge keys, `<<`, there may be several; what they bring in is not here yet.
+        names = [(key.tag, key.value) for key in keys if not key.tag.endswith(":merge")]
+        if twice := {name for tag, name in names if names.count((tag, name)) > 1}:
             raise yaml.YAMLError(f"{', '.join(sorted(twice))}: given twice")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -148,7 +148,10 @@ def _triton(gpu: int | None) -> Kernels | str:
         raise
     except Exception as error:  # as of a compiler that Triton does not find
         reason = first_line(error)
-        _log.warning("DenseNets run on GPUs as plain PyTorch, slower than they could: %s", reason)
+        where = "GPUs" if gpu is None else f"cuda:{gpu}"
+        _log.warning(
+            "DenseNets run on %s as plain PyTorch, slower than they could: %s", where, reason
+        )
         return reason
     return kernels
 
