@@ -21,6 +21,7 @@ from densely.environment import environment
 from densely.errors import ConfigError
 from densely.runtime import Runtime, choose_runtime, keep_freed_memory
 from densely.whole_file import write_whole
+from densely.words import counted
 
 PEERS = ("torchvision", "timm", "monai")
 ALLOCATORS = {"system": "memory as the system gives it", "keep": "freed memory kept for all"}
@@ -107,7 +108,7 @@ def _document(
 
 
 def _threads(count: int) -> str:
-    return f"{count} thread{'s' if count > 1 else ''}, "
+    return f"{counted(count, 'thread')}, "
 
 
 def _how_peak(runtime: Runtime) -> str:

@@ -109,7 +109,7 @@ def list_part(path: Path, roots: list[str] | None = None) -> Part:
     beside = sum(entry.name.lower().endswith(SUFFIXES) and entry.is_file() for entry in entries)
     folders = [entry for entry in entries if entry.is_dir()]
     for folder in folders:
-        if folder.is_symlink() and not walk.may_follow(str(folder)):
+        if folder.is_symlink() and not walk.follow(str(folder)):
             raise DataError(f"{folder}: is a link to {folder.resolve()}, which is read anyway")
     files = {folder.name: sorted(walk.image_files(folder)) for folder in folders}
     return Part(path, files, walk.left_out, beside, walk.repeated)
@@ -155,13 +155,15 @@ def unread_note(folder: Path, parts: Iterable[Part]) -> tuple[str, ...]:
     if folder in read:
         return ()
     beside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry not in read]
-    unread = [f"{entry.name}/" for entry in beside if not _is_hidden(entry.name) and _any(entry)]
+    unread = [
+        f"{entry.name}/" for entry in beside if not _is_hidden(entry.name) and _holds_images(entry)
+    ]
     if not unread:
         return ()
     return (f"nothing is read from {', '.join(unread)}: splits are train/, test/ and val/",)
 
 
-def _any(folder: Path) -> bool:
+def _holds_images(folder: Path) -> bool:
     """Whether there is an image at any depth; what cannot be looked into holds none."""
     names = (name for _, _, names in os.walk(folder) for name in names)
     return any(name.lower().endswith(SUFFIXES) and not name.startswith(".") for name in names)
@@ -197,8 +199,8 @@ class _Walk:
         self._roots = roots
         self._files: set[str] = set()  # what links to files lead to
 
-    def may_follow(self, link: str) -> bool:
-        """Whether nothing that a link leads to is read otherwise; it is from then on."""
+    def follow(self, link: str) -> bool:
+        """Take up what a link leads to, unless that is read otherwise; say whether it was."""
         real = os.path.realpath(link)
         inside = any(f"{real}/".startswith(f"{root}/") for root in self._roots)
         above = any(f"{root}/".startswith(f"{real}/") for root in self._roots)
@@ -238,6 +240,6 @@ class _Walk:
     def _is_read(self, path: str) -> bool:
         if not os.path.islink(path) or not os.path.exists(path):  # a broken one is named later
             return True
-        follows = self.may_follow(path)
-        self.repeated += not follows
-        return follows
+        taken = self.follow(path)
+        self.repeated += not taken
+        return taken
