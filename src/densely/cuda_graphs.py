@@ -34,7 +34,8 @@ def record_graph(
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what some work does on a GPU; before, it is run `WARM_UP` times for real.
 
-    cuDNN tries its kernels in the first run, and keeps to the fastest for what is recorded.
+    cuDNN tries its kernels in the first run, and keeps to the fastest for what is recorded, which
+    may be another in another process: not where `torch.backends.cudnn.deterministic` is set.
     The state of the GPU's random numbers is put back; each replay goes on from where it then is.
     All graphs are recorded on one stream, one after another, and share what libraries keep for it,
     such as cuBLAS's work space: no two of them may run at the same time.
@@ -57,7 +58,7 @@ def record_graph(
         here = torch.cuda.current_stream()
         aside = _recording_stream(torch.cuda.current_device())
         try:
-            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
             aside.wait_stream(here)
             try:
                 with torch.cuda.stream(aside):
