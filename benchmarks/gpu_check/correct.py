@@ -37,6 +37,8 @@ T = TypeVar("T")
 BATCH = 32
 #: Of the maps of a step in 16 bits: of fewer a handful on ReLU's other side would decide.
 LEAST_ROWS = 4096
+#: In float32: of few rows libraries add up products in parts, which is nearer than one sum is.
+LEAST_ROWS_FLOAT32 = 2048
 #: Images of a step and of a whole network in float32.
 BATCH_FLOAT32, BATCH_FLOAT32_NET = 2, 8
 DRAWS = 4
@@ -142,7 +144,7 @@ def _check_step(
 ) -> dict[str, Any]:
     device, batch = setting.device, max(BATCH, -(-LEAST_ROWS // case.size**2))
     if dtype == torch.float32:
-        batch = BATCH_FLOAT32
+        batch = max(BATCH_FLOAT32, -(-LEAST_ROWS_FLOAT32 // case.size**2))
     if setting.smoke:
         batch = 4
     generator = torch.Generator(device)

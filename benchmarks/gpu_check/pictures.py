@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densely import drawing
+from densely.words import counted
 from gpu_check.distance import FACTOR
 from gpu_check.setting import in_a_line
 
@@ -94,10 +95,11 @@ def draw_distances(rows: Rows, path: Path, title: str) -> None:
             if not chosen:
                 continue
             x, y = ([_within(point[i]) for point in chosen] for i in (1, 2))
+            count, where = counted(len(chosen), "result"), "within" if fine else "beyond"
             axes.scatter(
                 x, y, s=14 if fine else 42, marker=marker, color=color if fine else WRONG,
                 alpha=0.55 if fine else 1.0, linewidths=0, zorder=3,
-                label=f"{name}: {len(chosen)} results {'within' if fine else 'beyond'} the bound",
+                label=f"{name}: {count} {where} the bound",
             )  # fmt: skip
     axes.set_xlim(NEAREST / 1.5, FURTHEST * 1.5)
     axes.set_ylim(NEAREST / 1.5, FURTHEST * 1.5)
