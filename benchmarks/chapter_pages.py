@@ -64,7 +64,7 @@ ENGLISH = Words(
     "{gpu_accuracy:.4f}.",
     memory="Measured in float32: DenseNet-121 at 224 pixels keeps {kept:.1f} MB an image here, "
     "{plain:.1f} in torchvision, and {checkpointed:.1f} in torchvision with checkpoints, which "
-    "compute more over again. Against the depth L of a DenseNet-BC it grows as L^{exponent:.2f} "
+    "recompute more. Against the depth L of a DenseNet-BC it grows as L^{exponent:.2f} "
     "here and as L^{plain_exponent:.2f} in plain PyTorch ([results](results.md)).",
     trained="Trained on {limit} images at {size} pixels for {epochs} epochs, batch {batch}, "
     "{seeds} seeds; judged on {images:,} test images. {device}, {threads} threads, {precision}, "

@@ -72,7 +72,7 @@ def test_both_languages_have_the_same_parts_links_and_pictures() -> None:
 
 
 def test_every_command_is_one() -> None:
-    assert len(commands()) == 6
+    assert len(commands()) == 7
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

@@ -45,6 +45,7 @@ def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str
     _, text, _ = run(capsys, "train", "--recipe", "d2l", "--help")
     assert "(default: 256)" in text
     assert "(default: fashion-mnist)" in text
+    assert "fresh ones (default: null)" in " ".join(text.split())
 
 
 def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +92,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         ("predict nowhere", "required: images"),
         ("explain nowhere a.png", "nowhere: no run directory"),
         ("explain nowhere", "no IMAGE given"),
+        ("explain nowhere --connections --level 1 --target 3", "--level, --target: of heat maps"),
         ("compare nowhere elsewhere", "nowhere: no run directory"),
         ("bench --net d3l", "expected one of 'all', 'densenet121', 'd2l', 'bc_100_12', got 'd3l'"),
         ("bench --rounds 0 --batch 0", "batch=0: must be at least 1; rounds=0"),

@@ -1,4 +1,4 @@
-"""densely: DenseNets for PyTorch, to learn, train, explain and serve them.
+"""densely: DenseNets for PyTorch, to learn, train, explain and convert them.
 
 >>> import densely
 >>> model = densely.create_model("d2l")

@@ -4,7 +4,6 @@ Exit codes: 0 fine, 1 failure, 2 usage or configuration; after saving, 130 for C
 SIGTERM, 129 for a closed terminal.
 """
 
-import argparse
 import atexit
 import gc
 import io
@@ -66,13 +65,13 @@ def _command(name: str) -> "Command":
 
 
 def _parser(prog: str, command: "Command") -> "Parser":
-    from densely.cli.parser import Parser
+    from densely.cli.parser import Help, Parser
 
     return Parser(
         prog=prog,
         description=(command.__doc__ or "").strip(),
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
 
 
@@ -83,7 +82,7 @@ def _overview() -> str:
         [
             "usage: densely COMMAND [OPTIONS]",
             "",
-            "DenseNets for PyTorch: learn, train, explain and serve them.",
+            "DenseNets for PyTorch: learn, train, explain and convert them.",
             "",
             "commands:",
             *(f"  {name:{width}}  {line}" for name, line in zip(_MODULES, lines, strict=True)),

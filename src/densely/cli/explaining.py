@@ -62,6 +62,10 @@ def explain(parser: Parser, arguments: list[str]) -> None:
         images.nargs, images.required = "*", False
         chosen = parser.parse_args(arguments)
 
+    of_maps = {"--method": chosen.method != "cam", "--level": chosen.level, "--target": chosen.target}
+    if not chosen.images and (flags := [flag for flag, given in of_maps.items() if given]):
+        raise ConfigError(f"{', '.join(flags)}: of heat maps, and no IMAGE is given")
+
     from densely.evaluation.explain_run import explain_connections, explain_images
     from densely.runtime import settle_process
 

@@ -11,8 +11,9 @@ def convert(parser: Parser, arguments: list[str]) -> None:
     """Rewrite weights of one package for another: torchvision, timm, MONAI, Keras, ...
 
     The dialect of SRC is found by its keys, every shape is checked, and DST is written whole or
-    not at all. Formats show in the endings: .safetensors, .pth, .pt, .tar; .h5 and .weights.h5
-    for Keras (pip install "densely[keras]").
+    not at all. The format of SRC shows in its first bytes, that of DST in its ending:
+    .safetensors, .pth, .pt, .tar, .bin; .h5 and .weights.h5 for Keras (pip install
+    "densely[keras]").
     """
     parser.add_argument("source", type=str, metavar="SRC", help="file of weights")
     parser.add_argument("target", type=str, metavar="DST", help="file to write")

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from densely.training.config import TrainConfig
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, an absent one as it is written on the command line and in YAML."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = super()._get_help_string(action)
+        return text.replace("%(default)s", "null") if text and action.default is None else text
+
+
 class Parser(ArgumentParser):
     """Faults as one line, through the same door as all other errors."""
 

@@ -39,7 +39,7 @@ def load_folder(
         channels: 1 or 3; None for grey if every image is, and colour otherwise.
 
     Returns:
-        The splits; a validation split is the test split where there is none of that name. Their
+        The splits; val/ is for testing where there is no test/. Their
         notes tell of that, of files left out, and of what the images lack.
 
     Raises:

@@ -73,13 +73,21 @@ class TrainConfig:
     image_size: int | None = _option(
         None,
         _WHAT,
-        "side in pixels that images are scaled to; null keeps their own, folders at most 96",
+        "side in pixels of the squares that images are scaled to; null for their own, or 96 where "
+        "those of a folder are larger or of several sizes. Networks for ImageNet have a small stem "
+        "up to 64",
     )
     normalize: bool = _option(
-        True, _WHAT, "subtract the mean and divide by the deviation of the training pixels"
+        True,
+        _WHAT,
+        "subtract the mean and divide by the deviation of the training pixels, or those that "
+        "published weights were trained with",
     )
     validation: float = _option(
-        0.1, _IMAGES, "share of training images set aside to choose the best epoch; 0 for none"
+        0.1,
+        _IMAGES,
+        "share of training images set aside to choose the best epoch; 0 for none. Data with "
+        "validation images of their own keep those",
     )
     limit: int | None = _option(
         None, _IMAGES, "train on at most so many images, shares in proportion to the classes"
