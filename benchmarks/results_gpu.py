@@ -48,9 +48,9 @@ A training step as one CUDA graph. Commit {env["commit"]}, torch {env["versions"
 {first["triton"]}, Python {env["python"]}; batch {first["batch"]}, bfloat16 under autocast, SGD with
 momentum. 121 is DenseNet-121 at 224 pixels (peers: torchvision), bc DenseNet-BC-100-12 at 32, d2l
 the chapter's net at 96 (peers: plain PyTorch). Made by a script of the hour; the command is now
-`bash benchmarks/gpu_check.sh OUTDIR all`. All variants of a net took turns. Medians of 5 rounds, but
-of bc a single round: of its two, the other was disturbed, so that all took 15 to 38% longer. Eager
-PyTorch of the small nets waits for Python, and varies by as much. This card copies
+`bash benchmarks/gpu_check.sh OUTDIR all`. All variants of a net took turns. Medians of 5 rounds,
+but of bc a single round: of its two, the other was disturbed, so that all took 15 to 38% longer.
+Eager PyTorch of the small nets waits for Python, and varies by as much. This card copies
 {ceilings["copy_tb_per_s"]} TB/s and multiplies {ceilings["bf16_tflop_per_s"]:.0f} bfloat16 TFLOP/s.
 
 {table}
@@ -316,9 +316,9 @@ ten minutes.
 That is twice the paper's error, and most of it comes from the images, CIFAR-10 encoded again as
 JPEG, of quality 75 and half the resolution in colour. A published recipe for another network that
 is right on 94.0% of the originals' test images is so on 90.5% of these, and so wrong 1.6 times as
-often; by that the paper's 4.51% would be 7.1%, and by the difference 8.0%. The batch costs the rest, or much of it, in runs
-of {len(short[64])} epochs that differ in batch and rate alone (`{shared}`,
-{env_short["device_name"]}, commit {env_short["commit"]}):
+often; by that the paper's 4.51% would be 7.1%, and by the difference 8.0%. The batch costs the
+rest, or much of it, in runs of {len(short[64])} epochs that differ in batch and rate alone
+(`{shared}`, {env_short["device_name"]}, commit {env_short["commit"]}):
 
 | batch | rate | train accuracy | test error | images/s |
 |---|---|---|---|---|

@@ -92,7 +92,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     data = io.BytesIO()
     Image.new("L", (1, 1)).save(data, format="PNG")
-    monkeypatch.setattr("densely.drawing.png", lambda figure: data.getvalue())
+    monkeypatch.setattr("densely.drawing.png", lambda figure, metadata=None: data.getvalue())
 
 
 @pytest.fixture(scope="session")

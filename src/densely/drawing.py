@@ -93,15 +93,15 @@ def any_signs() -> Iterator[None]:
         yield
 
 
-def png(figure: "Figure") -> bytes:
-    """The figure as a PNG."""
+def png(figure: "Figure", metadata: dict[str, str] | None = None) -> bytes:
+    """The figure as a PNG, with texts by key that no picture shows."""
     data = io.BytesIO()
     with any_signs():
-        figure.savefig(data, format="png")
+        figure.savefig(data, format="png", metadata=metadata)
     return data.getvalue()
 
 
-def save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write the figure as a PNG, whole or not at all."""
     with whole_file(path) as beside:
-        beside.write_bytes(png(figure))
+        beside.write_bytes(png(figure, metadata))

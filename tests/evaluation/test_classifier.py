@@ -1,5 +1,6 @@
 """`densely.load(RUN).predict(...)`: pictures of any kind, named by class and probability."""
 
+import math
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 import densely
 from densely.data import load_data
 from densely.errors import ConfigError, DataError, RunError
+from densely.evaluation.calibration import Calibration
 from densely.training.scoring import score
 
 
@@ -33,7 +35,7 @@ def test_files_get_the_probabilities_of_the_test_split(classifier: densely.Class
     predictions = classifier.predict(pictures)
     whole = classifier.probabilities(test.images)
     for prediction, row in zip(predictions, whole, strict=True):
-        assert prediction.probability == row.max().item()
+        assert prediction.probability == pytest.approx(row.max().item(), rel=1e-6)
         assert prediction.label == test.classes[int(row.argmax())]
     assert score(whole.log(), test.labels).accuracy > 0.8
 
@@ -127,3 +129,28 @@ def test_a_network_that_has_diverged_names_nothing(digits_run: Path) -> None:
     torch.nn.init.constant_(next(classifier.model.parameters()), torch.nan)
     with pytest.raises(RunError, match="NaN or infinity"):
         classifier.predict(Image.new("L", (8, 8)))
+
+
+def test_a_threshold_near_1_is_held_in_float64(digits_run: Path) -> None:
+    """In float32 all these probabilities are 1, and all would be sure."""
+    classifier = densely.load(digits_run)
+    last = classifier.model.classifier
+    torch.nn.init.zeros_(last.weight)
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor([20.0, *[0.0] * 9]))
+    images = [Image.new("L", (8, 8))]
+    (found,) = classifier.predict(images)
+    assert 1 - 1e-7 < found.probability < 1
+    for threshold in (found.probability, math.nextafter(found.probability, 1)):
+        classifier.calibration = Calibration(
+            "none", (1.0,) * 10, (0.0,) * 10, "", 0, 0.05, threshold
+        )
+        assert classifier.predict(images)[0].sure is (threshold == found.probability)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, 8)]
+)
+def test_images_of_another_kind_are_refused(digits_run: Path, images: torch.Tensor) -> None:
+    with pytest.raises(DataError, match=r"expected uint8 \[images, 1, height, width\]"):
+        densely.load(digits_run).probabilities(images)

@@ -15,6 +15,7 @@ from densely.cli import explaining
 from densely.cli.parser import Parser
 from densely.data.preprocessing import Preprocessing
 from densely.errors import ConfigError, DataError, RunError
+from densely.evaluation.calibration import Calibration, save_calibration
 from densely.evaluation.explain_run import explain_connections, explain_images, place
 from densely.evaluation.heat_maps import METHODS, explain
 from densely.evaluation.overlay import overlay
@@ -129,7 +130,6 @@ def test_pictures_go_beside_the_run_by_default_and_are_replaced(
 ) -> None:
     (first,) = explain_images(run, images[:1])
     before = first.path.read_bytes()
-    first.path.write_bytes(b"")
     (second,) = explain_images(run, images[:1])
     assert second == first
     assert second.path.read_bytes() == before
@@ -186,12 +186,44 @@ def test_a_folder_that_cannot_be_made_is_told(
 
 
 def test_an_image_is_never_replaced(digits_run: Path, images: list[Path], tmp_path: Path) -> None:
-    for name in ("x.png", "x-cam.png"):
-        shutil.copy(images[0], tmp_path / name)
+    shutil.copy(images[0], tmp_path / "x.png")
+    (first,) = explain_images(digits_run, [tmp_path / "x.png"], output=tmp_path)
+    before = first.path.read_bytes()
     with pytest.raises(ConfigError, match=r"x-cam\.png is one of the images"):
-        explain_images(digits_run, sorted(tmp_path.glob("*.png")), output=tmp_path)
-    assert (tmp_path / "x-cam.png").read_bytes() == images[0].read_bytes()
+        explain_images(digits_run, [tmp_path / "x.png", first.path], output=tmp_path)
+    assert first.path.read_bytes() == before
     assert len(list(tmp_path.glob("*.png*"))) == 2
+
+
+def test_only_a_picture_of_the_same_is_replaced(
+    run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    """Of the same image, run and class: nothing of others, nor what is no picture of ours."""
+    out, other = tmp_path / "out", Path(shutil.copytree(run, tmp_path / "other"))
+    out.mkdir()
+    shutil.copy(images[0], out / f"{images[0].stem}-cam.png")
+    shutil.copy(images[0], out / "connections.png")
+    mine = {path: path.read_bytes() for path in out.iterdir()}
+    paths = [
+        explain_images(which, images[:1], output=out, target=target)[0].path
+        for which in (run, other, run)
+        for target in (None, "3", "5")
+    ]
+    assert paths[:3] == paths[6:]
+    assert len(set(paths)) == 6
+    drawn = [explain_connections(which, out) for which in (run, other, run)]
+    assert [path.name for path in drawn] == [f"connections-{n}.png" for n in (2, 3, 2)]
+    assert all(path.read_bytes() == kept for path, kept in mine.items())
+
+
+def test_probabilities_are_calibrated_where_the_run_is(
+    run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    classifier = densely.load(run)
+    flat = Calibration("temperature", (0.01,) * 10, (0.0,) * 10, "made up", 100)
+    save_calibration(run / "checkpoints" / "best", flat, classifier.weights_digest)
+    (picture,) = explain_images(run, images[:1], output=tmp_path / "out")
+    assert picture.probability < 0.2
 
 
 @pytest.mark.parametrize("crop", [0.875, 0.5, 1.0])

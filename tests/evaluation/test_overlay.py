@@ -182,3 +182,10 @@ def test_maps_are_stretched_bilinearly() -> None:
     ramp = torch.arange(100.0).repeat(100, 1)
     small = stretch(ramp, 10, 10)
     assert small[5, 5].item() == pytest.approx(54.5)
+
+
+def test_a_map_one_pixel_wide_is_one_pixel_high_turned() -> None:
+    ramp = torch.arange(8.0)[:, None].expand(8, 8).contiguous()
+    for height in (1, 7, 20):
+        assert torch.equal(stretch(ramp, height, 1), stretch(ramp.T, 1, height).T)
+    assert stretch(ramp, 7, 1)[-1].item() > 6

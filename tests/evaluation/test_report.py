@@ -15,7 +15,11 @@ import densely
 from densely.cli import main
 from densely.errors import ConfigError, DataError, RunError
 from densely.evaluation import judged
+from densely.evaluation.scores import scores_of
+from densely.evaluation.selective import risk_coverage, threshold_for
 from densely.training.run import RunDirectory
+
+DIGITS = tuple("0123456789")
 
 pytestmark = pytest.mark.usefixtures("hasty_costs", "undrawn")
 
@@ -128,6 +132,48 @@ def test_calibration_is_stored_and_applied(
         assert other.sure is wanted
 
 
+def test_the_figures_are_of_calibrated_probabilities(run: Path) -> None:
+    """By vector scaling, which moves answers too: the network is made to give a class too often."""
+    weights = run / "checkpoints" / "best" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["classifier.bias"][3] += 4
+    save_file(tensors, weights, metadata={"format": "pt"})
+    found = densely.report(run, calibration="vector").findings
+    stored = densely.load(run).calibration
+    assert stored is not None
+    own = {split: judged.judge(run, split=split) for split in ("test", "validation")}
+    logits, labels = stored.apply(own["test"].logits), own["test"].labels
+    assert found.scores.accuracy == scores_of(logits, labels, DIGITS).accuracy
+    assert found.scores.accuracy != scores_of(own["test"].logits, labels, DIGITS).accuracy
+    fitting = (stored.apply(own["validation"].logits), own["validation"].labels)
+    choices = [(choice.wanted_error, choice.threshold) for choice in found.selective.choices]
+    assert choices == [(error, threshold_for(*fitting, error)) for error, _ in choices]
+    assert found.selective == risk_coverage(logits, labels, choices)
+    shares = logits.double().softmax(dim=1)
+    for example in found.mistakes:
+        label, given = DIGITS.index(example.label), DIGITS.index(example.given)
+        probabilities = shares[example.index]
+        assert example.confidence == pytest.approx(probabilities[given].item(), rel=1e-5)
+        assert example.label_probability == pytest.approx(probabilities[label].item(), rel=1e-5)
+
+
+def test_a_later_report_keeps_what_was_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    densely.report(run, calibration="vector", wanted_error=0.4)
+    others = str(folder_of(tmp_path / "others", "3", "5"))
+    found = densely.report(run, others, output=tmp_path / "page").findings
+    assert (found.method, found.wanted_error) == ("vector", 0.4)
+    assert main(["evaluate", str(run), "--wanted-error", "0.2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["calibration"]["method"], told["threshold"]["wanted_error"]) == ("vector", 0.2)
+    assert told["calibration"]["fitted_on"] == "validation split, 144 images"
+    assert any("fitted on 144 images only" in warning for warning in told["warnings"])
+    stored = densely.load(run).calibration
+    assert stored is not None
+    assert (stored.method, stored.wanted_error) == ("vector", 0.2)
+
+
 def test_calibration_never_sees_what_is_judged(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +214,8 @@ def test_without_a_validation_split_training_images_stand_in_with_a_warning(
     assert "no validation split" in warning
     assert "10 of the images that it learned from" in warning
     assert report.findings.method == "none"
-    assert "is fitted on 10 images only" in densely.report(summary.run).findings.warnings[1]
+    fitted = densely.report(summary.run, calibration="temperature").findings
+    assert "is fitted on 10 images only" in fitted.warnings[1]
 
 
 @pytest.mark.parametrize(("split", "said"), [("train", "learned from"), ("validation", "very im")])
@@ -234,8 +281,9 @@ def test_a_run_whose_data_are_gone(tmp_path: Path) -> None:
     moved = densely.report(run, str(tmp_path / "moved"))
     assert moved.findings.scores.images == 2  # the test split, as before it was moved
     assert densely.load(run).calibration == before
-    report = densely.report(run, str(others))
-    assert any("data cannot be read" in warning for warning in report.findings.warnings)
+    report = densely.report(run, str(others), wanted_error=0.3)
+    (warning,) = [text for text in report.findings.warnings if "data cannot be read" in text]
+    assert "is shown, whatever method or error is asked for" in warning
     assert densely.load(run).calibration == before
 
 

@@ -374,3 +374,46 @@ def test_one_label_an_image_is_not_taken_for_several_nor_several_for_one() -> No
         multilabel_scores(LOGITS, LABELS, NAMES[:3])
     with pytest.raises(DataError, match=r"labels have the shape \[20, 3\]"):
         scores_of(LOGITS, torch.zeros(20, 3), NAMES[:3])
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(True, 0.722, 1.0), (False, 0.0, 0.278)])
+def test_few_images_that_are_all_right_or_none_do_not_make_certain(
+    right: bool, low: float, high: float
+) -> None:
+    labels = torch.arange(10) % 2
+    logits = torch.nn.functional.one_hot(labels if right else 1 - labels, 2).float()
+    found = scores_of(logits, labels, NAMES[:2])
+    for interval in (found.balanced_accuracy, found.macro_f1):
+        assert interval == found.accuracy
+        assert (interval.low, interval.high) == (
+            pytest.approx(low, abs=1e-3),
+            pytest.approx(high, abs=1e-3),
+        )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_intervals_of_small_sets_hold_their_value(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    classes = 2 + seed % 6
+    logits, labels = sample(6 + seed, classes, seed)
+    labels[:2] = torch.tensor([0, 1])
+    logits[torch.rand(len(labels), generator=generator) < 0.5] *= 3
+    found = scores_of(logits, labels, tuple(f"class {k}" for k in range(classes)))
+    for interval in (found.accuracy, found.balanced_accuracy, found.macro_f1):
+        assert interval is not None
+        assert 0 <= interval.low <= interval.value <= interval.high <= 1
+
+
+def test_equals_are_ranked_alike_for_one_answer_and_for_five() -> None:
+    labels = torch.tensor([0, 1, 0, 1, 0, 0, 6, 0])
+    found = scores_of(torch.zeros(8, 7), labels, NAMES)
+    assert found.top5_accuracy is not None
+    assert (found.accuracy.value, found.top5_accuracy.value) == (5 / 8, 7 / 8)
+
+
+def test_sure_images_are_ranked_where_their_probabilities_round_to_1() -> None:
+    margins = torch.tensor([60.0, 70.0, 80.0, 90.0])
+    logits = torch.stack((torch.zeros(4), margins, torch.full((4,), -5.0)), dim=1)
+    found = scores_of(logits, torch.tensor([0, 0, 1, 1]), NAMES[:3])
+    assert found.classes[1].auroc == 1
+    assert found.classes[0].auroc == 1

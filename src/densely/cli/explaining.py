@@ -62,14 +62,16 @@ def explain(parser: Parser, arguments: list[str]) -> None:
         images.nargs, images.required = "*", False
         chosen = parser.parse_args(arguments)
 
-    of_maps = {"--method": chosen.method != "cam", "--level": chosen.level, "--target": chosen.target}
-    if not chosen.images and (flags := [flag for flag, given in of_maps.items() if given]):
+    given = {"--method": chosen.method != "cam", "--level": chosen.level, "--target": chosen.target}
+    if not chosen.images and (flags := [flag for flag, is_given in given.items() if is_given]):
         raise ConfigError(f"{', '.join(flags)}: of heat maps, and no IMAGE is given")
 
     from densely.evaluation.explain_run import explain_connections, explain_images
     from densely.runtime import settle_process
 
     settle_process()
+    # First, as it wants a DenseNet: nothing is drawn where it fails.
+    path = str(explain_connections(chosen.run, chosen.output)) if chosen.connections else None
     if chosen.images:
         pictures = explain_images(
             chosen.run,
@@ -90,6 +92,5 @@ def explain(parser: Parser, arguments: list[str]) -> None:
                 f"{picture.image:{margin}}  {picture.label:{width}}  {picture.probability:6.4f}  "
                 f"{picture.path}"
             )
-    if chosen.connections:
-        path = str(explain_connections(chosen.run, chosen.output))
+    if path is not None:
         print(json.dumps({"connections": path}) if chosen.json else path)

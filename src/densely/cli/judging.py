@@ -5,17 +5,18 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ActionYesNo
 
-from densely.cli.parser import Parser, add_fields, hardware_of
+from densely.cli.parser import Parser, add_fields, flag_of, hardware_of
 from densely.errors import ConfigError, DataError
 from densely.training.config import HARDWARE, Split, TrainConfig
+from densely.words import counted
 
 if TYPE_CHECKING:
     from densely.evaluation.evaluate import Evaluation
-    from densely.evaluation.findings import Choice, Findings
+    from densely.evaluation.findings import CalibrationScore, Choice, Findings
 
 
 def evaluate(parser: Parser, arguments: list[str]) -> None:
@@ -48,17 +49,17 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--calibration",
-        type=Literal["temperature", "vector", "none"],
+        type=Literal["temperature", "vector", "none"] | None,
         metavar="{temperature,vector,none}",
-        default="temperature",
-        help="what is stored with the model; the page compares all",
+        help="what is stored with the model; the page compares all. null for what is stored "
+        "already, temperature at first",
     )
     parser.add_argument(
         "--wanted-error",
-        type=float,
+        type=float | None,
         metavar="X",
-        default=0.05,
-        help="share of wrong answers that is acceptable where predict is sure",
+        help="share of wrong answers that is acceptable where predict is sure; null for what is "
+        "stored already, 0.05 at first",
     )
     parser.add_argument(
         "--output", type=str | None, metavar="FOLDER", help="of the page; null for RUN/report"
@@ -69,6 +70,10 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
     hardware = hardware_of(chosen)
     where = {"split": chosen.split, "data_dir": chosen.data_dir}
     if not chosen.report:
+        of_report = ("calibration", "wanted_error", "output")
+        if flags := [flag_of(name) for name in of_report if chosen[name] is not None]:
+            raise ConfigError(f"{', '.join(flags)}: of the report, which --no-report leaves out")
+
         from densely.evaluation.evaluate import evaluate
 
         result = evaluate(chosen.run, chosen.data, **where, **hardware)
@@ -95,19 +100,48 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
         **hardware,
     )
     if chosen.json:
-        print(json.dumps(done.evaluation.to_dict() | {"report": str(done.page)}))
+        print(json.dumps(done.evaluation.to_dict() | _to_dict(done.findings, done.page)))
         return
     _print_evaluation(done.evaluation)
-    _print_calibration(done.findings, chosen.wanted_error)
+    _print_calibration(done.findings)
     print(f"report:  {done.page}")
 
 
-def _print_calibration(found: "Findings", wanted_error: float) -> None:
+def _to_dict(found: "Findings", page: Path) -> dict[str, Any]:
+    """What `_print_calibration` prints, for JSON; all else is in metrics.json beside the page."""
+    before, after = _before_and_after(found)
+    choice = _choice(found)
+    return {
+        "report": str(page),
+        "warnings": found.warnings,
+        "calibration": {
+            "method": found.method,
+            "fitted_on": found.calibrated_on,
+            "ece": before.ece,
+            "ece_calibrated": after.ece,
+            "accuracy_calibrated": found.scores.accuracy.value,
+            "loss_calibrated": after.nll,
+        },
+        "threshold": choice and dataclasses.asdict(choice),
+    }
+
+
+def _before_and_after(found: "Findings") -> tuple["CalibrationScore", "CalibrationScore"]:
+    after = next(score for score in found.calibration if score.method == found.method)
+    return found.calibration[0], after
+
+
+def _choice(found: "Findings") -> "Choice | None":
+    """That of the wanted error."""
+    choices = found.selective.choices
+    return next((c for c in choices if c.wanted_error == found.wanted_error), None)
+
+
+def _print_calibration(found: "Findings") -> None:
     print()
     for warning in found.warnings:
         print(f"note: {warning}")
-    before = found.calibration[0]
-    after = next(score for score in found.calibration if score.method == found.method)
+    before, after = _before_and_after(found)
     if after is not before:
         print(
             f"calibration error {before.ece:.4f}, and {after.ece:.4f} with {after.method} scaling "
@@ -116,9 +150,8 @@ def _print_calibration(found: "Findings", wanted_error: float) -> None:
         print(f"calibrated: accuracy {found.scores.accuracy.value:.4f}, loss {after.nll:.4f}")
     else:
         print(f"calibration error {before.ece:.4f}, not calibrated")
-    for choice in found.selective.choices:
-        if choice.wanted_error == wanted_error:
-            print(_in_words(choice))
+    if choice := _choice(found):
+        print(_in_words(choice))
 
 
 def _in_words(choice: "Choice") -> str:
@@ -126,8 +159,10 @@ def _in_words(choice: "Choice") -> str:
     if choice.threshold is None:
         return f"{wanted} there is no threshold: the images for calibration do not show that much"
     error = "none wrong" if not choice.error else f"{choice.error:.2%} of them wrong"
+    from densely.evaluation.report_page import number
+
     return (
-        f"{wanted} it is sure from {choice.threshold:.4f} on: {choice.coverage:.1%} of these "
+        f"{wanted} it is sure from {number(choice.threshold)} on: {choice.coverage:.1%} of these "
         f"images, {error}"
     )
 
@@ -135,7 +170,7 @@ def _in_words(choice: "Choice") -> str:
 def _print_evaluation(result: "Evaluation") -> None:
     print(
         f"accuracy {result.accuracy:.4f}, loss {result.loss:.4f} "
-        f"on {result.images:,} images ({result.data})"
+        f"on {counted(result.images, 'image')} ({result.data})"
     )
     table, names = result.confusion, result.classes
     if len(names) <= 20:
@@ -148,7 +183,7 @@ def _print_evaluation(result: "Evaluation") -> None:
         return
     wrong = [(n, i, j) for i, row in enumerate(table) for j, n in enumerate(row) if i != j and n]
     print("\nthe ten most frequent confusions:")
-    for n, i, j in sorted(wrong, reverse=True)[:10]:
+    for n, i, j in sorted(wrong, key=lambda cell: -cell[0])[:10]:  # equals in the page's order
         print(f"{n:6}  {names[i]} taken for {names[j]}")
 
 

@@ -114,12 +114,14 @@ class Calibration:
         return logits.float() * scale + bias
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Calibrated probabilities of logits [N, K]: float32 [N, K] on the same device.
+        """Calibrated probabilities of logits [N, K]: float64 [N, K] on the same device.
+
+        As thresholds are chosen: in float32 all that are within 3e-8 of 1 would be as sure.
 
         Raises:
             ShapeError: K is another number of classes.
         """
-        return self.apply(logits).softmax(dim=1)
+        return self.apply(logits).double().softmax(dim=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -100,8 +100,18 @@ class Classifier:
                 yield image if isinstance(image, DataError) else next(found)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities of uint8 images [N, C, H, W]: float32 [N, classes] on the CPU."""
-        return self._probabilities(images, self.preprocessing)
+        """Probabilities of uint8 images [N, C, H, W]: float32 [N, classes] on the CPU.
+
+        Raises:
+            DataError: images of another dtype, or of other channels than the network reads.
+        """
+        channels = self.preprocessing.channels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
+            raise DataError(
+                f"images of shape {list(images.shape)}, {images.dtype}: expected uint8 "
+                f"[images, {channels}, height, width]"
+            )
+        return self._probabilities(images, self.preprocessing).float()
 
     def _probabilities(self, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
         images = images.to(self.runtime.device)

@@ -60,12 +60,14 @@ def _strengths(block: Block) -> Matrix:
     return found
 
 
-def draw_connections(matrices: Sequence[Matrix], path: Path, title: str) -> None:
+def draw_connections(
+    matrices: Sequence[Matrix], path: Path, title: str, metadata: dict[str, str] | None = None
+) -> None:
     """Draw one panel a block into a PNG, with colours relative to the block's strongest connection.
 
     The last column of each, what leaves the block, is framed in black. Readers with another shape
     (1x1 convolutions, the classifier) have weights of another size as well: compare within a
-    column first.
+    column first. `metadata` goes into the file.
     """
     figure = drawing.new_figure(3.3 * len(matrices) + 0.9, 4)
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
@@ -78,7 +80,7 @@ def draw_connections(matrices: Sequence[Matrix], path: Path, title: str) -> None
     bar.set_label("mean absolute weight / strongest of the block", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     drawing.anybodys([figure.suptitle(title, fontsize=10)])
-    drawing.save(figure, path)
+    drawing.save(figure, path, metadata)
 
 
 def _draw_panel(axes: "Axes", matrix: Matrix, sign: str, follows: str) -> "AxesImage":

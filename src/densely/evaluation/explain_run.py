@@ -86,7 +86,8 @@ def explain_images(
         target: name of the class that is looked for; None for each image's likeliest.
         output: folder of the pictures; None for explain/ in the run directory. They are named
             STEM-METHOD.png, with -levelN and -CLASS before the dot where these were given, and
-            -2, -3 for further images of one stem. An older picture of the same image is replaced.
+            -2, -3 for further images of one stem. An older picture of the same image, class and
+            run is replaced, and nothing else.
         device: "auto", "cpu", "cuda", ...
         precision: as for `load`; heat maps and their probabilities are float32 with any.
         memory_format: "auto", "contiguous" or "channels_last".
@@ -117,14 +118,16 @@ def explain_images(
     for batch in torch.split(fitted, BATCH_SIZE):
         scaled = preprocessing.scale(batch.to(classifier.runtime.device))
         done = explain(classifier.model, classifier.runtime.layout(scaled), wanted, method, level)
-        calibrated = calibration.probabilities(done.logits)
-        probabilities = calibrated.gather(1, done.targets[:, None])[:, 0]
-        found += zip(done.maps.cpu(), probabilities.tolist(), done.targets.tolist(), strict=True)
+        targets = done.targets.cpu()
+        calibrated = calibration.probabilities(done.logits.cpu())
+        probabilities = calibrated.gather(1, targets[:, None])[:, 0]
+        found += zip(done.maps.cpu(), probabilities.tolist(), targets.tolist(), strict=True)
         made_at = done.level
 
     title = _TITLES[method] + ("" if level is None else f", block {level}")
     folder = _made(Path(run) / "explain" if output is None else Path(output))
-    sources = [_digest(path) for path in paths]
+    shown_by = "" if output is None else os.path.realpath(run)  # within a run it is told by where
+    sources = [_digest(os.path.realpath(path), target or "", shown_by) for path in paths]
     files = _files(folder, paths, sources, _ending(method, level, target))
     _spare(paths, files)
     pictures = []
@@ -149,7 +152,8 @@ def explain_connections(run: PathLike, output: PathLike | None = None) -> Path:
 
     Args:
         run: a run directory.
-        output: folder of the picture, connections.png; None for explain/ in the run directory.
+        output: folder of the picture, connections.png, or connections-2.png and so on where that
+            is another picture than this one from before; None for explain/ in the run directory.
 
     Raises:
         ConfigError: the run's network is no DenseNet.
@@ -157,9 +161,10 @@ def explain_connections(run: PathLike, output: PathLike | None = None) -> Path:
     """
     matrices = connections(load(run, device="cpu").model)
     folder = _made(Path(run) / "explain" if output is None else Path(output))
-    path = folder / "connections.png"
+    source = _digest("" if output is None else os.path.realpath(run))
+    (path,) = _files(folder, ["connections"], [source], "")
     title = f"{Path(run).resolve().name}: how much each layer reads of each earlier one"
-    draw_connections(matrices, path, title)
+    draw_connections(matrices, path, title, {_SOURCE: source})
     return path
 
 
@@ -211,18 +216,16 @@ def _files(folder: Path, paths: Sequence[str], sources: Sequence[str], ending: s
         for number in count(1):
             file = folder / f"{stem}{ending}{f'-{number}' if number > 1 else ''}.png"
             name = file.name.casefold()  # some file systems do not tell A from a
-            if name not in taken and _source_of(file) in (None, source):
+            if name not in taken and (not file.exists() or _source_of(file) == source):
                 break
         taken.add(name)
         files.append(file)
     return files
 
 
-def _digest(path: str) -> str:
-    """Stands for an image in its picture, which need not tell where it was."""
-    return hashlib.blake2b(
-        os.path.realpath(path).encode(errors="replace"), digest_size=16
-    ).hexdigest()
+def _digest(*what: str) -> str:
+    """Stands in a picture for what it shows, and need not tell where that was."""
+    return hashlib.blake2b("\0".join(what).encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def _note(source: str) -> PngInfo:
@@ -232,7 +235,7 @@ def _note(source: str) -> PngInfo:
 
 
 def _source_of(file: Path) -> str | None:
-    """The image that a picture was drawn of; None if it is no picture that says so."""
+    """What a picture was drawn of; None if it is no picture that says so."""
     try:
         with Image.open(file, formats=("PNG",)) as picture:
             return picture.info.get(_SOURCE)

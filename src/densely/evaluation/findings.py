@@ -224,6 +224,7 @@ class Findings:
         calibrated_on: the split that calibration and thresholds were fitted on, with its number of
             images; None where nothing was fitted.
         is_stored: whether that calibration is stored with the model.
+        wanted_error: of the threshold that is stored with it; None where there is none.
         calibration: before it ("none") and after each method.
         selective: which answers to give.
         mistakes: the most confident wrong answers, most confident first.
@@ -240,6 +241,7 @@ class Findings:
     method: Method
     calibrated_on: str | None
     is_stored: bool
+    wanted_error: float | None
     calibration: tuple[CalibrationScore, ...]
     selective: RiskCoverage
     mistakes: tuple[Example, ...]

@@ -109,6 +109,8 @@ def stretch(heat_map: Tensor, height: int, width: int) -> Tensor:
     heat = heat_map.detach().float().cpu()
     if heat.shape == (height, width):
         return heat
+    if width == 1 < height:  # which F.interpolate fills with what the first row comes to
+        return stretch(heat.T, width, height).T
     smooths = heat.shape[0] > height or heat.shape[1] > width
     size = (height, width)
     return F.interpolate(heat[None, None], size, mode="bilinear", antialias=smooths)[0, 0]

@@ -41,7 +41,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 WANTED_ERRORS = (0.01, 0.02, 0.05, 0.1)
 EXAMPLES = 24
 #: A calibration that is fitted on fewer images may be worse than none.
-FEW_IMAGES = 50
+FEW_IMAGES = 300
 #: More classes than these are not named in a warning.
 CLASSES_NAMED = 5
 
@@ -64,8 +64,8 @@ def report(
     *,
     split: Split = "test",
     data_dir: str | None = None,
-    calibration: Method = "temperature",
-    wanted_error: float = 0.05,
+    calibration: Method | None = None,
+    wanted_error: float | None = None,
     output: str | os.PathLike[str] | None = None,
     device: str = "auto",
     precision: Precision = "auto",
@@ -82,8 +82,9 @@ def report(
         split: as for `evaluate`.
         data_dir: as for `evaluate`.
         calibration: the method to store, "temperature", "vector" or "none"; the page compares them.
+            None for the one that is stored with these weights, "temperature" where none is.
         wanted_error: share of wrong answers that is acceptable among those that `predict` is sure
-            of.
+            of. None for the one that is stored, 0.05 where none is.
         output: folder for the page; None for RUN/report. An earlier page there is replaced. With
             another folder the run may be one that cannot be written: its calibration is not kept.
         device: "auto", "cpu", "cuda", ...
@@ -95,9 +96,9 @@ def report(
         DenselyError: the run or the data are missing, damaged, empty, of one class, or do not fit
             each other; or the network gives NaN.
     """
-    if calibration not in METHODS:
+    if calibration is not None and calibration not in METHODS:
         raise ConfigError(f"calibration='{calibration}': must be one of {', '.join(METHODS)}")
-    if not 0 < wanted_error < 1:
+    if wanted_error is not None and not 0 < wanted_error < 1:
         raise ConfigError(f"wanted_error={wanted_error}: must be above 0 and below 1")
     folder = Path(output) if output is not None else Path(run) / "report"
     check_replaceable(folder)
@@ -137,6 +138,7 @@ def report(
         method=chosen.method,
         calibrated_on=fitted.where,
         is_stored=fitted.where is not None and not unkept,
+        wanted_error=chosen.wanted_error,
         calibration=tuple(
             calibration_score(each.method, each.apply(logits), labels) for each in fitted.tried
         ),
@@ -205,13 +207,14 @@ class _Fitted:
 
 def _calibrate(
     judged: Judged,
-    method: Method,
-    wanted_error: float,
+    method: Method | None,
+    wanted_error: float | None,
     *,
     split: Split,
     data_dir: str | None,
 ) -> _Fitted:
     classes, warnings = judged.classifier.classes, []
+    stored = judged.classifier.calibration
     bare = Calibration.none(len(classes))
     if judged.own and split == "train":
         warnings.append("These are the images that the network learned from: it knows them.")
@@ -219,10 +222,10 @@ def _calibrate(
         own = judged.own or own_splits(judged.run, judged.classifier, data_dir)
     except DenselyError as error:
         # Other images are judged, and the run's own are gone: what was fitted before still holds.
-        stored = judged.classifier.calibration
         warnings.append(
             f"Nothing was fitted, since the run's own data cannot be read ({error}); "
-            + ("the calibration stored with it is shown." if stored else "it is not calibrated.")
+            + ("the calibration stored with it is shown" if stored else "it is not calibrated")
+            + (", whatever method or error is asked for." if method or wanted_error else ".")
         )
         chosen = stored or bare
         return _Fitted(
@@ -236,6 +239,8 @@ def _calibrate(
             is_new=False,
         )
 
+    method = method or (stored.method if stored else "temperature")
+    wanted_error = wanted_error or (stored and stored.wanted_error) or 0.05
     where, images, has_learned = fitting_images(own, judged.run.config().split_seed)
     images, logits = seen(judged.classifier, images)
     labels = images.labels.cpu()

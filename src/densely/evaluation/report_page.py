@@ -3,8 +3,8 @@
 import base64
 import io
 import json
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from densely.evaluation.pictures import (
     reliability_picture,
     risk_coverage_picture,
 )
+from densely.whole_file import whole_file
+from densely.words import counted
 
 #: Draws uint8 pixels [C, H, W] and a heat map [h, w], where there is one, side by side.
 Tile = Callable[[NDArray[np.uint8], NDArray[np.float32] | None], Image.Image]
@@ -181,7 +183,7 @@ def write_report(folder: Path, findings: Findings, *, curves: bytes | None, tile
     """Write `metrics.json` and `report.html`, as a whole: an older report stands until then.
 
     Args:
-        folder: made where it is missing; an older report in it is replaced.
+        folder: made where it is missing; the files of an older report in it are replaced.
         findings: what to write.
         curves: PNG of the run's curves; None where there is none.
         tile: draws an example, the image alone where the heat map is None.
@@ -193,31 +195,23 @@ def write_report(folder: Path, findings: Findings, *, curves: bytes | None, tile
         ConfigError: `folder` holds something else than a report.
         RunError: it cannot be written.
     """
-    target = folder.resolve()  # through a link, which stays
-    new, old = (target.with_name(target.name + ending) for ending in (".new", ".old"))
-    for path in (target, new, old):
-        check_replaceable(path)
+    check_replaceable(folder)
     metrics = json.dumps(findings.to_dict(), indent=2, allow_nan=False) + "\n"
     page = render(findings, curves=curves, tile=tile)
     try:
-        if old.exists() and not target.exists():  # an earlier write ended between its two renames
-            old.rename(target)
-        for leftover in (new, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        new.mkdir(parents=True)
-        for name, text in zip(FILES, (metrics, page), strict=True):
-            # A folder's name that is no text may be a class's name.
-            (new / name).write_text(text, encoding="utf-8", errors="replace", newline="")
-        _take_place(new, target, old)
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as both:  # neither takes its place before both are written
+            for name, text in zip(FILES, (metrics, page), strict=True):
+                beside = both.enter_context(whole_file(folder / name))
+                # A folder's name that is no text may be a class's name.
+                beside.write_text(text, encoding="utf-8", errors="replace", newline="")
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)  # its room is wanted
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder / "report.html"
 
 
 def check_replaceable(folder: Path) -> None:
-    """Never delete what is not ours.
+    """Put a report among nothing else: nobody would look for it there, or know whose files are.
 
     Raises:
         ConfigError: `folder` is there, and is no report and no empty folder.
@@ -232,22 +226,8 @@ def check_replaceable(folder: Path) -> None:
         raise ConfigError(f"{folder}: no folder for a report: {error.strerror}") from error
     if others:
         raise ConfigError(
-            f"{folder}: holds {others[0]}, which is no part of a report, and writing one replaces "
-            "the folder; name a new or an empty one"
+            f"{folder}: holds {others[0]}, which is no part of a report; name a new or an empty one"
         )
-
-
-def _take_place(new: Path, target: Path, old: Path) -> None:
-    if not target.exists():
-        new.rename(target)
-        return
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)  # the next write tries again
 
 
 def percent(share: float) -> str:
@@ -271,27 +251,25 @@ def three_digits(value: float) -> str:
 
 
 def _rounded(value: float, decimals: int, ends: tuple[float, float]) -> str:
-    for more in range(decimals, decimals + 4):
+    for more in range(decimals, 16):  # so many has float64
         text = f"{value:.{more}f}"
         if float(text) not in ends:
             return text
     return f"{value:.{decimals}f}"
 
 
-def _of_many(share: float, what: str) -> str:
-    """A share in words: "91 of 100 images", "9,998 of 10,000 images", "all images"."""
-    if share in (0, 1):
-        return f"{'all' if share else 'no'} {what}"
-    base = 100
-    while round(share * base) in (0, base) and base < 10**6:
-        base *= 10
-    return f"{round(share * base):,} of {base:,} {what}"
+def _of_images(share: float, images: int) -> str:
+    """A share in words: "91 of 120 images", "all 120 images"."""
+    some = round(share * images)
+    if some in (0, images):
+        return f"{'all' if some else 'none of the'} {counted(images, 'image')}"
+    return f"{some:,} of {counted(images, 'image')}"
 
 
 def summary(findings: Findings) -> list[str]:
     """What the figures come to, in sentences that need no statistics."""
     scores = findings.scores
-    right = _of_many(scores.accuracy.value, "images")
+    right = _of_images(scores.accuracy.value, scores.images)
     if scores.confusion is None:
         sentences = [f"It gets all labels right on {right}."]
     else:
@@ -304,24 +282,25 @@ def summary(findings: Findings) -> list[str]:
         told = max(ninety or bins, key=lambda b: b.images)
         sentences.append(
             f"Where it is about {percent(told.confidence)} sure, it is right "
-            f"{percent(told.accuracy)} of the time ({told.images:,} images)."
+            f"{percent(told.accuracy)} of the time ({counted(told.images, 'image')})."
         )
-    for choice in sorted(findings.selective.choices, key=lambda c: c.wanted_error):
-        if choice.threshold is not None and choice.error is not None:
+    for choice in findings.selective.choices:
+        if choice.threshold is None or choice.error is None:
+            continue
+        if choice.wanted_error == findings.wanted_error:
             sentences.append(
                 f"If it answers only where it is at least {percent(choice.threshold)} sure, "
-                f"{_of_many(choice.coverage, 'images')} get an answer, {percent(choice.error)} of "
-                "them a wrong one."
+                f"{_of_images(choice.coverage, scores.images)} get an answer, "
+                f"{percent(choice.error)} of them a wrong one."
             )
-            break
     if confusions := _confusions(findings):
         most = confusions[0]
         sentences.append(
             f"Its most frequent mistake: “{most.label}” called “{most.given}” "
-            f"({most.images:,} times)."
+            f"({counted(most.images, 'time')})."
         )
     found = [(score.recall, score.name) for score in scores.classes if score.recall is not None]
-    if len(found) > 1:
+    if len(found) > 1 and scores.accuracy.value < 1:
         recall, name = min(found, key=lambda row: row[0])
         sentences.append(
             f"The class that it finds least often: “{name}”, {percent(recall)} of them."

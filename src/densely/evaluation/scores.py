@@ -38,7 +38,8 @@ def check_logits(logits: Tensor, classes: tuple[str, ...]) -> None:
     if bad.any():
         raise DataError(
             f"the network gives NaN or infinity for {int(bad.sum())} of {images} images, the first "
-            f"is image {_first(bad)}: judge it in precision float32, or take an earlier checkpoint"
+            f"is image {_first(bad)}: its training may have diverged; where it was judged in "
+            "bfloat16, float32 may do"
         )
 
 
@@ -78,14 +79,15 @@ def check(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
     if bool((labels == labels[0]).all()):
         raise DataError(
             f"one class only, '{classes[int(labels[0])]}': what a network confuses shows on images "
-            "of two classes and more"
+            "of two classes and more; densely evaluate --no-report gives the accuracy on one"
         )
 
 
 def scores_of(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Scores:
     """Judge a network by its likeliest classes.
 
-    AUROC and average precision of a class rank the images by its probability, softmax of `logits`.
+    AUROC and average precision of a class rank the images by its probability, softmax of `logits`;
+    of classes that are equally likely the first counts as the likelier.
     Balanced accuracy and macro F1 are functions of the confusion matrix, so that matrices are
     drawn from it, and not images (Efron and Tibshirani 1993, chapter 13: percentile intervals).
 
@@ -101,7 +103,6 @@ def scores_of(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Score
         accuracy_score,
         confusion_matrix,
         precision_recall_fscore_support,
-        top_k_accuracy_score,
     )
 
     if labels.ndim != 1:
@@ -109,27 +110,29 @@ def scores_of(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Score
     check(logits, labels, classes)
     outputs = logits.detach().cpu().double()
     truth = labels.cpu().numpy()
-    given = outputs.argmax(dim=1).numpy()
+    likeliest = outputs.sort(dim=1, descending=True, stable=True).indices[:, :5].numpy()
+    given = likeliest[:, 0]
     every = np.arange(len(classes))
     confusion = confusion_matrix(truth, given, labels=every)
     rates = np.array(
         precision_recall_fscore_support(truth, given, labels=every, average=None, zero_division=0)
     )
-    found = _class_scores(classes, rates, outputs.softmax(dim=1).numpy(), truth[:, None] == every)
+    found = _class_scores(classes, rates, _log_odds(outputs).numpy(), truth[:, None] == every)
     resamples = list(_redrawn_confusions(confusion))
     top5 = None
     if len(classes) > 5:
-        hits = top_k_accuracy_score(truth, outputs.numpy(), k=5, normalize=False, labels=every)
-        top5 = wilson_share(hits, len(truth))
+        top5 = wilson_share((likeliest == truth[:, None]).sum(), len(truth))
+    accuracy = wilson_share(accuracy_score(truth, given, normalize=False), len(truth))
     return Scores(
         images=len(truth),
-        accuracy=wilson_share(accuracy_score(truth, given, normalize=False), len(truth)),
+        accuracy=accuracy,
         top5_accuracy=top5,
         balanced_accuracy=_interval(
             [score.recall for score in found if score.recall is not None],
             [_mean_recall(hits, support) for hits, _, support in resamples],
+            accuracy,
         ),
-        macro_f1=_macro_f1_interval(found, resamples),
+        macro_f1=_macro_f1_interval(found, resamples, accuracy),
         auroc=_mean([score.auroc for score in found]),
         average_precision=_mean([score.average_precision for score in found]),
         classes=found,
@@ -167,17 +170,27 @@ def multilabel_scores(logits: Tensor, targets: Tensor, classes: tuple[str, ...])
     ]
     # The sigmoid keeps the order of logits, which do not run into 0 and 1.
     found = _class_scores(classes, np.array(rates)[:, :, 0].T, outputs, truth)
+    accuracy = wilson_share((truth == given).all(axis=1).sum(), len(truth))
     return Scores(
         images=len(truth),
-        accuracy=wilson_share((truth == given).all(axis=1).sum(), len(truth)),
+        accuracy=accuracy,
         top5_accuracy=None,
         balanced_accuracy=None,
-        macro_f1=_macro_f1_interval(found, _redrawn_images(truth, given)),
+        macro_f1=_macro_f1_interval(found, _redrawn_images(truth, given), accuracy),
         auroc=_mean([score.auroc for score in found]),
         average_precision=_mean([score.average_precision for score in found]),
         classes=found,
         confusion=None,
     )
+
+
+def _log_odds(logits: Tensor) -> Tensor:
+    """log(p / (1 - p)) of each class's probability: its order, without running into 0 and 1."""
+    top = logits.argmax(dim=1, keepdim=True)
+    others = logits.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True)
+    log_p = logits.log_softmax(dim=1)
+    odds = log_p - torch.log1p(-log_p.exp())  # exact up to p = 0.5
+    return odds.scatter(1, top, logits.gather(1, top) - others)
 
 
 def _first(chosen: Tensor) -> int:
@@ -272,21 +285,27 @@ def _macro_f1(hits: Counts, called: Counts, support: Counts) -> float:
 
 
 def _macro_f1_interval(
-    found: tuple[ClassScore, ...], resamples: Iterable[tuple[Counts, Counts, Counts]]
+    found: tuple[ClassScore, ...],
+    resamples: Iterable[tuple[Counts, Counts, Counts]],
+    accuracy: Interval,
 ) -> Interval:
     """Over the classes that occur, in every resample the same ones."""
     there = np.array([score.support > 0 for score in found])
     resampled = [_macro_f1(*(counts[there] for counts in drawn)) for drawn in resamples]
-    return _interval([score.f1 for score in found if score.f1 is not None], resampled)
+    return _interval([score.f1 for score in found if score.f1 is not None], resampled, accuracy)
 
 
-def _interval(of_classes: list[float], resampled: list[float]) -> Interval:
+def _interval(of_classes: list[float], resampled: list[float], accuracy: Interval) -> Interval:
     """Mean over classes; percentiles of its resamples, moved so that their mean is that value.
 
     Where classes have a handful of images, resamples miss some of them, and their F1 lies below
     the estimate as a whole: not moved, the interval would not hold what it is the interval of.
+    Where all images are right, or none, resamples are too, and say nothing of what might have been:
+    the interval is that of the accuracy, which then is the same number.
     """
     value = float(np.mean(of_classes))
+    if value == accuracy.value and value in (0, 1):
+        return accuracy
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail]) + value - np.mean(resampled)
-    return Interval(value, max(float(low), 0.0), min(float(high), 1.0))
+    return Interval(value, min(max(float(low), 0.0), value), max(min(float(high), 1.0), value))
