@@ -129,8 +129,29 @@ def test_another_function_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
         return torch.full((2, 6), torch.nan)
 
     monkeypatch.setattr("densely.weights.convert.package_logits", wrong)
-    with pytest.raises(WeightsError, match="is another function"):
+    (tmp_path / "y.pth").write_text("older")
+    with pytest.raises(WeightsError, match="was not written, as it would be another function"):
         convert_weights(tmp_path / "x.pth", tmp_path / "y.pth", check=True)
+    assert (tmp_path / "y.pth").read_text() == "older"
+
+
+def test_a_network_that_has_diverged_cannot_be_checked(tmp_path: Path) -> None:
+    model = small()
+    torch.nn.init.constant_(model.classifier.bias, torch.nan)
+    save_weights(model, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"x\.pth: its network gives NaN or infinity"):
+        convert_weights(tmp_path / "x.pth", tmp_path / "y.pth", check=True)
+
+
+@pytest.mark.parametrize("compression", [0.3, 0.45, 0.5, 0.8, 0.9, 1.0, 1 / 3])
+@pytest.mark.parametrize("blocks", [(2, 1, 3, 2), (3, 3)])
+def test_any_compression_is_read_off(
+    compression: float, blocks: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = small(compression=compression, block_config=blocks, growth_rate=7)
+    save_weights(model, tmp_path / "x.pth")
+    done = convert_weights(tmp_path / "x.pth", tmp_path / "y.pth", check=True)
+    assert done.differences["densely reading it back"] == 0
 
 
 def test_shapes_of_a_giant_take_no_memory(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,90 @@ def test_shared_and_strided_tensors_are_written_as_they_look(tmp_path: Path) -> 
         read = read_weights(tmp_path / name).tensors
         assert torch.equal(read["a"], base.T)
         assert torch.equal(read["b"], base[:, 1])
+
+
+def hostile(path: Path) -> Path:
+    """A file that its pickle forbids: it names a class that no network has."""
+    return saved({"x": bytearray(10)}, path)
+
+
+def test_a_pickle_before_an_archive_is_read_by_nobody(model: nn.Module, tmp_path: Path) -> None:
+    """torch.load takes what begins like a pickle for one, and zipfile finds the archive behind."""
+    harmless = saved(model.state_dict(), tmp_path / "x.pth").read_bytes()
+    legacy = saved({"x": bytearray(10)}, tmp_path / "y.pth", zipped=False).read_bytes()
+    (tmp_path / "z.pth").write_bytes(legacy + harmless)
+    with pytest.raises(WeightsError, match="bytearray"):
+        read_weights(tmp_path / "z.pth")
+
+
+def test_an_archive_has_one_list_of_files(model: nn.Module, tmp_path: Path) -> None:
+    """Python's reader looks for it before the end, and PyTorch's where the end says."""
+    harmless = bytearray(saved(model.state_dict(), tmp_path / "x.pth").read_bytes())
+    other = hostile(tmp_path / "y.pth").read_bytes()
+    start = int.from_bytes(other[-6:-2], "little")
+    for spoilt in (
+        other + harmless,  # an archive behind another
+        harmless + b"\0",
+        other[:-22] + harmless[int.from_bytes(harmless[-6:-2], "little") : -22] + other[-22:],
+        harmless[:-6] + start.to_bytes(4, "little") + harmless[-2:],
+    ):
+        (tmp_path / "z.pth").write_bytes(spoilt)
+        with pytest.raises(WeightsError, match=r"damaged|bytearray"):
+            read_weights(tmp_path / "z.pth")
+
+
+def test_archives_of_more_than_4_gib_have_another_end(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = model.state_dict()
+    small, large = saved(state, tmp_path / "x.pth"), tmp_path / "y.pth"
+    with zipfile.ZipFile(small) as archive, monkeypatch.context() as patch:
+        patch.setattr(zipfile, "ZIP64_LIMIT", 1)
+        with zipfile.ZipFile(large, "w") as written:
+            for entry in archive.infolist():
+                written.writestr(entry.filename, archive.read(entry))
+    assert large.read_bytes()[-42:-38] == b"PK\6\7"
+    assert read_weights(large).tensors.keys() == state.keys()
+
+
+def test_what_a_program_calls_safe_is_not_made(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(model, tmp_path / "x.pt")
+
+    def run(self: object, state: object) -> None:
+        raise AssertionError("code of the pickled class ran")
+
+    monkeypatch.setattr(nn.Module, "__setstate__", run)
+    with torch.serialization.safe_globals([type(model), *map(type, model.modules())]):
+        before = torch.serialization.get_safe_globals()
+        assert read_weights(path).tensors.keys() == model.state_dict().keys()
+        assert set(torch.serialization.get_safe_globals()) == set(before)
+
+
+def test_several_threads_read(model: nn.Module, tmp_path: Path) -> None:
+    path = saved(model, tmp_path / "x.pt")
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(read_weights, [path] * 24))
+    assert all(one.tensors.keys() == model.state_dict().keys() for one in found)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"params": {"lr": 0.1}},
+        {"optimizer_state_dict": {"state": {}}, "epoch": 1, "model": {"depth": 3}},
+    ],
+)
+def test_what_holds_no_tensors_is_not_taken_for_the_weights(
+    beside: dict[str, Any], model: nn.Module, tmp_path: Path
+) -> None:
+    state = model.state_dict()
+    for inner in ({**state, **beside}, {"weights": state, **beside}):
+        assert read_weights(saved(inner, tmp_path / "x.pth")).tensors.keys() == state.keys()
+
+
+def test_a_model_without_numbers_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="cannot be written"):
+        write_weights(tmp_path / "x.pth", {"a": torch.zeros(2, device="meta")})
+    assert not list(tmp_path.iterdir())

@@ -184,7 +184,7 @@ def test_chexnets_wrapper_and_head() -> None:
     model = net()
     report = load_weights(model, weights)
     assert report.prefix == "module.densenet121."
-    assert report.notes == ("numbers of batches seen are not in the source: set to 0",)
+    assert report.notes == ("11 numbers of batches seen are not in the source: set to 0",)
     assert torch.equal(model.classifier.weight, source()["classifier.weight"])
 
 
@@ -372,3 +372,68 @@ def test_a_dialect_without_a_name_for_a_part_writes_nothing(tmp_path: Path) -> N
         with pytest.raises(WeightsError, match=r"\.safetensors"):
             save_weights(net(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stays_as_it_was_is_told() -> None:
+    headless = {key: value for key, value in source().items() if not key.startswith("classifier.")}
+    for head in ("auto", "skip"):
+        report = load_weights(net(), headless, head=head)  # type: ignore[arg-type]
+        assert report.fresh == ("classifier.weight", "classifier.bias")
+        assert "stay as they were: classifier.weight, classifier.bias" in str(report)
+    report = load_weights(net(num_classes=3), source(), head="auto")
+    assert (report.fresh, report.skipped) == (("classifier.weight", "classifier.bias"),) * 2
+    assert load_weights(net(), source()).fresh == ()
+
+
+def test_more_than_a_densenet_reads_its_own_weights_back(tmp_path: Path) -> None:
+    def more(width: int = 5) -> nn.Module:
+        model = net()
+        model.classifier = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 3))
+        return model
+
+    model, twin = more(), more()
+    save_weights(model, tmp_path / "own.safetensors")
+    report = load_weights(twin, tmp_path / "own.safetensors")
+    assert report.loaded == len(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[key], value)
+    assert "classifier.2.weight" in refused(more(6), model.state_dict())
+
+
+def test_a_layer_outside_of_the_prefix_is_no_head() -> None:
+    trunk = {key: value for key, value in source().items() if not key.startswith("classifier.")}
+    whole = {f"backbone.{key}": value for key, value in trunk.items()}
+    whole |= {"proj.weight": torch.randn(6, 16), "proj.bias": torch.randn(6)}
+    report = load_weights(net(num_classes=0), whole, prefix="backbone.")
+    assert report.ignored == ("proj.weight", "proj.bias")
+    inside = {f"backbone.{key}": v for key, v in {**trunk, "fc.weight": torch.randn(6, 16)}.items()}
+    inside["backbone.fc.bias"] = torch.randn(6)
+    assert load_weights(net(num_classes=6), inside, prefix="backbone.").notes == (
+        "head: backbone.fc",
+    )
+
+
+def test_numbers_that_are_too_large_for_half_are_told() -> None:
+    weights = source()
+    weights["features.norm5.running_var"][0] = 1e5
+    report = load_weights(net().half(), weights)
+    assert "1 tensors hold numbers too large for their new precision: infinity" in report.notes
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in source().items()}
+    wide["features.norm5.running_var"][0] = 1e200
+    assert load_weights(net().double(), wide).notes == ()
+
+
+def test_a_norm_without_a_shape_is_no_crash() -> None:
+    weights = source()
+    for name in ("weight", "bias"):
+        weights[f"fc.{name}"] = weights.pop(f"classifier.{name}")
+    weights["features.norm5.weight"] = torch.tensor(1.0)
+    assert "norm5.weight" in refused(net(), weights)
+
+
+def test_networks_of_other_kinds_want_numbers_too() -> None:
+    model = build_model("fc_densenet56", num_classes=3)
+    with torch.device("meta"):
+        empty = build_model("fc_densenet56", num_classes=3)
+    with pytest.raises(WeightsError, match="meta device"):
+        load_weights(empty, model.state_dict())

@@ -17,6 +17,7 @@ from densely.data.preprocessing import Preprocessing
 from densely.errors import ConfigError, DataError, DenselyError, WeightsError
 from densely.models import build_model
 from densely.weights import PRETRAINED, Pretrained, create_model, pretrained, save_weights
+from densely.weights.create import published
 from densely.weights.pretrained import fetch, find_pretrained
 
 NAME = "densenet_bc_22_12"
@@ -233,3 +234,23 @@ def test_the_table_is_sound() -> None:
     assert {one.model for one in PRETRAINED if one.tag == "imagenet"} == {
         "densenet121", "densenet161", "densenet169", "densenet201",
     }  # fmt: skip
+
+
+def test_only_labels_that_were_trained_are_named() -> None:
+    labels = {one.tag: [name for name in one.labels if name] for one in PRETRAINED if one.labels}
+    assert {tag: len(names) for tag, names in labels.items()} == {
+        "xray_all": 18, "xray_nih": 14, "xray_pc": 15, "xray_chex": 11, "xray_rsna": 2,
+        "xray_mimic_nb": 11, "xray_mimic_ch": 11,
+    }  # fmt: skip
+    assert labels["xray_rsna"] == ["Pneumonia", "Lung Opacity"]
+    assert all(len(one.labels) in (0, one.num_classes) for one in PRETRAINED)
+
+
+def test_a_tag_is_a_tag_where_a_folder_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet").mkdir()
+    found = published("densenet121", "imagenet")
+    assert found is not None
+    assert found.tag == "imagenet"

@@ -1,6 +1,7 @@
 """Which DenseNet a set of weights belongs to, read off their shapes."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -88,13 +89,7 @@ def architecture(weights: Mapping[Place, Tensor], where: str) -> Architecture:
     bottleneck = ("layer", 1, 1, "conv2") in shapes
     growth = shape("layer", 1, 1, "conv2")[0] if bottleneck else first[0]
     width = first[1]
-    compression = 1.0
-    if len(blocks) > 1:
-        kept, read = shape("transition", 1, 0, "conv")[:2]
-        compression = kept / read if read else 1.0
-        for common in (0.5, 1.0):
-            if int(read * common) == kept:
-                compression = common
+    transitions = [shape("transition", b, 0, "conv")[:2] for b in blocks[:-1]]
     deep, norm = ("stem", 0, 0, "conv2") in shapes, ("stem", 0, 0, "norm0") in shapes
     head = shapes.get(("head", 0, 0, "classifier"))
     return Architecture(
@@ -102,10 +97,22 @@ def architecture(weights: Mapping[Place, Tensor], where: str) -> Architecture:
         block_config=tuple(config),
         num_init_features=width,
         bn_size=max(1, first[0] // growth) if bottleneck and growth else None,
-        compression=min(1.0, compression) or 1.0,
+        compression=_compression(transitions),
         stem="deep" if deep else "large" if norm else "small",
         bias=any(p.variable == "bias" and p.part.startswith("conv") for p in weights),
         in_channels=stem_conv[1],
         num_classes=head[0] if head else 0,
         spatial_dims=len(stem_conv) - 2,
     )
+
+
+def _compression(transitions: Sequence[tuple[int, ...]]) -> float:
+    """The share of channels that all transitions keep, [made, read] each: the roundest there is."""
+    if not all(made and read for made, read in transitions):
+        return 1.0
+    least = max((made / read for made, read in transitions), default=1.0)
+    finer = (math.ceil(least * scale) / scale for scale in (10.0**n for n in range(1, 8)))
+    for share in (0.5, 1.0, *finer):
+        if all(int(read * share) == made for made, read in transitions):
+            return share
+    return min(1.0, least)

@@ -1,6 +1,8 @@
 """A file of weights into another dialect, and the proof that both are the same function."""
 
+import math
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,27 +93,34 @@ def convert_weights(
         load_translated(theirs, found, where)
         x = _images(theirs)
         logits = _logits(theirs, x)
-    write_dialect(Path(target), found.weights, to, eps=eps)
-    differences: dict[str, float | None] = {}
-    if logits is not None and x is not None:
-        ours = net.build()
-        load_weights(ours, target)
-        differences["densely reading it back"] = (_logits(ours, x) - logits).abs().max().item()
-        package = "torchvision" if to == "densely" else to
-        told = package_logits(package, net, Path(target), x)
-        if isinstance(told, Tensor):
-            differences[f"{package} itself"] = (told - logits).abs().max().item()
-        else:
-            differences[f"{package} itself: {told}"] = None
     keeps_eps = to == "densely" and Path(target).suffix == ".safetensors"
-    note = _EPS_NOTE.format(to=to, theirs=theirs_eps, eps=eps)
-    scale = 0.0 if logits is None else logits.abs().max().item()
-    for by, difference in differences.items():
-        if difference is not None and not difference <= _TOLERANCE * scale:
+    notes = list(found.notes)
+    if eps != theirs_eps and not keeps_eps:
+        notes.append(_EPS_NOTE.format(to=to, theirs=theirs_eps, eps=eps))
+    differences: dict[str, float | None] = {}
+    scale = 0.0
+    if logits is not None and x is not None:
+        scale = logits.abs().max().item()
+        if not math.isfinite(scale):
             raise WeightsError(
-                f"{os.fspath(target)}: was written, and is another function: {by}, logits differ "
-                f"by {difference:g} of {scale:g}"
+                f"{where}: its network gives NaN or infinity: nothing can be checked"
             )
+        with tempfile.TemporaryDirectory() as folder:  # before anything takes the target's place
+            trial = Path(folder) / Path(target).name
+            try:
+                write_dialect(trial, found.weights, to, eps=eps)
+            except WeightsError as error:
+                told = str(error).replace(os.fspath(trial), os.fspath(target))
+                raise WeightsError(told) from error
+            differences = _differences(net, trial, to, x, logits)
+        for by, difference in differences.items():
+            if difference is not None and not difference <= _TOLERANCE * scale:
+                told = "".join(f"; {note}" for note in notes)
+                raise WeightsError(
+                    f"{os.fspath(target)}: was not written, as it would be another function: {by}, "
+                    f"logits differ by {difference:g} of {scale:g}{told}"
+                )
+    write_dialect(Path(target), found.weights, to, eps=eps)
     return Conversion(
         where,
         os.fspath(target),
@@ -120,10 +129,28 @@ def convert_weights(
         net.name or f"DenseNet, growth rate {net.growth_rate}, blocks {net.block_config}",
         len(found.weights),
         found.ignored,
-        () if eps == theirs_eps or keeps_eps else (note,),
+        tuple(notes),
         differences,
         scale,
     )
+
+
+def _differences(
+    net: Architecture, path: Path, to: str, x: Tensor, logits: Tensor
+) -> dict[str, float | None]:
+    """How far logits are from those of a file, by who reads it; None where a package cannot."""
+    ours = net.build()
+    load_weights(ours, path)
+    found: dict[str, float | None] = {
+        "densely reading it back": (_logits(ours, x) - logits).abs().max().item()
+    }
+    package = "torchvision" if to == "densely" else to
+    told = package_logits(package, net, path, x)
+    if isinstance(told, Tensor):
+        found[f"{package} itself"] = (told - logits).abs().max().item()
+    else:
+        found[f"{package} itself: {told}"] = None
+    return found
 
 
 def _check_whole(found: Translated, net: Architecture, where: str) -> None:
@@ -134,7 +161,7 @@ def _check_whole(found: Translated, net: Architecture, where: str) -> None:
     places = places_of(tensors)
     assert places is not None
     wanted = {place: tensors[key] for place, key in places.items()}
-    require_fit(found, found.weights, wanted, where, unexpected=found.unexpected)
+    require_fit(found, found.weights, wanted, where, unexpected=tuple(found.unexpected))
 
 
 def _images(model: DenseNet) -> Tensor:

@@ -14,7 +14,7 @@ from densely.models import DenseNet
 from densely.models.registry import ModelOptions, build_model, preset
 from densely.weights.architecture import architecture
 from densely.weights.load import Head, LoadReport, StemFit, load_by_name, load_translated
-from densely.weights.pretrained import Pretrained, fetch, find_pretrained
+from densely.weights.pretrained import PRETRAINED, Pretrained, fetch, find_pretrained
 from densely.weights.translate import contents_of, translate
 
 
@@ -134,6 +134,8 @@ def published(name: str, weights: object) -> Pretrained | None:
             f"weights={weights!r}: expected the tag of published weights, such as 'imagenet', or a "
             "file"
         )
+    if isinstance(weights, str) and weights in {one.tag for one in PRETRAINED}:
+        return find_pretrained(name, weights)  # also where a folder or a file is called so
     if Path(weights).is_file():
         return None
     if Path(weights).is_dir():

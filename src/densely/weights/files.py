@@ -9,6 +9,9 @@ pickled model in place of its weights; such a file is read with inert stand-ins 
 named below, whose tensors are then collected. No code of the file or of those packages runs.
 """
 
+import contextlib
+import struct
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -38,6 +41,9 @@ _SLACK_BYTES = 1 << 20
 _MAX_NAME = 500
 _MAX_MODULES = 20_000
 _MAX_NESTED = 32
+_ARCHIVE = b"PK\3\4"
+#: Held while a file is read: what torch.load takes for safe is the whole process's.
+_reading = threading.RLock()
 #: In a legacy file: magic number, version, facts about the machine, the object, its storages.
 _LEGACY_PICKLES = 5
 
@@ -134,7 +140,7 @@ def _read(path: Path) -> Contents:
     if begin[8:9] == b"{":  # after the header's length, whose bytes may look like anything
         return _read_safetensors(path)
     if begin.startswith((b"PK", b"\x80")):
-        return _read_torch(path)
+        return _read_torch(path, is_archive=begin.startswith(_ARCHIVE))  # as torch.load decides
     if not begin:
         raise WeightsError(f"{path}: is empty")
     raise WeightsError(
@@ -153,12 +159,12 @@ def _read_safetensors(path: Path) -> Contents:
     return Contents(tensors, metadata=metadata)
 
 
-def _read_torch(path: Path) -> Contents:
+def _read_torch(path: Path, is_archive: bool) -> Contents:
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
+        with warnings.catch_warnings(), _stand_ins_alone():
             warnings.simplefilter("ignore")  # of classes that changed, and of storages to come
             # Opened here, since torch.load goes by the name of a file where it is given one.
-            with _checked_archive(path) or _checked_legacy(path) as file:
+            with _checked_archive(path) if is_archive else _checked_legacy(path) as file:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         tensors, ignored = unwrapped(loaded)
     except WeightsError as error:
@@ -178,11 +184,49 @@ def _checked_legacy(path: Path) -> BinaryIO:
     return stream
 
 
-def _checked_archive(path: Path) -> BinaryIO | None:
+@contextlib.contextmanager
+def _stand_ins_alone() -> Iterator[None]:
+    """Within it torch.load makes stand-ins, and nothing that a program has called safe besides.
+
+    One at a time, as what is safe is the whole process's.
+    """
+    with _reading:
+        before = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            torch.serialization.add_safe_globals(_STAND_INS)
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
+
+
+def _require_one_directory(path: Path, size: int) -> None:
+    """Refuse an archive whose list of files another reader than Python's might look for elsewhere.
+
+    It must end where the archive's last record begins, and that record where the archive ends.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, size - 98))
+        tail = file.read().rjust(98, b"\0")  # what a large archive has (64 bits), and what each has
+    large, locator, last = tail[:56], tail[56:76], tail[76:]
+    ends = last[:4] == b"PK\5\6" and last[20:] == b"\0\0"
+    length, start = struct.unpack("<II", last[12:20])
+    at = size - 22
+    if locator[:4] == b"PK\6\7":  # PyTorch writes these always
+        at = size - 98
+        wide = struct.unpack("<QQ", large[40:])
+        ends &= large[:4] == b"PK\6\6" and struct.unpack("<Q", locator[8:16])[0] == at
+        ends &= all(n in (w, 0xFFFFFFFF) for n, w in zip((length, start), wide, strict=True))
+        length, start = wide
+    if not ends or start + length != at:
+        raise WeightsError("damaged, or no PyTorch file: it does not end as an archive does")
+
+
+def _checked_archive(path: Path) -> BinaryIO:
     """A zip archive, opened; refuses one whose files would grow when they are unpacked."""
-    if not zipfile.is_zipfile(path):
-        return None
     size = path.stat().st_size
+    _require_one_directory(path, size)
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(max(0, entry.file_size) for entry in archive.infolist())
         if unpacked > size + _SLACK_BYTES:
@@ -266,11 +310,7 @@ def unwrapped(loaded: object, depth: int = 0) -> tuple[dict[str, Tensor], dict[s
         raise WeightsError(f"expected weights by name, found {type(loaded).__name__}")
     entries = {str(key): value for key, value in loaded.items()}
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-    inner = [
-        key
-        for key, value in entries.items()
-        if isinstance(value, Mapping | _StandIn) and value and not isinstance(value, _Beside)
-    ]
+    inner = [key for key, value in entries.items() if _holds_tensors(value)]
     known = [key for key in _INNER if key in inner]
     chosen = known[0] if known else inner[0] if len(inner) == 1 and not tensors else None
     if chosen is None or depth > _DEPTH:
@@ -279,6 +319,15 @@ def unwrapped(loaded: object, depth: int = 0) -> tuple[dict[str, Tensor], dict[s
     found, below = unwrapped(entries[chosen], depth + 1)
     ignored = {f"{chosen}.{key}": what for key, what in below.items()}
     return found, ignored | {k: type(v).__name__ for k, v in entries.items() if k != chosen}
+
+
+def _holds_tensors(value: object, depth: int = 0) -> bool:
+    """Whether a dictionary, or a module in a pickle, has weights in it, or what has some."""
+    if isinstance(value, _StandIn):
+        return not isinstance(value, _Beside)
+    if not isinstance(value, Mapping) or depth > _DEPTH:
+        return False
+    return any(isinstance(v, Tensor) or _holds_tensors(v, depth + 1) for v in value.values())
 
 
 def write_weights(
@@ -294,15 +343,18 @@ def write_weights(
             f"{path}: what to write does not show in '{path.suffix}': expected .safetensors, .pth, "
             ".pt, .tar, .ckpt or .bin"
         )
-    kept = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     try:
+        kept = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         with whole_file(path) as part:
             if path.suffix == ".safetensors":
                 save_file(kept, part, metadata={"format": "pt", **(metadata or {})})
             else:
                 with part.open("wb") as file:
                     torch.save(kept, file)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise WeightsError(f"{path}: cannot be written: {reason}") from error
+    except (SafetensorError, RuntimeError) as error:  # of tensors without numbers, among others
         raise WeightsError(f"{path}: cannot be written: {first_line(error)}") from error
 
 

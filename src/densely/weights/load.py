@@ -40,7 +40,8 @@ class LoadReport:
         dialect: whose names it had.
         prefix: what a wrapper had put before them.
         loaded: number of tensors that went into the model.
-        skipped: keys of the head, where it was asked to be skipped.
+        skipped: keys of the source's head, where it was not loaded.
+        fresh: keys of the model that stay as they were.
         ignored: entries of the file that are no weights of this network, and what they are.
         notes: what was changed on the way, in words.
     """
@@ -50,6 +51,7 @@ class LoadReport:
     prefix: str
     loaded: int
     skipped: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -58,7 +60,9 @@ class LoadReport:
         if self.prefix:
             lines[0] += f", below '{self.prefix}'"
         if self.skipped:
-            lines.append(f"skipped, as asked: {', '.join(self.skipped)}")
+            lines.append(f"not loaded: {', '.join(self.skipped)}")
+        if self.fresh:
+            lines.append(f"stay as they were: {', '.join(self.fresh)}")
         if self.ignored:
             lines.append(f"not of this network: {', '.join(self.ignored)}")
         return "\n".join([*lines, *self.notes])
@@ -140,16 +144,20 @@ def _load(
     wanted = {place: own[key] for place, key in target.places.items()}
     weights, notes = dict(found.weights), list(found.notes)
     unexpected, others = list(found.unexpected), list(target.others)
-    skipped: list[str] = []
+    skipped, fresh = [], []
     if head == "auto":
         head = "load" if _classes(weights) == _classes(wanted) and not others else "skip"
     if head == "skip":
         skipped = [key_of(place) for place in weights if place.kind == "head"]
         skipped += [key for key in unexpected if key not in found.trunk]
         unexpected = [key for key in unexpected if key in found.trunk]
+        fresh = [target.places[place] for place in wanted if place.kind == "head"] + others
         weights, wanted, others = _without_head(weights), _without_head(wanted), []
     if stem == "adapt":
         notes += _adapt(weights, wanted)
+    same = _of_one_name(target, own, others, found)  # what the model has beside its DenseNet
+    others = [key for key in others if key not in same]
+    unexpected = [key for key in unexpected if key not in same.values()]
 
     counts = require_fit(
         found,
@@ -160,27 +168,48 @@ def _load(
         unexpected=unexpected,
         hint=_way_out(target, others, found),
     )
-    if any(value.is_meta for value in own.values()):
-        raise WeightsError(
-            f"{where}: fits, but the model is on the meta device and holds no numbers: call "
-            "model.to_empty(device='cpu') first"
-        )
+    _require_numbers(own, where)
     if counts:
-        notes.append("numbers of batches seen are not in the source: set to 0")
+        notes.append(f"{len(counts)} numbers of batches seen are not in the source: set to 0")
     notes += _casts(weights, wanted)
-    notes += _not_finite(weights)
+    notes += _not_finite(weights, wanted)
     weights |= {place: torch.zeros_like(wanted[place]) for place in counts}
-    model.load_state_dict(own | {target.places[place]: value for place, value in weights.items()})
+    model.load_state_dict(
+        own
+        | {target.places[place]: value for place, value in weights.items()}
+        | {key: found.unexpected[theirs] for key, theirs in same.items()}
+    )
     notes += _settle_eps(model, found)
     return LoadReport(
         where,
         found.dialect.name,
         found.prefix,
-        len(wanted),
+        len(wanted) + len(same),
         tuple(skipped),
+        tuple(fresh),
         found.ignored,
         tuple(notes),
     )
+
+
+def _of_one_name(
+    target: Assigned, own: Mapping[str, Tensor], others: Sequence[str], found: Translated
+) -> dict[str, str]:
+    """Keys of the model, and of the source, of tensors beside the DenseNet that fit each other."""
+    return {
+        key: theirs
+        for key in others
+        for theirs in (found.prefix + key.removeprefix(target.prefix), key)
+        if theirs in found.unexpected and fits(found.unexpected[theirs], own[key])
+    }
+
+
+def _require_numbers(own: Mapping[str, Tensor], where: str) -> None:
+    if any(value.is_meta for value in own.values()):
+        raise WeightsError(
+            f"{where}: fits, but the model is on the meta device and holds no numbers: call "
+            "model.to_empty(device='cpu') first"
+        )
 
 
 def _without_head(weights: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
@@ -208,12 +237,24 @@ def _casts(weights: Mapping[Place, Tensor], wanted: Mapping[Place, Tensor]) -> l
     return [f"{count} tensors cast from {cast}" for cast, count in casts.items()]
 
 
-def _not_finite(weights: Mapping[Place, Tensor]) -> list[str]:
+def _not_finite(weights: Mapping[Place, Tensor], wanted: Mapping[Place, Tensor]) -> list[str]:
     """How many tensors no network can compute with, in words."""
-    count = sum(not value.float().isfinite().all() for value in weights.values())
-    if not count:
-        return []
-    return [f"{count} tensors hold NaN or infinity: what they were saved from had diverged"]
+    diverged = overflown = 0
+    for place, value in weights.items():
+        if not value.double().isfinite().all():
+            diverged += 1
+        elif not value.to(wanted[place].dtype).double().isfinite().all():
+            overflown += 1
+    notes = []
+    if diverged:
+        notes.append(
+            f"{diverged} tensors hold NaN or infinity: what they were saved from had diverged"
+        )
+    if overflown:
+        notes.append(
+            f"{overflown} tensors hold numbers too large for their new precision: infinity"
+        )
+    return notes
 
 
 def _way_out(target: Assigned, others: Sequence[str], found: Translated) -> str:
@@ -265,7 +306,7 @@ def load_by_name(
     }
     prefix = next((p for p in prefixes if all(key.startswith(p) for key in tensors)), "")
     tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
-    expected, skipped = dict(own), []
+    expected, skipped, fresh = dict(own), [], []
     heads = [key for key in own if key.startswith("classifier.")]
     if head == "auto":
         same = all(key in tensors and fits(tensors[key], own[key]) for key in heads)
@@ -274,6 +315,7 @@ def load_by_name(
         skipped = [key for key in tensors if key.startswith("classifier.")]
         tensors = {key: value for key, value in tensors.items() if key not in skipped}
         expected = {key: value for key, value in own.items() if key not in heads}
+        fresh = heads
     differing = mismatch(tensors, expected)
     if any(differing):
         raise WeightsError(
@@ -287,9 +329,10 @@ def load_by_name(
                 unexpected=differing.unexpected,
             )
         )
+    _require_numbers(own, where)
     model.load_state_dict(own | tensors)
     ignored = tuple(f"{key} ({what})" for key, what in contents.ignored.items())
-    return LoadReport(where, "densely", prefix, len(tensors), tuple(skipped), ignored)
+    return LoadReport(where, "densely", prefix, len(tensors), tuple(skipped), tuple(fresh), ignored)
 
 
 def _classes(weights: Mapping[Place, Tensor]) -> int | None:

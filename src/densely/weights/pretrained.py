@@ -7,6 +7,7 @@ Fetching goes on where it was cut, and a digest, as far as its publisher gives o
 the file is the right one.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Pretrained:
         accuracy: as published, in words; None where the publisher gives none.
         preprocessing: of the images that they want.
         num_classes: outputs of the head.
-        labels: what the outputs stand for, where that is not ImageNet's 1000 classes.
+        labels: what the outputs stand for, where that is not ImageNet's 1000 classes; empty for
+            one that was not trained.
     """
 
     model: str
@@ -97,8 +99,18 @@ _XRAY_LABELS = (
 )  # fmt: skip
 
 
-def _xray(tag: str, data: str) -> Pretrained:
-    """Files of torchxrayvision 1.x: whole pickled models, read without running what is in them."""
+#: What CheXpert and MIMIC have no labels of.
+_NOT_IN_REPORTS = {
+    "Infiltration", "Emphysema", "Fibrosis", "Pleural_Thickening", "Nodule", "Mass", "Hernia",
+}  # fmt: skip
+
+
+def _xray(tag: str, data: str, untrained: Collection[str] = ()) -> Pretrained:
+    """Files of torchxrayvision 1.x: whole pickled models, read without running what is in them.
+
+    `untrained` are the labels that their data lack: the outputs are there and mean nothing.
+    Source: the operating points of torchxrayvision's models, which have none for these.
+    """
     return Pretrained(
         "densenet121",
         f"xray_{tag}",
@@ -110,7 +122,7 @@ def _xray(tag: str, data: str) -> Pretrained:
         None,
         _XRAY,
         num_classes=18,
-        labels=_XRAY_LABELS,
+        labels=tuple("" if name in untrained else name for name in _XRAY_LABELS),
     )
 
 
@@ -131,12 +143,12 @@ PRETRAINED: tuple[Pretrained, ...] = (
     _timm("densenet169", "tv_in1k", "8c033a1f91d746e37e23229bf0445fff2125c89e", None),
     _timm("densenet201", "tv_in1k", "main", None),
     _xray("all", "nih-pc-chex-mimic_ch-google-openi-kaggle"),
-    _xray("nih", "nih"),
-    _xray("pc", "pc"),
-    _xray("chex", "chex"),
-    _xray("rsna", "kaggle"),
-    _xray("mimic_nb", "mimic_nb"),
-    _xray("mimic_ch", "mimic_ch"),
+    _xray("nih", "nih", _XRAY_LABELS[14:]),
+    _xray("pc", "pc", {"Lung Lesion", "Lung Opacity", "Enlarged Cardiomediastinum"}),
+    _xray("chex", "chex", _NOT_IN_REPORTS),
+    _xray("rsna", "kaggle", set(_XRAY_LABELS) - {"Pneumonia", "Lung Opacity"}),
+    _xray("mimic_nb", "mimic_nb", _NOT_IN_REPORTS),
+    _xray("mimic_ch", "mimic_ch", _NOT_IN_REPORTS),
 )
 
 

@@ -30,12 +30,12 @@ HEAD_KERNEL = Place("head", 0, 0, "classifier", "weight")
 class Translated:
     """Weights by place, in PyTorch's layout, with where they came from.
 
-    `unexpected` are the keys that are no part of a DenseNet, and `trunk` those of them that stand
-    among its blocks, where no head can be.
+    `unexpected` are tensors by keys that are no part of a DenseNet, and `trunk` those keys of them
+    that stand among its blocks, where no head can be.
     """
 
     weights: dict[Place, Tensor]
-    unexpected: tuple[str, ...]
+    unexpected: dict[str, Tensor]
     trunk: frozenset[str]
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
@@ -63,7 +63,9 @@ class Assigned(NamedTuple):
     head: str | None
 
 
-def assign(state: Mapping[str, Tensor], found: Sequence[Found] | None = None) -> Assigned | None:
+def assign(
+    state: Mapping[str, Tensor], found: Sequence[Found] | None = None, *, within: bool = False
+) -> Assigned | None:
     """Say what each tensor of a `state_dict` is; None where no DenseNet is in it.
 
     A single linear layer that reads as many features as the last norm gives is the head, whatever
@@ -72,6 +74,7 @@ def assign(state: Mapping[str, Tensor], found: Sequence[Found] | None = None) ->
     Args:
         state: tensors by name.
         found: dialects and prefixes that may fit, the best first; None for all that do.
+        within: the head is within the prefix.
     """
     found = candidates(state) if found is None else found
     if not found:
@@ -87,18 +90,21 @@ def assign(state: Mapping[str, Tensor], found: Sequence[Found] | None = None) ->
             places[place] = key
     head = None
     last = places.get(Place("final", 0, 0, "norm5", "weight"))
-    modules = {key.rpartition(dialect.separator)[0] for key in others}
-    variables = {dialect.variables.get(key.rpartition(dialect.separator)[2]) for key in others}
-    if len(modules) == 1 and variables == {"weight", "bias"} and last and len(others) == 2:
-        named = {Place("head", 0, 0, "classifier", _variable(dialect, key)): key for key in others}
+    may_be = [key for key in others if not within or key.startswith(prefix)]
+    modules = {key.rpartition(dialect.separator)[0] for key in may_be}
+    variables = {dialect.variables.get(key.rpartition(dialect.separator)[2]) for key in may_be}
+    if len(modules) == 1 and variables == {"weight", "bias"} and last and len(may_be) == 2:
+        named = {Place("head", 0, 0, "classifier", _variable(dialect, key)): key for key in may_be}
         kernel = state[named[HEAD_KERNEL]]
         features = 0 if dialect.is_keras else 1
         if (
             kernel.dim() == 2
+            and state[last].dim() == 1
             and kernel.shape[features] == state[last].shape[0]
             and not named.keys() & places.keys()
         ):
-            places, others, head = places | named, [], modules.pop()
+            places, head = places | named, modules.pop()
+            others = [key for key in others if key not in may_be]
     return Assigned(dialect, prefix, places, others, head)
 
 
@@ -120,7 +126,7 @@ def translate(contents: Contents, where: str, dialect: str, prefix: str | None) 
     found = candidates(keys, known)
     if prefix is not None:
         found = [one for one in found if one.prefix.rstrip("./") == prefix.rstrip("./")]
-    assigned = assign(contents.tensors, found)
+    assigned = assign(contents.tensors, found, within=prefix is not None)
     if assigned is None:
         shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
         anchors = list(dict.fromkeys(one.anchor for one in known))
@@ -153,18 +159,20 @@ def translate(contents: Contents, where: str, dialect: str, prefix: str | None) 
     trunk = {k for k in assigned.others if k.startswith(best.prefix)}
     trunk = {key for key in trunk if _beginning(key, best) in beginnings}
     ignored = [f"{key} ({what})" for key, what in contents.ignored.items()]
-    unexpected: list[str] = []
+    unexpected: dict[str, Tensor] = {}
     for key in assigned.others:
         inside = key.startswith(best.prefix)
-        extra = key[len(best.prefix) :] in best.dialect.extras
-        (ignored if extra or (prefix is not None and not inside) else unexpected).append(key)
+        if key[len(best.prefix) :] in best.dialect.extras or (prefix is not None and not inside):
+            ignored.append(key)
+        else:
+            unexpected[key] = contents.tensors[key]
     notes = () if assigned.head is None else (f"head: {assigned.head}",)
     eps = best.dialect.norm_eps if best.dialect.is_keras else None
     if EPS_KEY in contents.metadata:
         eps = _positive(contents.metadata[EPS_KEY], where)
     return Translated(
         weights,
-        tuple(unexpected),
+        unexpected,
         frozenset(trunk),
         tuple(ignored),
         notes,
