@@ -18,9 +18,10 @@ def rows(name: str) -> list[dict[str, str]]:
 
 
 def machine(env: dict[str, Any]) -> str:
-    versions = env["versions"]
+    versions, why = env["versions"], env["reasons"].get("precision", "")
     return (
-        f"{env['device_name']}, {env['threads']} threads, {env['precision']}, "
+        f"{env['device_name']}{f' ({why})' if 'CPU' in why else ''}, {env['threads']} threads, "
+        f"{env['precision']}, "
         f"{env['memory_format']}; torch {versions['torch']}, Python {env['python']}, "
         f"densely {versions['densely']}"
     )

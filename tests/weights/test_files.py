@@ -309,3 +309,11 @@ def test_a_model_without_numbers_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot be written"):
         write_weights(tmp_path / "x.pth", {"a": torch.zeros(2, device="meta")})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_model_of_keras_is_told_apart(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.keras", "w") as archive:
+        for name in ("metadata.json", "config.json", "model.weights.h5"):
+            archive.writestr(name, "{}")
+    with pytest.raises(WeightsError, match=r"save_weights\('NAME.weights.h5'\)"):
+        read_weights(tmp_path / "x.keras")

@@ -437,3 +437,6 @@ def test_networks_of_other_kinds_want_numbers_too() -> None:
         empty = build_model("fc_densenet56", num_classes=3)
     with pytest.raises(WeightsError, match="meta device"):
         load_weights(empty, model.state_dict())
+    for wrong in ({"prefix": "encoder."}, {"stem": "adapt"}):
+        with pytest.raises(ConfigError, match="prefix and stem are for those"):
+            load_weights(model, model.state_dict(), **wrong)

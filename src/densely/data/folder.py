@@ -95,7 +95,8 @@ def load_labelled(
     if not part.images:
         raise part.error(f"no class folders with images ({', '.join(SUFFIXES)})")
     if unknown := sorted(set(part.files) - set(classes)):
-        raise part.error(f"classes unknown to the network: {', '.join(unknown)}")
+        known = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
+        raise part.error(f"classes unknown to the network: {', '.join(unknown)}; it knows {known}")
     reader = _Reader(part.images, len(part.images), image_size, channels)
     images, _ = reader.read(part, classes, folder)
     return images

@@ -228,6 +228,11 @@ def _checked_archive(path: Path) -> BinaryIO:
     size = path.stat().st_size
     _require_one_directory(path, size)
     with zipfile.ZipFile(path) as archive:
+        if "model.weights.h5" in archive.namelist():
+            raise WeightsError(
+                "a .keras archive of a whole model: save its weights with Keras's "
+                "model.save_weights('NAME.weights.h5')"
+            )
         unpacked = sum(max(0, entry.file_size) for entry in archive.infolist())
         if unpacked > size + _SLACK_BYTES:
             raise WeightsError(

@@ -114,6 +114,8 @@ def load_weights(
     contents, where = contents_of(source)
     target = assign(model.state_dict())
     if target is None:
+        if prefix is not None or stem != "strict":
+            raise ConfigError(f"{type(model).__name__}: no DenseNet: prefix and stem are for those")
         return load_by_name(model, contents, where, dialect, head=head)
     found = translate(contents, where, dialect, prefix)
     return _load(model, target, found, where, head, stem)
