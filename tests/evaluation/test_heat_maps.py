@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import densely
 from densely.data import load_data
 from densely.errors import ConfigError, DataError, ShapeError
+from densely.evaluation import heat_maps
 from densely.evaluation.anatomy import read
 from densely.evaluation.heat_maps import CHUNK, METHODS, explain
 
@@ -326,3 +327,10 @@ def test_a_network_that_is_not_what_it_seems_is_refused() -> None:
     model.forward = lambda x: torch.zeros(len(x), 5) + x.mean()
     with pytest.raises(ConfigError, match="not those of its parts in turn"):
         explain(model, torch.ones(1, 3, 40, 32))
+
+
+def test_a_divisor_of_zero_counts_as_no_weight() -> None:
+    """Where the gradient times the sum of the map is -2 the paper's ratio is without a value."""
+    maps = torch.tensor([[[1.0, 1.0]]])
+    gradient = torch.tensor([[[-1.0, 3.0]]])
+    assert heat_maps._plus_plus(maps, gradient).tolist() == [[pytest.approx(3 / 8)]]
