@@ -317,3 +317,34 @@ def test_a_whole_model_of_keras_is_told_apart(tmp_path: Path) -> None:
             archive.writestr(name, "{}")
     with pytest.raises(WeightsError, match=r"save_weights\('NAME.weights.h5'\)"):
         read_weights(tmp_path / "x.keras")
+
+
+def test_names_that_a_terminal_would_obey_are_refused(tmp_path: Path) -> None:
+    path = saved({"features.\x1b[2Jconv0.weight": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="not printable"):
+        read_weights(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="is no plain file"):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_the_pickle_is_found_by_whatever_letters(model: nn.Module, tmp_path: Path) -> None:
+    with zipfile.ZipFile(hostile(tmp_path / "x.pth")) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / "y.pth", "w") as written:
+        for name, data in entries.items():
+            written.writestr(name.replace("data.pkl", "DATA.PKL"), data)
+    with pytest.raises(WeightsError, match="bytearray"):
+        read_weights(tmp_path / "y.pth")
+
+
+@pytest.mark.filterwarnings("ignore::torch.serialization.SourceChangeWarning")
+def test_a_module_within_itself_ends(tmp_path: Path) -> None:
+    inner, outer = nn.Sequential(nn.Linear(1, 1)), nn.Sequential()
+    outer._modules["0"], inner._modules["1"] = inner, outer
+    path = saved(outer, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="without an end"):
+        read_weights(path)

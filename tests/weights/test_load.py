@@ -7,6 +7,7 @@ from typing import Any
 import packages_nets as foreign
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import densely
@@ -440,3 +441,10 @@ def test_networks_of_other_kinds_want_numbers_too() -> None:
     for wrong in ({"prefix": "encoder."}, {"stem": "adapt"}):
         with pytest.raises(ConfigError, match="prefix and stem are for those"):
             load_weights(model, model.state_dict(), **wrong)
+
+
+@pytest.mark.parametrize("eps", ["nan", "-1e-5", "0", "1", "small"])
+def test_an_epsilon_that_is_none_is_refused(eps: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(source(), path, metadata={"densely.norm_eps": eps})
+    assert "expected a small number above 0" in refused(net(), path)

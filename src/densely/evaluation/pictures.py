@@ -197,7 +197,7 @@ def class_picture(scores: Scores) -> bytes:
     axes.set_ylim(len(drawn) - 0.4, -0.6)
     lowest = min([*precision, *recall], default=0.0)
     axes.set_xlim(max(np.floor(lowest * 10 - 0.5) / 10, 0), 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     number = f"{len(drawn)} worst of {len(occurring)}" if len(drawn) < len(occurring) else "all"
     axes.set_title(f"{number} classes, lowest F1 first", fontsize=10)
     _calm(axes)

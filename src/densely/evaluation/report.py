@@ -259,7 +259,7 @@ def _calibrate(
     if method != "none" and len(labels) < FEW_IMAGES:
         warnings.append(
             f"Calibration is fitted on {len(labels)} images only: that may make probabilities "
-            "worse, and `densely predict` applies it all the same. Set more images aside for "
+            "worse, and densely predict applies it all the same. Set more images aside for "
             "validation, or take --calibration none."
         )
     tried = tuple(fit(logits, labels, each, fitted_on=where) for each in METHODS)
