@@ -1,9 +1,11 @@
 """Runs side by side: groups, intervals, McNemar's test, pictures, and going on after a stop."""
 
+import dataclasses
 import json
 import math
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +93,73 @@ def test_mcnemar_is_the_exact_two_sided_binomial(b: int, c: int) -> None:
 def test_runs_that_differ_in_their_seed_alone_stand_together(folder: Path) -> None:
     runs = sorted((folder / "runs").iterdir())
     assert [len(group) for group in grouped(runs).values()] == [2, 2]
-    with pytest.raises(ConfigError, match="named twice"):
-        grouped([runs[0], runs[0]])
     with pytest.raises(ConfigError, match=r"2 run\(s\) of one configuration"):
         compare(runs[:2])
     with pytest.raises(RunError, match="nowhere: no run directory"):
         compare([runs[0], "nowhere"])
+
+
+def test_no_run_counts_twice(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, other, _ = sorted((folder / "runs").iterdir())
+    monkeypatch.chdir(folder)
+    relative = Path("runs") / first.name
+    copy = shutil.copytree(first, tmp_path / "copy")
+    for runs in ([first, relative, other], {"a": [first], "b": [second, relative]}):
+        with pytest.raises(ConfigError, match=f"{relative}: named twice, as {first} before"):
+            compare(runs)
+    for runs in ([first, copy, other], {"a": [first, copy], "b": [other]}):
+        with pytest.raises(ConfigError, match=f"{first} and {copy} both have seed 0"):
+            compare(runs)
+    with pytest.raises(ConfigError, match="'a': no runs; name at least one"):
+        compare({"a": [], "b": [first]})
+
+
+@pytest.fixture
+def with_seed(tmp_path: Path) -> Callable[[Path, int], Path]:
+    """Copies a run and says that it had another seed."""
+
+    def copied(run: Path, seed: int) -> Path:
+        copy = shutil.copytree(run, tmp_path / f"seed{seed}")
+        config = RunDirectory.open(copy).config()
+        RunDirectory.open(copy).write_config(dataclasses.replace(config, seed=seed))
+        return copy
+
+    return copied
+
+
+def test_runs_of_equal_seeds_are_paired_and_others_left_out(
+    folder: Path, written: dict, with_seed: Callable[[Path, int], Path]
+) -> None:
+    average0, average1, maximum0, maximum1 = sorted((folder / "runs").iterdir())
+    moved = with_seed(maximum0, 2)
+    result = compare({"average": [average0, average1], "maximum": [moved, maximum1]})
+    (pair,), (both,) = result.pairs, written["pairs"]
+    assert [group.seeds for group in result.groups] == [(0, 1), (1, 2)]
+    assert (pair.seeds, pair.left_out) == ((1,), (str(average0), str(moved)))
+    assert [*pair.only_first, *pair.only_second] == [both["only_first"][1], both["only_second"][1]]
+    assert pair.difference is None
+    assert f"no run of their seed: {average0}, {moved}." in sentence(pair)
+
+
+def test_the_order_of_runs_makes_no_difference(folder: Path, written: dict) -> None:
+    average0, average1, maximum0, maximum1 = sorted((folder / "runs").iterdir())
+    result = compare({"average": [average1, average0], "maximum": [maximum0, maximum1]})
+    again = json.loads(json.dumps(result.to_dict()))
+    assert again["pairs"] == written["pairs"]
+    assert again["pairs"][0]["seeds"] == [0, 1]
+    assert again["pairs"][0]["difference"] is not None
+    assert [g["runs"] for g in again["groups"]] == [g["runs"] for g in written["groups"]]
+
+
+def test_groups_without_a_common_seed_are_not_paired(
+    folder: Path, with_seed: Callable[[Path, int], Path]
+) -> None:
+    average0, *_, maximum1 = sorted((folder / "runs").iterdir())
+    (pair,) = compare({"a": [average0], "b": [maximum1]}).pairs
+    assert (pair.seeds, pair.difference, pair.p_values) == ((), None, ())
+    assert sentence(pair) == (
+        "a against b: no seed is common to both, so that no runs can be paired."
+    )
 
 
 def test_runs_on_other_images_are_not_compared(folder: Path, digits_run: Path) -> None:

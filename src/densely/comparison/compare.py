@@ -41,7 +41,8 @@ class Group:
 
     Args:
         name: of the variant, or of the run.
-        runs: directories.
+        runs: directories, in the order of their seeds.
+        seeds: of each run, all different.
         accuracies: of each run.
         accuracy: mean over the runs with Student's 95% interval; Wilson's for a single run.
         cost: of one of the runs, measured in turns with the other groups'.
@@ -50,6 +51,7 @@ class Group:
 
     name: str
     runs: tuple[str, ...]
+    seeds: tuple[int, ...]
     accuracies: tuple[float, ...]
     accuracy: Interval
     cost: Cost
@@ -58,13 +60,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two groups against each other, run by run in the order given.
+    """Two groups against each other: those of their runs that have the same seed.
 
     Args:
         first: name of a group.
         second: name of the other.
+        seeds: that both have, one for each pair of runs.
+        left_out: runs without a counterpart of their seed.
         difference: mean accuracy of the first less that of the second, with the paired Student's
-            95% interval over the runs; None for single runs, and for groups of other seeds.
+            95% interval over the pairs; None for fewer than two.
         only_first: images that only the first got right, of each pair of runs.
         only_second: images that only the second got right.
         p_values: McNemar's, of each pair of runs.
@@ -72,6 +76,8 @@ class Pair:
 
     first: str
     second: str
+    seeds: tuple[int, ...]
+    left_out: tuple[str, ...]
     difference: Interval | None
     only_first: tuple[int, ...]
     only_second: tuple[int, ...]
@@ -83,11 +89,13 @@ class Comparison:
     """Groups of runs, judged on the same images; `title` says of what.
 
     `schedule` are the fields of training that all runs share and that say how long they learned.
+    `split` is the part of the data that runs were trained on; None for other data.
     """
 
     title: str
     data: str
     images: int
+    split: Split | None
     date: str
     schedule: dict[str, Any]
     groups: tuple[Group, ...]
@@ -114,7 +122,7 @@ def compare(
 
     Args:
         runs: run directories; those that differ in their seed alone form a group. Or groups of
-            them by name.
+            them by name, in which no seed may come twice.
         data: as for `evaluate`; None for what the runs learned from.
         split: part of the data.
         data_dir: where the files of a named data set are looked for first.
@@ -124,16 +132,22 @@ def compare(
         memory_format: "auto", "contiguous" or "channels_last".
 
     Raises:
-        DenselyError: fewer than two groups; runs that are missing or know other classes; or runs
-            whose splits are not the same images.
+        DenselyError: fewer than two groups; a run or a group's seed that comes twice; runs that
+            are missing or know other classes; or runs whose splits are not the same images.
     """
-    groups = runs if isinstance(runs, Mapping) else grouped([Path(run) for run in runs])
+    groups = (
+        {name: _by_seed(name, members) for name, members in runs.items()}
+        if isinstance(runs, Mapping)
+        else grouped([Path(run) for run in runs])
+    )
     if len(groups) < 2:
         raise ConfigError(
             f"{sum(map(len, groups.values()))} run(s) of one configuration: name runs of at least "
             "2, which differ in more than their seed"
         )
-    for run in (Path(run) for members in groups.values() for run in members):
+    named = [run for members in groups.values() for run in members]
+    _refuse_twice(named)
+    for run in named:
         if not RunDirectory.open(run).rows():
             raise RunError(f"{run}: has no finished epoch to compare")
     judged = {
@@ -165,6 +179,7 @@ def compare(
         title=title,
         data=first.images.source,
         images=len(first.right),
+        split=split if any(run.is_own for run in everything) else None,
         date=datetime.date.today().isoformat(),
         schedule=_shared_schedule([run.run for run in everything]),
         groups=tuple(
@@ -181,33 +196,62 @@ def compare(
 
 
 def grouped(runs: Sequence[Path]) -> dict[str, list[Path]]:
-    """Runs by configuration: those that differ in seed, name and place alone stand together."""
+    """Runs by configuration: those that differ in seed, name and place alone stand together.
+
+    Raises:
+        ConfigError: a run is named twice, or two runs of a group have the same seed.
+    """
+    _refuse_twice(runs)
     free = {"seed", "name", "output", "device", "data_dir"}
     members: dict[str, list[Path]] = {}
-    seeds: dict[Path, int] = {}
     for run in runs:
         config = dataclasses.asdict(RunDirectory.open(run).config())
         key = json.dumps({k: v for k, v in config.items() if k not in free}, sort_keys=True)
-        if run in members.setdefault(key, []):
-            raise ConfigError(f"{run}: named twice")
-        members[key].append(run)
-        seeds[run] = config["seed"]
+        members.setdefault(key, []).append(run)
     named: dict[str, list[Path]] = {}
-    for group in members.values():
-        group.sort(key=seeds.__getitem__)  # pairs are of equal seeds
+    for found in members.values():
+        group = _by_seed(None, found)
         name = group[0].name
         named[name if name not in named else str(group[0])] = group
     return named
 
 
+def _refuse_twice(runs: Sequence[Path]) -> None:
+    """Refuse a folder that is named twice, in whatever words."""
+    known: dict[Path, Path] = {}
+    for run in runs:
+        place = run.resolve()
+        if place in known:
+            raise ConfigError(f"{run}: named twice, as {known[place]} before; leave one out")
+        known[place] = run
+
+
+def _by_seed(name: str | None, runs: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Runs of a group in the order of their seeds: equal ones would count one training twice."""
+    found: dict[int, Path] = {}
+    for run in map(Path, runs):
+        seed = RunDirectory.open(run).config().seed
+        if seed in found:
+            where = "" if name is None else f"'{name}': "
+            raise ConfigError(
+                f"{where}{found[seed]} and {run} both have seed {seed}, and runs of a group must "
+                "differ in it; leave one of them out"
+            )
+        found[seed] = run
+    if not found:
+        raise ConfigError(f"'{name}': no runs; name at least one, or leave the group out")
+    return [found[seed] for seed in sorted(found)]
+
+
 @dataclass(frozen=True)
 class _Judged:
-    """A run, what it was judged on, and which of that it is right on."""
+    """A run, what it was judged on, whether of its own data, and which of that it is right on."""
 
     run: RunDirectory
     config: TrainConfig
     classifier: Classifier
     images: Identity
+    is_own: bool
     right: NDArray[np.bool_]
 
 
@@ -216,7 +260,7 @@ def _judged(run: str | os.PathLike[str], data: str | None, **options: Any) -> _J
     right: NDArray[np.bool_] = (found.logits.argmax(dim=1) == found.labels).numpy()
     config = found.run.config()
     images = identity(found.images, found.data, config.split_seed)
-    return _Judged(found.run, config, found.classifier, images, right)
+    return _Judged(found.run, config, found.classifier, images, found.own is not None, right)
 
 
 def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:
@@ -225,6 +269,7 @@ def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:
     return Group(
         name=name,
         runs=tuple(str(member.run.path) for member in members),
+        seeds=tuple(member.config.seed for member in members),
         accuracies=tuple(accuracies),
         accuracy=_accuracy(members),
         cost=cost,
@@ -240,15 +285,19 @@ def _accuracy(members: Sequence[_Judged]) -> Interval:
 
 
 def _pair(a: str, ones: Sequence[_Judged], b: str, others: Sequence[_Judged]) -> Pair:
-    matched = list(zip(ones, others, strict=False))
+    first, second = ({run.config.seed: run for run in group} for group in (ones, others))
+    seeds = [seed for seed in first if seed in second]
+    matched = [(first[seed], second[seed]) for seed in seeds]
     only_a = [int((one.right & ~other.right).sum()) for one, other in matched]
     only_b = [int((~one.right & other.right).sum()) for one, other in matched]
     differences = [float(one.right.mean() - other.right.mean()) for one, other in matched]
-    seeds = [[run.config.seed for run in group] for group in (ones, others)]
+    alone = [run for run in (*ones, *others) if run.config.seed not in seeds]
     return Pair(
         first=a,
         second=b,
-        difference=_student(differences) if seeds[0] == seeds[1] and len(ones) > 1 else None,
+        seeds=tuple(seeds),
+        left_out=tuple(str(run.run.path) for run in alone),
+        difference=_student(differences) if len(differences) > 1 else None,
         only_first=tuple(only_a),
         only_second=tuple(only_b),
         p_values=tuple(mcnemar(x, y) for x, y in zip(only_a, only_b, strict=True)),

@@ -41,11 +41,25 @@ def sentence(pair: Pair) -> str:
         points = dataclasses.astuple(pair.difference)
         value, low, high = (f"{100 * point:+.2f}" for point in points)
         text += f"{value} points of accuracy (95% interval {low} to {high}, paired). "
+    if not pair.seeds:
+        return text + "no seed is common to both, so that no runs can be paired."
     runs = "; ".join(
         f"only the first right {a}, only the second {b}, p = {_p(p)}"
         for a, b, p in zip(pair.only_first, pair.only_second, pair.p_values, strict=True)
     )
-    return text + f"McNemar, run by run: {runs}."
+    text += f"McNemar, run by run: {runs}."
+    if pair.left_out:
+        text += f" Left out, as the other has no run of their seed: {', '.join(pair.left_out)}."
+    return text
+
+
+def _seen_before(comparison: Comparison) -> str:
+    """What the accuracies are worth where networks have had to do with the images before."""
+    if comparison.split == "train":
+        return " The networks learned from these images, and do worse on new ones."
+    if comparison.split == "validation":
+        return " These images chose the epoch of each network, which does worse on new ones."
+    return ""
 
 
 def _p(value: float) -> str:
@@ -60,7 +74,9 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
     pairs = "\n".join(f"- {sentence(pair)}" for pair in comparison.pairs)
     text = f"""# {comparison.title}
 
-Judged on {comparison.data}: {comparison.images:,} images. Trained alike: {schedule or "nothing"}.
+Judged on {comparison.data}: {comparison.images:,} images.{_seen_before(comparison)}
+
+Trained alike: {schedule or "nothing"}.
 
 ![curves and accuracies](comparison.png)
 

@@ -13,14 +13,21 @@ from densely.training.run import held_out_split
 def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Draw into a PNG: held-out accuracy and training loss over the epochs, accuracy at the end.
 
-    A line below says what lines and shades are, where a group has several runs.
+    Held-out accuracy is left out where some runs were judged on a validation split after each
+    epoch and others on the test split. A line below says so, and what lines and shades are, where
+    a group has several runs.
     """
     from matplotlib.ticker import MaxNLocator
 
+    curves = [("training loss", "train_loss")]
+    splits = {held_out_split(rows) for group in comparison.groups for rows in group.curves}
+    if len(splits) == 1:
+        curves.insert(0, ("held-out accuracy", f"{splits.pop()}_accuracy"))
     figure = drawing.new_figure(11, 3.8)
-    accuracy, loss, end = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    *panels, end = figure.subplots(1, len(curves) + 1, width_ratios=[1.2, 1, 1][-len(curves) - 1 :])
     for i, group in enumerate(comparison.groups):
-        for axes, values in ((accuracy, _held_out(group)), (loss, _curves(group, "train_loss"))):
+        for axes, (_, column) in zip(panels, curves, strict=True):
+            values = _curves(group, column)
             judged = ~np.isnan(values).any(axis=0)
             epochs, values = 1 + np.flatnonzero(judged), values[:, judged]
             marker = "o" if len(epochs) == 1 else None
@@ -43,12 +50,13 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         end.scatter(
             group.accuracies, [place - 0.15] * len(group.accuracies), s=12, color=f"C{i}", alpha=0.6
         )
-    for axes, label in ((accuracy, "held-out accuracy"), (loss, "training loss")):
+    for axes, (label, _) in zip(panels, curves, strict=True):
         axes.set_xlabel("epoch")
         axes.set_title(label, fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-    legend = accuracy.legend(loc="lower right", fontsize=8)
+    at = "lower right" if len(panels) > 1 else "upper right"  # where curves seldom are
+    legend = panels[0].legend(loc=at, fontsize=8)
     end.set_yticks(
         range(len(comparison.groups)), [group.name for group in reversed(comparison.groups)]
     )
@@ -56,16 +64,17 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     end.set_ylim(-0.5, len(comparison.groups) - 0.5)
     end.set_title("accuracy in the end, 95% interval", fontsize=10)
     end.grid(alpha=0.3)
+    told = []
     if any(len(group.runs) > 1 for group in comparison.groups):
-        told = "lines: mean over the runs; shades: from the lowest to the highest; small dots: runs"
-        figure.supxlabel(told, fontsize=8, color="0.35")
+        told = ["lines: mean over the runs", "shades: from the lowest to the highest"]
+        told.append("small dots: runs")
+    if len(panels) == 1:
+        told.append("held-out accuracy is of different splits, and not drawn")
+    if told:
+        figure.supxlabel("; ".join(told), fontsize=8, color="0.35")
     title = figure.suptitle(f"{comparison.title}, on {comparison.data}", fontsize=11)
     drawing.anybodys([title, *legend.get_texts(), *end.get_yticklabels()])
     drawing.save(figure, path)
-
-
-def _held_out(group: Group) -> NDArray[np.float64]:
-    return _curves(group, f"{held_out_split(group.curves[0])}_accuracy")
 
 
 def _curves(group: Group, column: str) -> NDArray[np.float64]:
