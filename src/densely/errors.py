@@ -6,7 +6,8 @@
     ├── RunError            a run directory is missing, damaged or unfit        (exit 2)
     ├── WeightsError        a file of weights is missing, damaged or does not fit   (exit 2)
     ├── ShapeError          a tensor does not fit the model                     (exit 2)
-    ├── TrainingError       training itself went wrong, as when it diverges     (exit 1)
+    ├── TrainingError       training itself went wrong                          (exit 1)
+    │   └── Diverged        the loss is no number any more
     └── Stopped             the user or the system ended it      (exit 130, 143 or 129)
 
 A message says what was given, what is allowed and what to do, in one or two lines: it is
@@ -56,6 +57,10 @@ class TrainingError(DenselyError):
     """Training itself failed."""
 
     exit_code = 1
+
+
+class Diverged(TrainingError):
+    """The loss became infinite or NaN; it would again, from where the run was saved."""
 
 
 class Stopped(DenselyError):

@@ -62,6 +62,17 @@ def test_seeds_are_a_number_from_one_on(seeds: Any) -> None:
         CompareConfig(name="c", train=TrainConfig(), variants=TWO, seeds=seeds)
 
 
+def test_the_last_seed_is_one_and_all_names_fit_a_folder() -> None:
+    train = TrainConfig(seed=2**32 - 2)
+    CompareConfig(name="c", train=train, variants=TWO, seeds=2)
+    with pytest.raises(ConfigError, match="variant 'small': seed=4294967296: must be from 0"):
+        CompareConfig(name="c", train=train, variants=TWO, seeds=3)
+    name = "ü" * 122  # in two bytes each, and -seed9-001 after them
+    CompareConfig(name="c", train=TrainConfig(), variants={"a": {}, name: {}}, seeds=10)
+    with pytest.raises(ConfigError, match="names of 257 bytes, and at most 255 are possible"):
+        CompareConfig(name="c", train=TrainConfig(), variants={"a": {}, f"{name}üx": {}})
+
+
 def test_the_split_is_one_of_three() -> None:
     with pytest.raises(ConfigError, match="split=tset: must be one of train, validation, test"):
         CompareConfig(name="c", train=TrainConfig(), variants=TWO, split="tset")  # type: ignore[arg-type]
@@ -81,9 +92,11 @@ def test_a_variant_of_the_command_line_is_yaml() -> None:
         "wide",
         {"options": {"growth_rate": 48}},
     )
-    for text in ("wide", "wide: 3", "a: {}\nb: {}", "{", "[1]"):
+    for text in ("wide", "wide: 3", "a: {}\nb: {}", "{", "[1]", "a: {lr: 1}\na: {}"):
         with pytest.raises(ConfigError, match=r"expected 'NAME: \{FIELD: VALUE\}'"):
             read_variant(text)
+    with pytest.raises(ConfigError, match="bias: given twice"):
+        read_variant("wide: {options: {bias: true, bias: false}}")
 
 
 def test_names_of_folders_are_plain() -> None:

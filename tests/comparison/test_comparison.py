@@ -264,19 +264,47 @@ def test_a_stopped_comparison_goes_on(
 def test_a_comparison_goes_on_with_the_images_that_it_was_to_be_judged_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("split: test", "split: train"))
     assert main(["compare", "--resume", str(copy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"] == "digits, train"
+    assert "The networks learned from these images" in (copy / "README.md").read_text()
     assert main(["compare", "--resume", str(copy), "--split", "test"]) == 2
     assert "goes on with a comparison as it began" in capsys.readouterr().err
     config.write_text(config.read_text().replace("split: train\n", ""))  # of before there were
     assert main(["compare", "--resume", str(copy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"] == "digits, test"
+
+
+def test_a_comparison_goes_on_in_the_precision_that_it_began_in(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = (copy / "config.yaml").read_bytes()
+    before = RunDirectory(copy / "runs" / "average-seed0-001").precision()
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[before]
+    assert main(["compare", "--resume", str(copy), "--precision", other]) == 2
+    error = capsys.readouterr().err
+    assert f"average-seed0-001 was trained in {before}" in error
+    assert f"go on with --precision {before}, or begin a new one" in error
+    assert (copy / "config.yaml").read_bytes() == config
+    same = ["--precision", before, "--memory-format", "contiguous", "--quiet"]
+    assert main(["compare", "--resume", str(copy), *same]) == 0
+
+
+def test_a_variant_that_diverges_is_to_be_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = ["--variant", "tame: {}", "--variant", "wild: {lr: 1.0e+9}"]
+    flags = [*FLAGS[:4], "--seeds", "1", "--batch-size", "20", "--quiet"]
+    assert main(["compare", *flags, *variants, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "variant 'wild', seed 0: the loss is" in error
+    assert "change that variant, or what all share, and begin a new comparison" in error
+    assert "--resume" not in error
+    assert len(error.splitlines()) == 2
 
 
 def test_finished_runs_are_judged_where_the_data_are_now(
@@ -303,6 +331,9 @@ def test_finished_runs_are_judged_where_the_data_are_now(
     configs = [path.read_text() for path in sorted(Path(folder).rglob("config.yaml"))]
     assert main(["compare", "--resume", folder, "--data", str(others), "--json"]) == 2
     assert "learned from other training images" in capsys.readouterr().err
+    assert configs == [path.read_text() for path in sorted(Path(folder).rglob("config.yaml"))]
+    assert main(["compare", "--resume", folder, "--device", "cuda:99"]) == 2
+    assert "device 'cuda:99' is not here" in capsys.readouterr().err
     assert configs == [path.read_text() for path in sorted(Path(folder).rglob("config.yaml"))]
     assert main(["compare", "--resume", folder, "--data", str(now), "--json"]) == 0
     assert main(["compare", "--resume", folder, "--json"]) == 0  # which it remembers
@@ -379,6 +410,10 @@ def test_images_are_the_same_by_pixels_or_by_where_they_come_from() -> None:
         ("--recipe average-or-mx", "did you mean average-or-max"),
         ("--recipe d2l --config x.yaml", "exclude each other"),
         ("--variant x", "expected 'NAME: {FIELD: VALUE}'"),
+        ("--variant 'a: {lr: 0.1, lr: 0.2}'", "lr: given twice"),
+        ("--variant 'a: {}' --variant 'b: {device: cuda:99}'", "device 'cuda:99' is not here"),
+        ("--variant 'a: {}' --variant 'b: {}' --seed 4294967295", "seed=4294967297: must be"),
+        (f"--variant 'a: {{}}' --variant '{'b' * 250}: {{}}'", "give it a shorter name"),
         ("--resume nowhere", "nowhere: no comparison"),
         ("nowhere elsewhere", "no run directory"),
         ("nowhere --recipe d2l", "--recipe: runs are compared as they are"),

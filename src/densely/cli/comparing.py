@@ -31,6 +31,7 @@ _FOR_RUNS = {
     *("--device", "--precision", "--memory-format"),
 }
 #: What may differ when a comparison goes on: where and how fast, not what.
+#: Of the precision, `change_folder` sees to it that no run was trained in another.
 _FREE = ("data", "data_dir", "device", "precision", "memory_format")
 
 
@@ -164,7 +165,7 @@ def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
     from densely.comparison.compare import compare
     from densely.comparison.page import write_comparison
     from densely.comparison.training import train_all
-    from densely.errors import Stopped, TrainingError
+    from densely.errors import Diverged, Stopped, TrainingError
 
     go_on = f"go on with: densely compare --resume {shlex.quote(str(folder))}"
 
@@ -177,6 +178,11 @@ def _train(folder: Path, config: CompareConfig, chosen: Any) -> None:
         runs = train_all(folder, config, reporter_for)
     except Stopped as stop:
         raise Stopped(f"stopped and saved; {go_on}", stop.exit_code) from stop
+    except Diverged as error:
+        raise Diverged(
+            f"{error}\nGoing on would end there again: change that variant, or what all share, and "
+            "begin a new comparison"
+        ) from error
     except TrainingError as error:
         raise TrainingError(f"{error}; {go_on}") from error
     try:

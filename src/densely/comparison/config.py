@@ -12,8 +12,10 @@ from typing import Any, get_args
 import yaml
 
 from densely.errors import ConfigError, unknown_name
-from densely.training.config import Split, TrainConfig, read_yaml
+from densely.training.config import Split, TrainConfig, parse_yaml, read_yaml
 
+#: Bytes of a folder's name, on all usual file systems.
+_LONGEST_NAME = 255
 #: Decided by the comparison itself, so that no variant may set them.
 _RESERVED = ("seed", "split_seed", "output", "name", "recipe")
 
@@ -58,7 +60,12 @@ class CompareConfig:
         if len(slugs) < len(self.variants):
             raise ConfigError(f"names of variants are too alike: {', '.join(self.variants)}")
         for name in self.variants:
-            self.config(name, 0)
+            last = self.config(name, self.seeds - 1)
+            if (length := len(f"{last.run_name}-000".encode())) > _LONGEST_NAME:
+                raise ConfigError(
+                    f"variant '{name}': its runs' folders would have names of {length} bytes, and "
+                    f"at most {_LONGEST_NAME} are possible: give it a shorter name"
+                )
 
     def config(self, variant: str, number: int) -> TrainConfig:
         """Training configuration of a variant's run `number`, from 0 on."""
@@ -128,15 +135,16 @@ def read_variant(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: it is something else.
     """
+    expected = "expected 'NAME: {FIELD: VALUE}', as in YAML"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
+        value = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"--variant {text}: {expected}: {error}") from error
     if isinstance(value, dict) and len(value) == 1:
         ((name, changes),) = value.items()
         if isinstance(changes, dict):
             return str(name), changes
-    raise ConfigError(f"--variant {text}: expected 'NAME: {{FIELD: VALUE}}', as in YAML")
+    raise ConfigError(f"--variant {text}: {expected}")
 
 
 # The chapter's recipe, with a learning rate that falls to 0: at a constant 0.1 the last epoch's

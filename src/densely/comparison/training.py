@@ -6,13 +6,14 @@ COMPARISON/config.yaml                      what is compared
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from densely.comparison.config import CompareConfig, slug
 from densely.comparison.same_images import Identity, identity, same_images
-from densely.errors import ConfigError, DataError
+from densely.errors import ConfigError, DataError, Diverged
 from densely.evaluation.judged import part_of
+from densely.runtime import Runtime, choose_runtime
 from densely.training.checkpoint import find_checkpoint, load_state
 from densely.training.config import TrainConfig
 from densely.training.loop import from_anywhere, train
@@ -30,13 +31,14 @@ def create_folder(config: CompareConfig, output: Path) -> Path:
         DenselyError: a variant cannot be trained, or would be judged on other images than the
             others; or the folder cannot be made.
     """
+    _check_hardware(config)
     judged: dict[str, Identity] = {}
     for variant in config.variants:  # before anything is written: hours may follow
-        first = from_anywhere(config.config(variant, 0))
-        check_start(first)
-        splits = splits_of(first)
-        begin(first, splits.train)
-        judged[variant] = identity(part_of(splits, config.split), first.data, first.split_seed)
+        last = from_anywhere(config.config(variant, config.seeds - 1))
+        check_start(last)
+        splits = splits_of(last)
+        begin(last, splits.train)
+        judged[variant] = identity(part_of(splits, config.split), last.data, last.split_seed)
     one, *others = judged
     for other in others:
         if not same_images(judged[one], judged[other]):
@@ -53,9 +55,13 @@ def change_folder(folder: Path, config: CompareConfig) -> None:
     """Let a comparison go on with its data in another place, or on other hardware.
 
     Raises:
-        DenselyError: the data are not there, or are not those that its runs learned from.
+        DenselyError: the data are not there, or are not those that its runs learned from; or its
+            runs were trained in another precision.
     """
+    _check_hardware(config)
     before = CompareConfig.read(folder / "config.yaml").train
+    if config.train.precision != before.precision:
+        _check_precision(folder, config)
     if (config.train.data, config.train.data_dir) != (before.data, before.data_dir):
         for variant in config.variants:
             _check_data(folder, config, variant)
@@ -79,6 +85,29 @@ def _check_data(folder: Path, config: CompareConfig, variant: str) -> None:
             raise DataError(
                 f"{run.path} began with other validation or test images than {wanted.data} gives"
             )
+
+
+def _check_hardware(config: CompareConfig) -> None:
+    """Refuse devices that are not here, whichever variant asks for them."""
+    for variant in config.variants:
+        _runtime_of(config.config(variant, 0))
+
+
+def _check_precision(folder: Path, config: CompareConfig) -> None:
+    """Refuse to go on in another precision: a difference could be its, and not the variants'."""
+    for wanted, run in _so_far(folder, config):
+        if run is None or not find_checkpoint(run.last):
+            continue
+        before, now = run.precision(), _runtime_of(wanted).precision
+        if before != now:
+            raise ConfigError(
+                f"{run.path} was trained in {before}, and this comparison would go on in {now}: "
+                f"go on with --precision {before}, or begin a new one"
+            )
+
+
+def _runtime_of(config: TrainConfig) -> Runtime:
+    return choose_runtime(config.device, config.precision, config.memory_format)
 
 
 def _write_config(folder: Path, config: CompareConfig) -> None:
@@ -123,8 +152,11 @@ def train_all(
         The runs of each variant, in the order of their seeds.
 
     Raises:
-        DenselyError: training failed; or (`Stopped`) a signal ended it after saving.
+        DenselyError: training failed; what is trained already was in another precision; or
+            (`Stopped`) a signal ended it after saving.
     """
+    if any(run is None or not finished(run) for _, run in _so_far(folder, config)):
+        _check_precision(folder, config)
     total = len(config.variants) * config.seeds
     runs: dict[str, list[Path]] = {variant: [] for variant in config.variants}
     for number in range(config.seeds):
@@ -140,7 +172,11 @@ def train_all(
             else:
                 title = f"[{done + 1}/{total}] {variant}, seed {run_config.seed}"
                 resume = begun.path if begun is not None and find_checkpoint(begun.last) else None
-                path = train(run_config, resume=resume, reporter=reporter_for(title)).run
+                try:
+                    path = train(run_config, resume=resume, reporter=reporter_for(title)).run
+                except Diverged as error:
+                    which = f"variant '{variant}', seed {run_config.seed}"
+                    raise Diverged(f"{which}: {error}") from error
             runs[variant].append(path)
     return runs
 
@@ -156,6 +192,16 @@ def _follow_data(run: RunDirectory, now: TrainConfig) -> None:
 def finished(run: RunDirectory) -> bool:
     """Whether a run came to its end: the model card is the last thing it writes."""
     return run.card_file.is_file()
+
+
+def _so_far(
+    folder: Path, config: CompareConfig
+) -> Iterator[tuple[TrainConfig, RunDirectory | None]]:
+    """What each run is to be, and the run where it has begun."""
+    for number in range(config.seeds):
+        for variant in config.variants:
+            wanted = config.config(variant, number)
+            yield wanted, _latest(folder / "runs", wanted.run_name)
 
 
 def _latest(folder: Path, name: str) -> RunDirectory | None:

@@ -233,6 +233,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def parse_yaml(text: str) -> Any:
+    """The value that a text in YAML stands for.
+
+    Raises:
+        ConfigError: it is no YAML, or gives a name twice.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a safe one
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML's dates raise the plain one
+        raise ConfigError(f"no valid YAML: {' '.join(str(error).split())}") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the fields in a YAML file.
 
@@ -240,12 +252,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, no YAML, or not a mapping of fields to values.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe one
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # PyYAML's dates raise the plain one
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: no valid YAML: {reason}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

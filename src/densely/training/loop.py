@@ -17,7 +17,7 @@ from torch import Tensor
 from densely.data import ImageSet, absolute
 from densely.data.augmentation import crop_and_flip
 from densely.environment import device_name
-from densely.errors import ConfigError, DataError, RunError, Stopped, TrainingError
+from densely.errors import ConfigError, DataError, Diverged, RunError, Stopped, TrainingError
 from densely.forward import Forward
 from densely.runtime import choose_runtime, ran_out_of_memory, settle_process
 from densely.training.captured import TrainingStep, training_step
@@ -250,7 +250,7 @@ class _Trainer:
             progress.seconds = before + time.monotonic() - begin
             if not math.isfinite(progress.loss_sum):
                 saved = find_checkpoint(self.run.last) is not None
-                raise TrainingError(
+                raise Diverged(
                     f"the loss is {progress.loss_sum} in epoch {progress.epoch + 1}, step "
                     f"{progress.step}: training diverged; try a smaller --lr than {config.lr:g}"
                     + (f". {self.run.path} keeps what was saved before" if saved else "")

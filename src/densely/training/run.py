@@ -152,6 +152,18 @@ class RunDirectory:
         """Write `env.json`."""
         write_whole(self.path / "env.json", json.dumps(environment(runtime), indent=2) + "\n")
 
+    def precision(self) -> str:
+        """What the run was last trained in, as `env.json` says.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        path = self.path / "env.json"
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["precision"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: missing or damaged: {error}") from error
+
     def append(self, row: EpochMetrics) -> None:
         """Add a row to `metrics.csv`, whole or not at all; it is on disk when this returns."""
         size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
