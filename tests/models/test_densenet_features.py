@@ -117,11 +117,11 @@ def test_nothing_runs_beyond_the_last_level_wanted(
     assert not_ran not in seen
 
 
-@pytest.mark.parametrize("levels", [(), (0,), (4,), (1, -1), (3, 4)])
-def test_levels_that_do_not_exist(levels: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("levels", [(), (0,), (4,), (1, -1), (3, 4), 2, (1.5,), (True,), "12"])
+def test_levels_that_do_not_exist(levels: Any) -> None:
     with pytest.raises(ConfigError) as error:
         tiny().forward_features(torch.zeros(1, 3, 32, 32), levels)
-    assert str(error.value) == f"levels={list(levels)}: must be blocks from 1 to 3"
+    assert str(error.value) == f"levels={levels!r}: must be a list of blocks from 1 to 3"
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32), (1, 1, 32, 32), (1, 3, 4, 32)])

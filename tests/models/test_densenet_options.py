@@ -5,10 +5,13 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+from torch import nn
 
 from densely.errors import ConfigError
-from densely.models import DenseNet
+from densely.models import DenseNet, FCDenseNet, ResNet
+from densely.models.densenet import norm_eps
 from densely.models.registry import ModelOptions
 
 
@@ -81,6 +84,9 @@ def test_all_faults_are_named_at_once() -> None:
         ("drop_path_rate", 1.0),
         ("drop_path_rate", math.nan),
         ("norm_eps", -1e-5),
+        ("norm_eps", 1),
+        ("norm_eps", 1.0),
+        ("norm_eps", math.inf),
         ("norm_eps", math.nan),
         ("output_stride", 0),
         ("output_stride", 2),
@@ -93,13 +99,35 @@ def test_all_faults_are_named_at_once() -> None:
         ("strides", [(2, 2)] * 4 + [(2, 2, 2)]),
         ("strides", [(2, 2)] * 4 + [(2, 2.5)]),
         ("strides", [2, 2, 2, 2, 2]),
+        ("growth_rate", 1.5),
+        ("block_config", 6),
+        ("block_config", [6, 1.5]),
+        ("spatial_dims", "2"),
+        ("compression", "half"),
+        ("norm", nn.BatchNorm2d(64)),
+        ("activation", nn.ReLU()),
     ],
 )
 def test_one_fault_names_its_field_alone(field: str, value: object) -> None:
     error = faults_of(**{field: value})
     assert named_fields(error) == {field}
-    if field != "block_config":
+    if value != ():
         assert str(value) in str(error)
+
+
+def test_numbers_may_be_numpys() -> None:
+    small: Any = {"block_config": (1, np.int64(1)), "growth_rate": np.int32(2)}
+    strides = [(np.int64(2), np.int64(1))] * 3
+    model = DenseNet(**small, strides=strides, norm_eps=np.float32(1e-3))  # type: ignore[arg-type]
+    assert model.feature_strides == ((4, 1), (8, 1))
+    assert norm_eps(model) == {float(np.float32(1e-3))}
+
+
+@pytest.mark.parametrize("network", [FCDenseNet, ResNet])
+def test_other_networks_refuse_arguments_of_other_types_too(network: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        network(in_channels="3", num_classes=2.5, init=None)
+    assert named_fields(error.value) == {"in_channels", "num_classes", "init"}
 
 
 @pytest.mark.parametrize("spatial_dims", [0, 4])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from densely import create_model
 from densely.errors import ConfigError
 from densely.models import (
     DenseNet,
@@ -86,6 +87,7 @@ def test_the_list_is_of_those_that_are_counted_here() -> None:
         ("*bc_1*", {"densenet_bc_100_12", "densenet_bc_190_40"}),
         ("densenet[0-9]*", set(IMAGENET)),
         ("fc_densenet??", {"fc_densenet56", "fc_densenet67"}),
+        ("*BC_1*", {"densenet_bc_100_12", "densenet_bc_190_40"}),
         ("vgg*", set()),
         ("", set()),
     ],
@@ -121,6 +123,12 @@ def test_unknown_name_suggests_the_nearest(wrong: str, near: str) -> None:
         build_model(wrong)
     assert f"'{wrong}'" in str(error.value)
     assert near in str(error.value).split("did you mean ")[1].rstrip("?").split(" or ")
+
+
+@pytest.mark.parametrize("name", [None, 3, ["d2l"]])
+def test_a_name_is_a_text(name: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"model={name!r}: must be the name of one")):
+        create_model(name)
 
 
 def test_name_near_to_nothing_lists_all() -> None:
@@ -181,7 +189,7 @@ def test_too_few_classes_or_channels_are_refused(name: str, field: str, value: i
 )
 def test_arguments_of_other_types_are_refused(option: str, value: object, message: str) -> None:
     options: Any = {option: value}
-    with pytest.raises(ConfigError, match=re.escape(f"densenet_bc_22_12: {message}")):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         build_model("densenet_bc_22_12", **options)
 
 

@@ -82,8 +82,7 @@ def models(parser: Parser, arguments: list[str]) -> None:
 
     from densely.models.registry import list_models, model_facts
 
-    pattern = chosen.pattern.lower()
-    names = list_models(pattern) or list_models(f"*{pattern}*")
+    names = list_models(chosen.pattern) or list_models(f"*{chosen.pattern}*")
     if not names:
         raise ConfigError(
             f"no network is called like {chosen.pattern}; known: {', '.join(list_models())}"

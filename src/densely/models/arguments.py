@@ -1,4 +1,4 @@
-"""Whether arguments of a network, as a YAML file or a flag gives them, are of the right types."""
+"""Whether arguments of a network, as code, a YAML file or a flag gives them, have right types."""
 
 import types
 from collections.abc import Sequence
@@ -7,17 +7,28 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from densely.errors import ConfigError
+
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
-def type_faults(network: Any, given: dict[str, Any]) -> list[str]:
-    """What is wrong with arguments by their names, as the class annotates them; values aside."""
-    hints = get_type_hints(network.__init__)
-    return [
-        f"{name}={value!r}: must be {_named(hints[name])}"
-        for name, value in given.items()
-        if not _fits(value, hints[name])
-    ]
+def check_types(network: type, given: dict[str, Any]) -> None:
+    """Hold arguments against the annotations of a class; values aside.
+
+    Args:
+        network: the class.
+        given: its arguments by their names; what else is there, as in `locals()`, is passed over.
+
+    Raises:
+        ConfigError: some are of other types; all are named at once.
+    """
+    hints = get_type_hints(network.__init__)  # type: ignore[misc]
+    if faults := [
+        f"{name}={given[name]!r}: must be {_named(hint)}"
+        for name, hint in hints.items()
+        if name in given and not _fits(given[name], hint)
+    ]:
+        raise ConfigError("; ".join(faults))
 
 
 def is_whole(value: object) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from densely.errors import ConfigError, ShapeError
 from densely.fused import accelerate
+from densely.models.arguments import check_types, is_whole
 from densely.models.geometry import Stride, plan
 from densely.models.init import INITS, InitName, initialize
 from densely.models.parts import POOLS, Activation, DropPath, Norm, Parts, PoolName
@@ -266,6 +267,7 @@ class DenseNet(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
+        check_types(DenseNet, locals())
         parts = Parts(spatial_dims, norm, activation, bias, drop_rate)
         faults = [
             f"{name}={value}: must be at least {least}"
@@ -305,8 +307,8 @@ class DenseNet(nn.Module):
             ]
             if value not in known
         ]
-        if norm_eps is not None and not norm_eps > 0:
-            faults.append(f"norm_eps={norm_eps}: must be above 0")
+        if norm_eps is not None and not 0 < norm_eps < 1:
+            faults.append(f"norm_eps={norm_eps}: must be above 0 and below 1")
         faults += parts.faults()
         geometry, wrong = plan(
             spatial_dims,
@@ -363,7 +365,7 @@ class DenseNet(nn.Module):
         self.classifier = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         initialize(self, init)
         if norm_eps is not None:
-            set_norm_eps(self, norm_eps)
+            set_norm_eps(self, float(norm_eps))
         if fused:
             accelerate(self)
 
@@ -391,9 +393,10 @@ class DenseNet(nn.Module):
             ShapeError: as `forward`.
         """
         last = len(self.feature_channels)
-        wanted = list(range(1, last + 1)) if levels is None else list(levels)
-        if not wanted or not all(1 <= level <= last for level in wanted):
-            raise ConfigError(f"levels={wanted}: must be blocks from 1 to {last}")
+        wanted = range(1, last + 1) if levels is None else levels
+        is_list = isinstance(wanted, Sequence) and len(wanted) > 0
+        if not is_list or not all(is_whole(level) and 1 <= level <= last for level in wanted):
+            raise ConfigError(f"levels={levels!r}: must be a list of blocks from 1 to {last}")
         self._check(x)
         blocks = {f"denseblock{level}": level for level in range(1, last)}
         maps: dict[int, Tensor] = {}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from densely.errors import ConfigError, ShapeError
 from densely.fused import accelerate
+from densely.models.arguments import check_types
 from densely.models.densenet import DenseBlock, Transition
 from densely.models.init import INITS, InitName, initialize
 from densely.models.parts import TRANSPOSED_CONVS, Activation, Norm, Parts
@@ -70,6 +71,7 @@ class FCDenseNet(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
+        check_types(FCDenseNet, locals())
         parts = Parts(spatial_dims, norm, activation, bias=True, drop_rate=drop_rate)
         numbers = {
             "growth_rate": growth_rate,

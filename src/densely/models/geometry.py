@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from densely.models.arguments import is_whole
+
 #: Strides of one step, an axis each.
 Stride = tuple[int, ...]
 
@@ -69,7 +71,7 @@ def plan(
     chosen = usual
     if strides is not None:
         if len(strides) == steps and all(_is_stride(step, spatial_dims) for step in strides):
-            chosen = tuple(tuple(step) for step in strides)
+            chosen = tuple(tuple(map(int, step)) for step in strides)
         else:
             faults.append(
                 f"strides={strides}: must be {steps} lists of {spatial_dims} whole numbers from 1 "
@@ -96,5 +98,5 @@ def _is_stride(step: object, spatial_dims: int) -> bool:
     return (
         isinstance(step, Sequence)
         and len(step) == spatial_dims
-        and all(isinstance(s, int) and s >= 1 for s in step)
+        and all(is_whole(s) and s >= 1 for s in step)
     )

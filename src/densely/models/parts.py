@@ -107,7 +107,12 @@ class Parts:
             ("norm", self.norm, NORMS),
             ("activation", self.activation, ACTIVATIONS),
         ):
-            if value not in known and not callable(value):
+            if isinstance(value, nn.Module):
+                faults.append(
+                    f"{name}={value}: is a module already, and each place needs its own: give "
+                    f"what makes it, such as {type(value).__name__} itself"
+                )
+            elif value not in known and not callable(value):
                 faults.append(
                     f"{name}={value!r}: must be one of {', '.join(known)}, or make a module"
                 )

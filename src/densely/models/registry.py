@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from densely.errors import ConfigError, unknown_name
 from densely.fused import restore
-from densely.models.arguments import is_whole, type_faults
+from densely.models.arguments import is_whole
 from densely.models.densenet import DenseNet, Stem
 from densely.models.fc_densenet import FCDenseNet
 from densely.models.init import InitName
@@ -159,8 +159,11 @@ class ModelOptions(TypedDict, total=False):
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that `create_model` takes, those that match a shell pattern such as "*bc*"."""
-    return fnmatch.filter(_MODELS, pattern)
+    """Names that `create_model` takes, those that match a shell pattern such as "*bc*".
+
+    Capital letters are as small ones.
+    """
+    return fnmatch.filter(_MODELS, pattern.lower())
 
 
 def preset(name: str) -> Preset:
@@ -169,6 +172,8 @@ def preset(name: str) -> Preset:
     Raises:
         ConfigError: an unknown name; the nearest ones are named.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"model={name!r}: must be the name of one, such as 'densenet121'")
     if name not in _MODELS:
         raise ConfigError(unknown_name("model", name, _MODELS))
     return _MODELS[name]
@@ -209,11 +214,8 @@ def build_model(
         given["num_classes"] = num_classes
     if in_channels is not None:
         given["in_channels"] = in_channels
-    faults = type_faults(chosen.network, given)
     if image_size is not None and not is_whole(image_size):
-        faults.append(f"image_size={image_size!r}: must be a whole number, the side of squares")
-    if faults:
-        raise ConfigError(f"{name}: {'; '.join(faults)}")
+        raise ConfigError(f"image_size={image_size!r}: must be a whole number, the side of squares")
     if image_size is not None and chosen.stem_by_image_size:
         given.setdefault("stem", "small" if image_size <= SMALL_IMAGE else "large")
     model = chosen.build(**given)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from densely.errors import ConfigError, ShapeError
+from densely.models.arguments import check_types
 from densely.models.init import INITS, InitName, initialize
 from densely.models.parts import Parts
 
@@ -70,6 +71,7 @@ class ResNet(nn.Module):
         init: InitName = "xavier",
     ) -> None:
         super().__init__()
+        check_types(ResNet, locals())
         faults = [
             f"{name}={value}: must be at least 1"
             for name, value in [("in_channels", in_channels), ("num_classes", num_classes)]
