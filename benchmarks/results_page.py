@@ -246,6 +246,9 @@ DenseNet-BC with growth rate 12 at 32 pixels, float32. {depth["note"]}
 
 {depth_table}
 
+When this was measured, "plain net checkpointed" kept the concatenated input of each layer. It no
+longer does: the concatenation is within the checkpoint, as in torchvision's.
+
 ![memory against depth](../benchmarks/results/bench-cpu-depth.png)"""
 
 

@@ -275,7 +275,7 @@ def _ready(
         step = partial(training, images, labels)
     else:
         row["captured"] = variant.captured and runtime.device.type == "cuda"
-        step = Trial(runs, runtime, images, labels, captured=row["captured"]).step
+        step = Trial(runs, runtime, images, labels, None, row["captured"], variant.tuned).step
     for _ in range(3):
         step()
     if start is not None:

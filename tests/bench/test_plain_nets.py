@@ -1,6 +1,7 @@
 """The plain peers are the same networks as densely's, and checkpoints change no result."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -39,12 +40,17 @@ def test_the_plain_net_is_the_same_function_as_densely() -> None:
     torch.testing.assert_close(theirs(x), ours(x), rtol=1e-4, atol=1e-4)
 
 
-def test_checkpoints_change_no_gradient() -> None:
-    x = torch.randn(2, 3, 16, 16)
+@pytest.mark.parametrize(
+    ("peer", "shape"), [(partial(bc_net, 16), (2, 3, 16, 16)), (chapter_net, (2, 1, 32, 32))]
+)
+def test_checkpoints_change_no_gradient(
+    peer: Callable[..., nn.Module], shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape)
     gradients = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
-        net = bc_net(16, checkpointed=checkpointed)
+        net = peer(checkpointed=checkpointed)
         net(x).square().sum().backward()
         gradients.append([p.grad for p in net.parameters()])
     torch.testing.assert_close(*gradients)

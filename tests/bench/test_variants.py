@@ -2,12 +2,14 @@
 
 import sys
 
+import peers as tests_peers
 import pytest
 import torch
 
 from densely.bench import peers, variants
 from densely.bench.compare import reason
 from densely.bench.nets import NETS, Net
+from densely.bench.plain_nets import Checkpointed
 from densely.bench.variants import find
 from densely.runtime import Runtime, choose_runtime
 
@@ -38,6 +40,13 @@ def test_bfloat16_is_measured_where_it_is_fast_and_else_a_gap(
     monkeypatch.setattr(variants, "choose_runtime", choose)
     for net in NETS.values():
         found = {variant.name: variant for variant in variants.variants(net, compiled=True)}
+        frugal = "memory_efficient" if net.name == "densenet121" else "checkpointed"
+        frugal = f"{net.reference} {frugal} channels-last"
+        if precision == "bfloat16":
+            frugal += " bf16"
+        assert found[frugal].gap is None
+        assert found[frugal].runtime.precision == precision
+        assert found[frugal].runtime.memory_format == "channels_last"
         tuned = f"{net.reference} channels-last"
         gaps = found[f"{tuned} bf16"].gap, found["densely float32"].gap
         if precision == "bfloat16":
@@ -69,6 +78,29 @@ def test_the_peers_of_densenet121_are_there() -> None:
         "timm",
         "MONAI",
     }
+
+
+@pytest.mark.parametrize("name", ["d2l", "bc_100_12"])
+def test_what_is_called_checkpointed_is(name: str) -> None:
+    for variant in variants.variants(NETS[name]):
+        with torch.device("meta"):
+            modules = list(variant.build().modules())
+        has = any(isinstance(module, Checkpointed) for module in modules)
+        assert has == ("checkpointed" in variant.name), variant.name
+
+
+def test_torchvisions_nets_are_memory_efficient_where_they_are_called_so() -> None:
+    tests_peers.torchvision()
+    net, frugal = NETS["densenet121"], "torchvision memory_efficient"
+    with torch.device("meta"):
+        made = {
+            False: [find(net, "torchvision", "cpu").build(), peers.torchvision_bc(16)],
+            True: [find(net, frugal, "cpu").build(), peers.torchvision_bc(16, True)],
+        }
+    for is_so, nets in made.items():
+        for model in nets:
+            layers = [m for m in model.modules() if hasattr(m, "memory_efficient")]
+            assert {layer.memory_efficient for layer in layers} == {is_so}
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

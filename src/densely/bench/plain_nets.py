@@ -11,19 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Checkpointed(nn.Module):
-    """Compute a module again in the backward pass rather than keep what is inside it."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the module, keeping its input alone."""
-        result: Tensor = checkpoint(self.inner, x, use_reentrant=False)
-        return result
-
-
 class DenseBlock(nn.Module):
     """Each layer reads all features so far; what it makes is appended to them."""
 
@@ -36,6 +23,38 @@ class DenseBlock(nn.Module):
         for layer in self.layers:
             x = torch.cat((x, layer(x)), dim=1)
         return x
+
+
+class Checkpointed(nn.Module):
+    """Compute a module, and the maps that it reads, again in the backward pass.
+
+    They are concatenated in here, as torchvision's `memory_efficient` has it: kept for each layer,
+    they alone would grow with the square of the depth.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Run the module on the maps in a row, keeping no more than these."""
+        result: Tensor = checkpoint(self._joined, *maps, use_reentrant=False)
+        return result
+
+    def _joined(self, *maps: Tensor) -> Tensor:
+        result: Tensor = self.inner(torch.cat(maps, dim=1))
+        return result
+
+
+class CheckpointedBlock(DenseBlock):
+    """The same of layers that begin with `Checkpointed`: the maps stay apart until the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C + len(layers) * growth_rate, H, W]."""
+        maps = [x]
+        for layer in self.layers:
+            maps.append(layer(maps))
+        return torch.cat(maps, dim=1)
 
 
 def bn_relu_conv(
@@ -57,7 +76,7 @@ def transition(in_channels: int, out_channels: int, bias: bool) -> nn.Sequential
 
 
 def chapter_net(checkpointed: bool = False) -> nn.Sequential:
-    """The chapter's net for images of 1x96x96; with checkpoints, around each whole layer."""
+    """The chapter's net for images of 1x96x96; checkpoints are around each cat - layer."""
 
     def layer(in_channels: int) -> nn.Module:
         inner = bn_relu_conv(in_channels, 32, 3, bias=True)
@@ -69,7 +88,8 @@ def chapter_net(checkpointed: bool = False) -> nn.Sequential:
         nn.ReLU(),
         nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
     ]
-    net = _assemble(stem, 64, [4, 4, 4, 4], 32, layer, bias=True)
+    block = CheckpointedBlock if checkpointed else DenseBlock
+    net = _assemble(stem, 64, [4, 4, 4, 4], 32, layer, block, bias=True)
 
     def xavier(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -79,7 +99,7 @@ def chapter_net(checkpointed: bool = False) -> nn.Sequential:
 
 
 def bc_net(depth: int, growth_rate: int = 12, checkpointed: bool = False) -> nn.Sequential:
-    """DenseNet-BC for images of 3x32x32; with checkpoints, around each BN - ReLU - Conv1x1.
+    """DenseNet-BC for images of 3x32x32; checkpoints are around each cat - BN - ReLU - Conv1x1.
 
     Args:
         depth: layers with weights, L = 6n + 4 for three blocks of n bottleneck layers.
@@ -95,7 +115,8 @@ def bc_net(depth: int, growth_rate: int = 12, checkpointed: bool = False) -> nn.
 
     stem = [nn.Conv2d(3, 2 * growth_rate, 3, padding=1, bias=False)]
     blocks = 3 * [(depth - 4) // 6]
-    net = _assemble(stem, 2 * growth_rate, blocks, growth_rate, layer, bias=False)
+    block = CheckpointedBlock if checkpointed else DenseBlock
+    net = _assemble(stem, 2 * growth_rate, blocks, growth_rate, layer, block, bias=False)
 
     def he(module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
@@ -110,11 +131,12 @@ def _assemble(
     blocks: list[int],
     growth_rate: int,
     layer: Callable[[int], nn.Module],
+    block: type[DenseBlock],
     bias: bool,
 ) -> nn.Sequential:
     parts: list[nn.Module] = list(stem)
     for i, num_layers in enumerate(blocks):
-        parts.append(DenseBlock([layer(channels + j * growth_rate) for j in range(num_layers)]))
+        parts.append(block([layer(channels + j * growth_rate) for j in range(num_layers)]))
         channels += num_layers * growth_rate
         if i < len(blocks) - 1:
             parts.append(transition(channels, channels // 2, bias))

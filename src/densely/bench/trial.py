@@ -29,6 +29,7 @@ class Trial:
         labels: [N].
         optimizer: of a network that trains; None for inference.
         captured: whether steps are replays of a CUDA graph, which the first one records.
+        tries_kernels: whether cuDNN tries its kernels in the first step and keeps to the fastest.
     """
 
     model: nn.Module
@@ -37,15 +38,21 @@ class Trial:
     labels: Tensor
     optimizer: torch.optim.Optimizer | None = None
     captured: bool = False
+    tries_kernels: bool = False
     _replay: Callable[[], Tensor] | None = field(default=None, init=False)
 
     def step(self) -> Tensor:
         """One training step, which gives the loss, or one inference, the logits."""
-        if not self.captured:
-            return self._launched()
-        if self._replay is None:
-            self._replay = self._recorded()
-        return self._replay()
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self.tries_kernels
+        try:
+            if not self.captured:
+                return self._launched()
+            if self._replay is None:
+                self._replay = self._recorded()
+            return self._replay()
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def _launched(self) -> Tensor:
         """A step, kernel after kernel."""
@@ -139,4 +146,5 @@ def make_trial(variant: Variant, net: Net, mode: str, batch: int) -> Trial:
         labels.to(device),
         optimizer if mode == "train" else None,
         variant.captured,
+        variant.tries_kernels,
     )

@@ -38,6 +38,14 @@ class Variant:
     captured: bool = False
     gap: str | None = None
 
+    @property
+    def tries_kernels(self) -> bool:
+        """Whether cuDNN tries its kernels for it: ours and what is tuned, not what is as shipped.
+
+        Captured steps have it so in any case.
+        """
+        return self.kind == "ours" or self.runtime.memory_format == "channels_last"
+
 
 def variants(net: Net, device: str = "auto", compiled: bool = False) -> list[Variant]:
     """All variants of a network, in the order in which they take their turns.
@@ -62,21 +70,19 @@ def variants(net: Net, device: str = "auto", compiled: bool = False) -> list[Var
     shipped = Runtime(best.device, "float32", "contiguous")
     build, checkpointed = _peer(net)
     found.append(Variant(net.reference, build, shipped))
-    tuned = Variant(
-        f"{net.reference} channels-last", build, replace(shipped, memory_format="channels_last")
-    )
+    tuned = _channels_last(found[-1])
     found += [tuned, _in_bfloat16(tuned, best)]
     if best.device.type == "cuda":
         fastest = _fastest(tuned, best)
         found.append(replace(fastest, name=f"{fastest.name} captured", captured=True))
     found.append(_under_compile(tuned, best, compiled))
+    frugal = "memory_efficient" if net.name == "densenet121" else "checkpointed"
+    found.append(Variant(f"{net.reference} {frugal}", checkpointed, shipped))
+    found.append(_fastest(_channels_last(found[-1]), best))
     if net.name == "densenet121":
-        found.append(Variant("torchvision memory_efficient", checkpointed, shipped))
         found.append(Variant("timm", peers.timm_densenet121, shipped))
         found.append(Variant("MONAI", peers.monai_densenet121, shipped))
         found += _accelerated(build, shipped, best)
-    else:
-        found.append(Variant("plain net checkpointed", checkpointed, shipped))
     return found
 
 
@@ -110,6 +116,11 @@ def _accelerated(
     yield Variant("torchvision accelerated, tuned", make, best, "accelerated")
 
 
+def _channels_last(shipped: Variant) -> Variant:
+    runtime = replace(shipped.runtime, memory_format="channels_last")
+    return replace(shipped, name=f"{shipped.name} channels-last", runtime=runtime)
+
+
 def _in_bfloat16(tuned: Variant, best: Runtime) -> Variant:
     gap = None if best.precision == "bfloat16" else best.reasons["precision"]
     return replace(
@@ -121,7 +132,7 @@ def _in_bfloat16(tuned: Variant, best: Runtime) -> Variant:
 
 
 def _fastest(tuned: Variant, best: Runtime) -> Variant:
-    """The best-tuned peer: in bfloat16 where that is fast."""
+    """The best-tuned of a peer: in bfloat16 where that is fast."""
     short = _in_bfloat16(tuned, best)
     return short if short.gap is None else tuned
 
