@@ -5,6 +5,7 @@ from tiny_nets import NET, RUNTIME, entrants, failing
 
 from densely.bench import compare as module
 from densely.bench.config import BenchConfig
+from densely.bench.peak import ChildTask
 from densely.bench.progress import Progress
 from densely.bench.results import Comparison, Measured
 from densely.bench.variants import Variant
@@ -30,6 +31,17 @@ def test_each_has_a_turn_before_any_has_the_next(
     assert found.batch == 3
     kept = [row.kept_bytes_per_image for row in found.rows[:2]]
     assert kept == ([4 * (5 + 10) + 1] * 2 if mode == "train" else [None, None])
+
+
+def test_the_peak_is_of_as_many_threads_as_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[ChildTask] = []
+    monkeypatch.setattr(module, "variants", lambda *_: entrants([]))
+    monkeypatch.setattr(module, "peak_in_fresh_process", lambda task: tasks.append(task) or 7)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    config = BenchConfig(rounds=1, steps=1, peak_memory=True)
+    found = module.compare(config, NET, "train", Progress())
+    assert [(task.variant, task.threads) for task in tasks] == [("densely", 3), ("plain net", 3)]
+    assert [row.peak_bytes for row in found.rows] == [7, 7, None, None]
 
 
 def test_what_cannot_be_measured_is_a_gap_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

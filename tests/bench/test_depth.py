@@ -3,9 +3,10 @@
 import peers as tests_peers
 import pytest
 import torch
+from torch import nn
 
 from densely import create_model
-from densely.bench import depth, peers
+from densely.bench import depth, peers, plain_nets
 from densely.bench.depth import depth_series, fitted_exponent
 from densely.bench.progress import Progress
 
@@ -25,7 +26,32 @@ def test_torchvisions_net_is_the_papers() -> None:
     with torch.device("meta"):
         theirs, ours = peers.torchvision_bc(100), create_model("densenet_bc_100_12")
         assert theirs(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+        maps = theirs.get_submodule("features")(torch.empty(2, 3, 32, 32))
+        assert maps.shape[2:] == (8, 8)  # halved by two transitions, and not in the stem
     assert [p.shape for p in theirs.parameters()] == [p.shape for p in ours.parameters()]
+
+
+@pytest.fixture
+def without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain net stands for its net, as for a peer that is checkpointed where it is told so."""
+
+    def net(layers: int, memory_efficient: bool = False) -> nn.Module:
+        return plain_nets.bc_net(layers, checkpointed=memory_efficient)
+
+    monkeypatch.setattr(peers, "torchvision_bc", net)
+
+
+@pytest.mark.usefixtures("without_torchvision")
+def test_bytes_are_those_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for batch in (1, 4):
+        monkeypatch.setattr(depth, "BATCH", batch)
+        lines = depth_series("cpu", Progress(), (10,))
+        found[batch] = {line.name: line.kept_bytes_per_image[0] for line in lines}
+    assert found[4] == {name: pytest.approx(kept, rel=0.05) for name, kept in found[1].items()}
+    assert found[1]["torchvision"] == found[1]["plain net"]
+    assert found[1]["torchvision memory_efficient"] == found[1]["plain net checkpointed"]
+    assert found[1]["plain net checkpointed"] < found[1]["plain net"]
 
 
 def test_densely_grows_slower_than_the_plain_net(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +64,7 @@ def test_densely_grows_slower_than_the_plain_net(monkeypatch: pytest.MonkeyPatch
     exponents = {name: line.exponent for name, line in found.items()}
     assert exponents["densely"] < exponents["densely, plain path"]
     assert exponents["densely, plain path"] == pytest.approx(exponents["plain net"], abs=0.1)
+    assert exponents["plain net checkpointed"] < exponents["plain net"] - 0.2
     assert found["densely"].relative()[0] == 1
     assert found["torchvision"].gap == "not installed: torchvision"
     assert found["torchvision"].to_dict()["exponent"] is None

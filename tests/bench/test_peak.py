@@ -1,13 +1,23 @@
 """The peak of a process of its own: what its steps add, and what it says when it fails."""
 
 import json
+import mmap
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tiny_nets import NET, entrants
 
 from densely.bench import child, peak
-from densely.bench.peak import ChildTask, peak_in_fresh_process, peak_resident_bytes
+from densely.bench.peak import (
+    ChildTask,
+    added_to_process,
+    peak_in_fresh_process,
+    peak_resident_bytes,
+)
 from densely.errors import TrainingError
 
 TASK = ChildTask("bc_100_12", "plain net", "train", 1, "cpu", 1, "system")
@@ -20,14 +30,31 @@ def test_the_peak_of_a_fresh_process_is_that_of_its_steps() -> None:
     assert peak_resident_bytes() > held.nbytes
 
 
+def test_what_was_held_before_is_no_part_of_the_peak() -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system cannot forget a peak")
+
+    def take(size: int) -> None:
+        with mmap.mmap(-1, size) as memory:  # which malloc cannot have kept
+            for page in range(0, size, mmap.PAGESIZE):
+                memory[page] = 1
+
+    take(120_000_000)
+    trial: Any = SimpleNamespace(warm_up=lambda steps: take(40_000_000))
+    assert 30e6 < added_to_process(trial) < 80e6
+
+
 def test_the_child_prints_one_json_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "find", lambda *_: entrants([])[1])
     monkeypatch.setitem(child.NETS, "bc_100_12", NET)
-    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    monkeypatch.setattr(child.sys, "argv", ["", json.dumps(vars(TASK))])
+    threads: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    task = replace(TASK, threads=3)
+    monkeypatch.setattr(child.sys, "argv", ["", json.dumps(vars(task))])
     child.main()
+    assert threads == [3]
     assert json.loads(capsys.readouterr().out)["peak_bytes"] >= 0
 
 

@@ -1,5 +1,7 @@
 """A step is what it is called, and what computes nonsense gets no time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_nets import NET, RUNTIME, mlp
@@ -8,6 +10,8 @@ from densely.bench import trial as module
 from densely.bench.trial import make_trial
 from densely.bench.variants import Variant
 from densely.errors import TrainingError
+
+CHANNELS_LAST = replace(RUNTIME, memory_format="channels_last")
 
 
 @pytest.mark.parametrize(("mode", "learns"), [("train", True), ("inference", False)])
@@ -19,6 +23,49 @@ def test_a_training_step_learns_and_inference_does_not(mode: str, learns: bool) 
     assert all(torch.equal(a, b) for a, b in pairs) is not learns
     assert trial.model.training is learns
     assert all(p.grad is None for p in trial.model.parameters())
+
+
+def test_the_rate_counts_the_images_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = make_trial(Variant("", mlp, RUNTIME), NET, "inference", 4)
+    times = iter([10.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    assert trial.images_per_s(3) == 4 * 3 / 2
+
+
+def test_each_step_has_gradients_of_its_own() -> None:
+    trial = make_trial(Variant("", mlp, RUNTIME), NET, "train", 4)
+    assert trial.optimizer is not None
+    trial.optimizer.param_groups[0]["lr"] = 0.0  # so that the second step is the first again
+    found = []
+    for _ in range(2):
+        trial.step()
+        found.append([p.grad.clone() for p in trial.model.parameters() if p.grad is not None])
+    assert len(found[0]) == 4
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize(
+    ("variant", "tried"),
+    [
+        (Variant("", mlp, RUNTIME), False),
+        (Variant("", mlp, CHANNELS_LAST), True),
+        (Variant("", mlp, RUNTIME, "ours"), True),
+        (Variant("", mlp, RUNTIME, "accelerated"), False),
+        (Variant("", mlp, CHANNELS_LAST, "accelerated"), True),
+    ],
+)
+def test_cudnn_tries_its_kernels_for_what_is_tuned_alone(
+    variant: Variant, tried: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tried)
+    trial = make_trial(variant, NET, mode, 2)
+    seen = set()
+    trial.model.register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.benchmark))
+    trial.warm_up()
+    trial.images_per_s(1)
+    assert seen == {tried}
+    assert torch.backends.cudnn.benchmark is not tried
 
 
 def test_nonsense_is_not_timed() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from densely.errors import ConfigError, ShapeError
 from densely.models import FCDenseNet, build_model
+from densely.models.fc_densenet import crop
 
 
 def tiny(**options: Any) -> FCDenseNet:
@@ -176,6 +177,13 @@ def test_other_norms_and_activations_learn(norm: Any, activation: Any) -> None:
     for key, gradient in gradients.items():
         assert gradient.isfinite().all(), key
         assert gradient.any(), key
+
+
+def test_what_is_too_large_loses_its_margins_alike() -> None:
+    x = torch.arange(70.0).view(1, 2, 5, 7)
+    assert_equal(crop(x, (3, 2)), x[:, :, 1:4, 2:4])
+    assert_equal(crop(x, (4, 7)), x[:, :, :4])  # a margin of one is below
+    assert_equal(crop(x, (5, 7)), x)
 
 
 def named_fields(**options: Any) -> set[str]:
