@@ -154,12 +154,21 @@ def test_the_order_of_runs_makes_no_difference(folder: Path, written: dict) -> N
 def test_groups_without_a_common_seed_are_not_paired(
     folder: Path, with_seed: Callable[[Path, int], Path]
 ) -> None:
-    average0, *_, maximum1 = sorted((folder / "runs").iterdir())
-    (pair,) = compare({"a": [average0], "b": [maximum1]}).pairs
+    average0, average1, maximum0, maximum1 = sorted((folder / "runs").iterdir())
+    others = [with_seed(maximum0, 2), with_seed(maximum1, 3)]
+    (pair,) = compare({"a": [average0, average1], "b": others}).pairs
     assert (pair.seeds, pair.difference, pair.p_values) == ((), None, ())
     assert sentence(pair) == (
         "a against b: no seed is common to both, so that no runs can be paired."
     )
+    assert len(pair.left_out) == 4
+
+
+def test_two_runs_are_a_pair_whatever_their_seeds(folder: Path) -> None:
+    average0, *_, maximum1 = sorted((folder / "runs").iterdir())
+    (pair,) = compare([average0, maximum1]).pairs
+    assert (pair.difference, pair.left_out, len(pair.p_values)) == (None, (), 1)
+    assert "McNemar, run by run: only the first right" in sentence(pair)
 
 
 def test_runs_on_other_images_are_not_compared(folder: Path, digits_run: Path) -> None:

@@ -65,8 +65,8 @@ class Pair:
     Args:
         first: name of a group.
         second: name of the other.
-        seeds: that both have, one for each pair of runs.
-        left_out: runs without a counterpart of their seed.
+        seeds: that both have, one for each pair of runs; two single runs are a pair of any seeds.
+        left_out: runs without a counterpart.
         difference: mean accuracy of the first less that of the second, with the paired Student's
             95% interval over the pairs; None for fewer than two.
         only_first: images that only the first got right, of each pair of runs.
@@ -288,10 +288,13 @@ def _pair(a: str, ones: Sequence[_Judged], b: str, others: Sequence[_Judged]) ->
     first, second = ({run.config.seed: run for run in group} for group in (ones, others))
     seeds = [seed for seed in first if seed in second]
     matched = [(first[seed], second[seed]) for seed in seeds]
+    if len(ones) == len(others) == 1:  # two networks, whatever their seeds
+        matched = [(ones[0], others[0])]
     only_a = [int((one.right & ~other.right).sum()) for one, other in matched]
     only_b = [int((~one.right & other.right).sum()) for one, other in matched]
     differences = [float(one.right.mean() - other.right.mean()) for one, other in matched]
-    alone = [run for run in (*ones, *others) if run.config.seed not in seeds]
+    paired = [id(run) for pair in matched for run in pair]
+    alone = [run for run in (*ones, *others) if id(run) not in paired]
     return Pair(
         first=a,
         second=b,

@@ -41,7 +41,7 @@ def sentence(pair: Pair) -> str:
         points = dataclasses.astuple(pair.difference)
         value, low, high = (f"{100 * point:+.2f}" for point in points)
         text += f"{value} points of accuracy (95% interval {low} to {high}, paired). "
-    if not pair.seeds:
+    if not pair.only_first:
         return text + "no seed is common to both, so that no runs can be paired."
     runs = "; ".join(
         f"only the first right {a}, only the second {b}, p = {_p(p)}"
