@@ -54,7 +54,7 @@ void norm_relu(Tensor x, Tensor scale, Tensor shift, Tensor out) {
     auto in = matrix<T>(x), to = matrix<T>(out);
     auto s = vector(scale), b = vector(shift);
     in_chunks(in.rows, chunks_of(in.rows, in.columns), [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) norm_relu_row(in.row(r), s, b, to.row(r), in.columns);
+      norm_relu_rows(in, s, b, to, begin, end);
     });
   });
 }
@@ -69,10 +69,8 @@ void form(
       auto from = matrix<G>(g);
       auto at = matrix<T>(x), to = matrix<T>(out);
       in_chunks(to.rows, chunks_of(to.rows, to.columns), [&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; r++)
-          form_row(
-              from.row(r), at.row(r), vector(scale), vector(mean), vector(a), vector(b), to.row(r),
-              to.columns);
+        form_rows(
+            from, at, vector(scale), vector(mean), vector(a), vector(b), to, begin, end);
       });
     };
     if (g.scalar_type() == ScalarType::Float)
@@ -97,12 +95,8 @@ void norm_relu_backward(
     in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
       NormSums& part = parts[chunk];
       auto run = [&](auto into, auto to) {
-        for (int64_t r = begin; r < end; r++) {
-          norm_relu_backward_row<into.value>(
-              grad.row(r), relu.row(r), in.row(r), vector(scale), vector(mean), direct.row(r),
-              to.row(r), part.bias.data(), part.weight.data(), columns);
-          if ((r - begin) % 64 == 63) part.flush();
-        }
+        norm_relu_backward_rows<into.value>(
+            grad, relu, in, vector(scale), vector(mean), direct, to, part, begin, end);
       };
       if (!accumulate)
         run(std::integral_constant<Into, Into::masked>(), matrix<T>(out));
@@ -110,7 +104,6 @@ void norm_relu_backward(
         run(std::integral_constant<Into, Into::store>(), matrix<float>(out));
       else
         run(std::integral_constant<Into, Into::add>(), matrix<float>(out));
-      part.flush();
     });
     NormSums::finish(parts, vector(rstd), vector(norm_weight), vector(norm_bias));
   });

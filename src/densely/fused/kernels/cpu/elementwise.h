@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "common.h"
+#include "panels.h"
 
 namespace densely {
 
@@ -61,25 +62,45 @@ struct Moments {
     std::vector<double> few_mean(columns), few_squares(columns);
     for (int64_t first = begin; first < end; first += few) {
       int64_t last = std::min(end, first + few);
-      float* __restrict s = sum.data();
-      float* __restrict q = square.data();
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      std::fill(square.begin(), square.end(), 0.0f);
-      for (int64_t r = first; r < last; r++) {
-        const T* __restrict row = x.row(r);
-        for (int64_t c = 0; c < columns; c++) s[c] += float(row[c]);
-      }
-      float share = 1.0f / (last - first);
-      for (int64_t c = 0; c < columns; c++) s[c] *= share;
-      for (int64_t r = first; r < last; r++) {
-        const T* __restrict row = x.row(r);
-        for (int64_t c = 0; c < columns; c++) {
-          float d = float(row[c]) - s[c];
-          q[c] += d * d;
-        }
-      }
-      for (int64_t c = 0; c < columns; c++) few_mean[c] = s[c], few_squares[c] = q[c];
+      add_few(x, first, last, sum.data(), square.data());
+      for (int64_t c = 0; c < columns; c++) few_mean[c] = sum[c], few_squares[c] = square[c];
       merge(few_mean.data(), few_squares.data(), last - first);
+    }
+  }
+
+  // Mean and sum of squares of rows [first, last).
+  template <class T>
+  static void add_few(
+      Matrix<T> x, int64_t first, int64_t last, float* __restrict s, float* __restrict q) {
+    int64_t columns = x.columns;
+    float share = 1.0f / (last - first);
+#ifdef DENSELY_PANELS
+    if constexpr (sizeof(T) == 2) {
+      in_panels(first, last, columns, [=](auto panel, int64_t, int64_t) {
+        __m512 sum = sum_rows(first, last, [&](int64_t r) { return panel.load(x.row(r)); });
+        __m512 mean = _mm512_mul_ps(sum, _mm512_set1_ps(share));
+        panel.store(s, mean);
+        panel.store(q, sum_rows(first, last, [&](int64_t r) {
+          __m512 d = _mm512_sub_ps(panel.load(x.row(r)), mean);
+          return _mm512_mul_ps(d, d);
+        }));
+      });
+      return;
+    }
+#endif
+    std::fill_n(s, columns, 0.0f);
+    std::fill_n(q, columns, 0.0f);
+    for (int64_t r = first; r < last; r++) {
+      const T* __restrict row = x.row(r);
+      for (int64_t c = 0; c < columns; c++) s[c] += float(row[c]);
+    }
+    for (int64_t c = 0; c < columns; c++) s[c] *= share;
+    for (int64_t r = first; r < last; r++) {
+      const T* __restrict row = x.row(r);
+      for (int64_t c = 0; c < columns; c++) {
+        float d = float(row[c]) - s[c];
+        q[c] += d * d;
+      }
     }
   }
 
@@ -170,6 +191,97 @@ inline void norm_relu_backward_row(
       out[c] += scale[c] * m;
     else
       out[c] = float(base[c]) + scale[c] * m;
+  }
+}
+
+// The same for rows [begin, end) of matrices.
+
+template <class T>
+inline void norm_relu_rows(
+    Matrix<T> x, const float* scale, const float* shift, Matrix<T> out,
+    int64_t begin, int64_t end) {
+#ifdef DENSELY_PANELS
+  if constexpr (sizeof(T) == 2) {
+    stream(begin, end, x.columns, [=](auto panel, int64_t first, int64_t last) {
+      __m512 s = panel.load(scale), b = panel.load(shift);
+      for (int64_t r = first; r < last; r++)
+        panel.store(out.row(r), relu(_mm512_fmadd_ps(panel.load(x.row(r)), s, b)));
+    });
+    return;
+  }
+#endif
+  for (int64_t r = begin; r < end; r++) norm_relu_row(x.row(r), scale, shift, out.row(r), x.columns);
+}
+
+template <class G, class T>
+inline void form_rows(
+    Matrix<G> g, Matrix<T> x, const float* scale, const float* mean, const float* a,
+    const float* b, Matrix<T> out, int64_t begin, int64_t end) {
+#ifdef DENSELY_PANELS
+  if constexpr (sizeof(T) == 2) {
+    if (!a) {
+      stream(begin, end, out.columns, [=](auto panel, int64_t first, int64_t last) {
+        __m512 s = scale ? panel.load(scale) : _mm512_set1_ps(1.0f);
+        for (int64_t r = first; r < last; r++)
+          panel.store(out.row(r), _mm512_mul_ps(panel.load(g.row(r)), s));
+      });
+      return;
+    }
+    auto run = [=](auto scaled) {
+      stream(begin, end, out.columns, [=](auto panel, int64_t first, int64_t last) {
+        __m512 s = scaled ? panel.load(scale) : _mm512_set1_ps(1.0f);
+        __m512 m = panel.load(mean), f = panel.load(a), t = panel.load(b);
+        for (int64_t r = first; r < last; r++) {
+          __m512 direct = _mm512_fmsub_ps(panel.load(g.row(r)), s, f);
+          __m512 centred = _mm512_sub_ps(panel.load(x.row(r)), m);
+          panel.store(out.row(r), _mm512_fnmadd_ps(centred, t, direct));
+        }
+      });
+    };
+    scale ? run(std::true_type()) : run(std::false_type());
+    return;
+  }
+#endif
+  for (int64_t r = begin; r < end; r++)
+    form_row(g.row(r), x.row(r), scale, mean, a, b, out.row(r), out.columns);
+}
+
+template <Into into, class T, class Out>
+inline void norm_relu_backward_rows(
+    Matrix<T> g, Matrix<T> act, Matrix<T> x, const float* scale,
+    const float* mean, Matrix<T> base, Matrix<Out> out, NormSums& sums,
+    int64_t begin, int64_t end) {
+  constexpr int64_t few = 64;
+  float *bias = sums.bias.data(), *weight = sums.weight.data();
+  for (int64_t begun = begin; begun < end; begun += few) {
+    int64_t stop = std::min(end, begun + few);
+#ifdef DENSELY_PANELS
+    if constexpr (sizeof(T) == 2) {
+      stream(begun, stop, x.columns, [=](auto panel, int64_t first, int64_t last) {
+        __m512 s = panel.load(scale), m = panel.load(mean);
+        __m512 b = panel.load(bias), w = panel.load(weight);
+        for (int64_t r = first; r < last; r++) {
+          __m512 up = masked(panel.load(g.row(r)), panel.load(act.row(r)));
+          b = _mm512_add_ps(b, up);
+          w = _mm512_fmadd_ps(up, _mm512_sub_ps(panel.load(x.row(r)), m), w);
+          if constexpr (into == Into::masked)
+            panel.store(out.row(r), up);
+          else if constexpr (into == Into::add)
+            panel.store(out.row(r), _mm512_fmadd_ps(up, s, panel.load(out.row(r))));
+          else
+            panel.store(out.row(r), _mm512_fmadd_ps(up, s, panel.load(base.row(r))));
+        }
+        panel.store(bias, b), panel.store(weight, w);
+      });
+      sums.flush();
+      continue;
+    }
+#endif
+    for (int64_t r = begun; r < stop; r++)
+      norm_relu_backward_row<into>(
+          g.row(r), act.row(r), x.row(r), scale, mean, base.row(r), out.row(r), bias, weight,
+          x.columns);
+    sums.flush();
   }
 }
 
