@@ -83,7 +83,7 @@ class CpuKernels(Kernels):
         self, x: Tensor, conv: Convolution, out: Tensor, moments: tuple[Tensor, Tensor] | None
     ) -> Unfinished | None:
         """As the reference."""
-        if x.dtype != torch.float32 or (not conv.pointwise and _fills_vectors(conv)):
+        if not _in_tiles(x, conv) or (not conv.pointwise and _fills_vectors(conv)):
             return super().convolve(x, conv, out, moments)
         mean, var = moments or (None, None)
         affine, bias = conv.affine, None if conv.bias is None else conv.bias.contiguous()
@@ -159,11 +159,11 @@ class CpuKernels(Kernels):
     ) -> tuple[Tensor | None, NormGradient]:
         norm = NormGradient(*_vectors(2, x))
         affine, weight = conv.affine, conv.weight
-        if x.dtype == torch.float32:
+        if _in_tiles(x, conv, backward=True):
             if not conv.pointwise or isinstance(grad, Tensor):
                 grad = Pending(self.form(grad), x, None, None, None, None)
             by_tap = _by_tap(weight)
-            grad_by_tap = torch.empty_like(by_tap) if needs_weight else None
+            grad_by_tap = by_tap.new_empty(by_tap.shape, dtype=torch.float32) if needs_weight else None
             self._ops.convolve_backward(
                 grad.g, grad.x, grad.scale, grad.mean, grad.a, grad.b, x, affine.scale,
                 affine.shift, affine.mean, affine.rstd, by_tap, _geometry(conv), base, out,
@@ -234,6 +234,13 @@ class CpuKernels(Kernels):
 
 def _vectors(number: int, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape[1], dtype=accumulation_dtype(x)) for _ in range(number))
+
+
+def _in_tiles(x: Tensor, conv: Convolution, backward: bool = False) -> bool:
+    """Whether the compiled tiles take this convolution."""
+    if x.dtype != torch.bfloat16:
+        return x.dtype == torch.float32
+    return conv.pointwise and (backward or conv.bias is None)
 
 
 def _by_tap(weight: Tensor) -> Tensor:

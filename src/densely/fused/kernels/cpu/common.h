@@ -51,6 +51,7 @@ struct Matrix {
   T* data;
   int64_t rows, columns, stride;
   T* row(int64_t r) const { return data + r * stride; }
+  Matrix from(int64_t r) const { return {row(r), rows - r, columns, stride}; }
 };
 
 template <class T>

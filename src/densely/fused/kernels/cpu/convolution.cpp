@@ -1,8 +1,11 @@
 // Convolutions with their batch norms, tile by tile: what a tile of rows needs stays in the cache.
 //
-// Matrix products are PyTorch's own, called for a tile from within a thread. Float32 only.
+// Matrix products are PyTorch's own, called for a tile from within a thread. Float32, and bfloat16
+// for what sees one place only.
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <memory>
 
 #include "elementwise.h"
 
@@ -12,13 +15,12 @@
 
 namespace densely {
 
-constexpr int32_t kFloat = 6;  // ScalarType::Float, as the C interface has it
-
-inline Tensor view(float* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+template <class T>
+inline Tensor view(T* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
   AtenTensorHandle handle;
   int64_t sizes[2] = {rows, columns}, strides[2] = {row, column};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, kFloat, 0, 0, &handle));
+      aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, int32_t(scalar_type_of<T>), 0, 0, &handle));
   return Tensor(handle);
 }
 
@@ -30,9 +32,36 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool a
   STABLE_TORCH_ERROR_CODE_CHECK(error);
 }
 
-// Rows of a tile with so many values a row: they should stay in the second cache.
+// Rows of a tile with so many values a row: they should stay in the second cache. In bfloat16 a
+// product is done sooner, and calling it is dear: tiles are larger.
+template <class T>
 inline int64_t tile_rows(int64_t values) {
+  if constexpr (sizeof(T) == 2) return std::clamp<int64_t>((192 << 10) / values, 32, 4096);
   return std::clamp<int64_t>((96 << 10) / values, 32, 512);
+}
+
+template <class T>
+struct Tile {
+  std::unique_ptr<T[]> memory;
+  Matrix<T> matrix;
+
+  Tile(int64_t rows, int64_t columns)
+      : memory(std::make_unique_for_overwrite<T[]>(rows * columns)),
+        matrix{memory.get(), rows, columns, columns} {}
+
+  Tensor few(int64_t rows) const { return view(memory.get(), rows, matrix.columns, matrix.columns, 1); }
+  Tensor transposed(int64_t rows) const {
+    return view(memory.get(), matrix.columns, rows, 1, matrix.columns);
+  }
+};
+
+// Calls f(type) with a null pointer of the type of t: float or bfloat16.
+template <class F>
+inline void for_tiled(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::BFloat16)
+    f(static_cast<bfloat16*>(nullptr));
+  else
+    f(static_cast<float*>(nullptr));
 }
 
 // Which row another place of the same image has: rows are [batch, depth, height, width].
@@ -74,32 +103,32 @@ struct Geometry {
 };
 
 // out = relu(x * scale + shift) @ weight^T + bias, and the moments of its columns, if asked for.
-// With `relu` negative results become zero.
+// With `relu` negative results become zero. Bias and relu are for float32 only.
 void pointwise(
     Tensor x, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias, bool relu,
     Tensor out, std::optional<Tensor> mean, std::optional<Tensor> var) {
-  auto in = matrix<float>(x), to = matrix<float>(out), w = matrix<float>(weight);
-  int64_t tile = tile_rows(in.columns + to.columns), chunks = chunks_of(in.rows, in.columns);
-  std::vector<Moments> parts(chunks, Moments(to.columns));
-  in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-    std::vector<float> act(tile * in.columns);
-    for (int64_t first = begin; first < end; first += tile) {
-      int64_t last = std::min(end, first + tile), rows = last - first;
-      for (int64_t r = first; r < last; r++)
-        norm_relu_row(
-            in.row(r), vector(scale), vector(shift), act.data() + (r - first) * in.columns,
-            in.columns);
-      multiply(
-          view(to.row(first), rows, to.columns, to.stride, 1),
-          view(act.data(), rows, in.columns, in.columns, 1),
-          view(w.data, in.columns, to.columns, 1, w.stride), false);
-      if (bias)
-        for (int64_t r = first; r < last; r++)
-          add_row(vector(bias), relu, to.row(r), to.columns);
-      if (mean) parts[chunk].add(to, first, last);
-    }
+  for_tiled(x, [&](auto type) {
+    using T = element<decltype(type)>;
+    auto in = matrix<T>(x), to = matrix<T>(out), w = matrix<T>(weight);
+    int64_t tile = tile_rows<T>(in.columns + to.columns), chunks = chunks_of(in.rows, in.columns);
+    std::vector<Moments> parts(chunks, Moments(to.columns));
+    in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      Tile<T> act(std::min(tile, end - begin), in.columns);
+      for (int64_t first = begin; first < end; first += tile) {
+        int64_t last = std::min(end, first + tile), rows = last - first;
+        norm_relu_rows(in.from(first), vector(scale), vector(shift), act.matrix, 0, rows);
+        multiply(
+            view(to.row(first), rows, to.columns, to.stride, 1), act.few(rows),
+            view(w.data, in.columns, to.columns, 1, w.stride), false);
+        if constexpr (std::is_same_v<T, float>)
+          if (bias)
+            for (int64_t r = first; r < last; r++)
+              add_row(vector(bias), relu, to.row(r), to.columns);
+        if (mean) parts[chunk].add(to, first, last);
+      }
+    });
+    if (mean) Moments::finish(parts, vector(*mean), vector(*var));
   });
-  if (mean) Moments::finish(parts, vector(*mean), vector(*var));
 }
 
 // out = conv(relu(x * scale + shift)) + bias over two axes, and the moments of its columns.
@@ -115,7 +144,7 @@ void spatial(
   int64_t height = space.size[1], wide = space.size[2], columns = in.columns, width = w.rows;
   int64_t halo = space.dilation * (space.kernel[1] / 2), side = space.dilation * (space.kernel[2] / 2);
   int64_t lines = in.rows / wide;  // of all images
-  int64_t band = std::clamp<int64_t>(tile_rows(columns + width) / wide, 1, height);
+  int64_t band = std::clamp<int64_t>(tile_rows<float>(columns + width) / wide, 1, height);
   int64_t chunks = chunks_of(lines, wide * (columns + width));
   std::vector<Moments> parts(chunks, Moments(to.columns));
   in_chunks(lines, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
@@ -175,11 +204,35 @@ void spatial(
   if (mean) Moments::finish(parts, vector(*mean), vector(*var));
 }
 
+// Sum of up^T @ act over tiles, in float32: products of tiles may be rounded to bfloat16.
+template <class T>
+struct WeightSum {
+  std::vector<float>& sum;
+  Tile<T> product;
+
+  WeightSum(std::vector<float>& sum, int64_t width, int64_t columns)
+      : sum(sum), product(std::is_same_v<T, float> ? 0 : width, columns) {
+    sum.resize(width * columns);
+  }
+
+  void add(const Tensor& up, const Tensor& act, bool again) {
+    int64_t width = up.size(0), columns = act.size(1);
+    if constexpr (std::is_same_v<T, float>) {
+      multiply(view(sum.data(), width, columns, columns, 1), up, act, again);
+    } else {
+      multiply(product.few(width), up, act, false);
+      const T* __restrict from = product.matrix.data;
+      float* __restrict to = sum.data();
+      for (int64_t i = 0; i < width * columns; i++) to[i] += float(from[i]);
+    }
+  }
+};
+
 // Back through conv(relu(x * scale + shift)).
 //
 // The gradient of the output is g [rows, O], or, with a, b and the rest, what form_row makes of it
 // (of pointwise convolutions only). weight [taps * O, C] holds the taps one after the other, and so
-// does grad_weight. For the others see norm_relu_backward.
+// does grad_weight, always of float32. For the others see norm_relu_backward.
 void convolve_backward(
     Tensor g, std::optional<Tensor> g_input, std::optional<Tensor> g_scale,
     std::optional<Tensor> g_mean, std::optional<Tensor> g_a, std::optional<Tensor> g_b, Tensor x,
@@ -187,65 +240,62 @@ void convolve_backward(
     std::vector<int64_t> geometry, std::optional<Tensor> base, Tensor out, bool accumulate,
     std::optional<Tensor> grad_weight, Tensor norm_weight, Tensor norm_bias) {
   Geometry space(geometry);
-  auto grad = matrix<float>(g), in = matrix<float>(x), w = matrix<float>(weight),
-       to = matrix<float>(out);
-  auto before = g_input ? matrix<float>(*g_input) : grad;
-  auto direct = base ? matrix<float>(*base) : in;
-  int64_t columns = in.columns, width = w.rows;
-  int64_t tile = tile_rows(columns + width), chunks = chunks_of(in.rows, columns + width);
-  std::vector<NormSums> norms(chunks, NormSums(columns));
-  std::vector<std::vector<float>> weights(chunks);
-  in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-    std::vector<float> act(tile * columns), back(tile * columns), up(tile * width);
-    std::vector<float>& part = weights[chunk];
-    if (grad_weight) part.resize(width * columns);
-    NormSums& norm = norms[chunk];
-    for (int64_t first = begin; first < end; first += tile) {
-      int64_t last = std::min(end, first + tile), rows = last - first;
-      if (space.taps() > 1) {
-        space.gather(grad, first, last, up.data());
-      } else {
-        for (int64_t r = first; r < last; r++)
-          form_row(
-              grad.row(r), before.row(r), vector(g_scale), vector(g_mean), vector(g_a),
-              vector(g_b), up.data() + (r - first) * width, width);
-      }
-      for (int64_t r = first; r < last; r++)
-        norm_relu_row(
-            in.row(r), vector(scale), vector(shift), act.data() + (r - first) * columns, columns);
-      if (grad_weight)
+  auto run = [&](auto type, auto wide) {
+    using T = element<decltype(type)>;
+    using G = element<decltype(wide)>;
+    auto grad = matrix<G>(g);
+    auto in = matrix<T>(x), w = matrix<T>(weight);
+    auto before = g_input ? matrix<T>(*g_input) : in;
+    auto direct = base ? matrix<T>(*base) : in;
+    int64_t columns = in.columns, width = w.rows;
+    int64_t tile = tile_rows<T>(columns + width), chunks = chunks_of(in.rows, columns + width);
+    std::vector<NormSums> norms(chunks, NormSums(columns));
+    std::vector<std::vector<float>> weights(chunks);
+    in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      int64_t most = std::min(tile, end - begin);
+      Tile<T> act(most, columns), back(most, columns), up(most, width);
+      WeightSum<T> sum(weights[chunk], grad_weight ? width : 0, columns);
+      for (int64_t first = begin; first < end; first += tile) {
+        int64_t rows = std::min(end, first + tile) - first;
+        if constexpr (std::is_same_v<T, float>)
+          if (space.taps() > 1) space.gather(grad, first, first + rows, up.matrix.data);
+        if (space.taps() == 1)
+          form_rows(
+              grad.from(first), before.from(first), vector(g_scale), vector(g_mean), vector(g_a),
+              vector(g_b), up.matrix, 0, rows);
+        norm_relu_rows(in.from(first), vector(scale), vector(shift), act.matrix, 0, rows);
+        if (grad_weight) sum.add(up.transposed(rows), act.few(rows), first > begin);
         multiply(
-            view(part.data(), width, columns, columns, 1), view(up.data(), width, rows, 1, width),
-            view(act.data(), rows, columns, columns, 1), first > begin);
-      multiply(
-          view(back.data(), rows, columns, columns, 1), view(up.data(), rows, width, width, 1),
-          view(w.data, width, columns, w.stride, 1), false);
-      for (int64_t r = first; r < last; r++) {
-        int64_t at = (r - first) * columns;
-        auto run = [&](auto into) {
-          norm_relu_backward_row<into.value>(
-              back.data() + at, act.data() + at, in.row(r), vector(scale), vector(mean),
-              direct.row(r), to.row(r), norm.bias.data(), norm.weight.data(), columns);
+            back.few(rows), up.few(rows), view(w.data, width, columns, w.stride, 1), false);
+        auto store = [&](auto into, auto to) {
+          norm_relu_backward_rows<into.value>(
+              back.matrix, act.matrix, in.from(first), vector(scale), vector(mean),
+              direct.from(first), to.from(first), norms[chunk], 0, rows);
         };
         if (!accumulate)
-          run(std::integral_constant<Into, Into::masked>());
+          store(std::integral_constant<Into, Into::masked>(), matrix<T>(out));
         else if (base)
-          run(std::integral_constant<Into, Into::store>());
+          store(std::integral_constant<Into, Into::store>(), matrix<float>(out));
         else
-          run(std::integral_constant<Into, Into::add>());
+          store(std::integral_constant<Into, Into::add>(), matrix<float>(out));
       }
-      norm.flush();
-    }
-  });
-  NormSums::finish(norms, vector(rstd), vector(norm_weight), vector(norm_bias));
-  if (grad_weight) {
-    float* total = vector(*grad_weight);
-    in_chunks(width * columns, chunks, [&](int64_t, int64_t begin, int64_t end) {
-      std::copy(weights[0].begin() + begin, weights[0].begin() + end, total + begin);
-      for (int64_t part = 1; part < chunks; part++)
-        for (int64_t i = begin; i < end; i++) total[i] += weights[part][i];
     });
-  }
+    NormSums::finish(norms, vector(rstd), vector(norm_weight), vector(norm_bias));
+    if (grad_weight) {
+      float* total = vector(*grad_weight);
+      in_chunks(width * columns, chunks, [&](int64_t, int64_t begin, int64_t end) {
+        std::copy(weights[0].begin() + begin, weights[0].begin() + end, total + begin);
+        for (int64_t part = 1; part < chunks; part++)
+          for (int64_t i = begin; i < end; i++) total[i] += weights[part][i];
+      });
+    }
+  };
+  for_tiled(x, [&](auto type) {
+    if (g.scalar_type() == ScalarType::Float)
+      run(type, static_cast<float*>(nullptr));
+    else
+      run(type, type);
+  });
 }
 
 }  // namespace densely
