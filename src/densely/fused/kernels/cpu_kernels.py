@@ -43,6 +43,10 @@ class CpuKernels(Kernels):
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         self._ops = torch.ops.densely_cpu
 
+    def total_dtype(self, x: Tensor) -> torch.dtype:
+        """That of the maps: adding is waiting for memory, and plain PyTorch rounds sums too."""
+        return x.dtype
+
     def affine(
         self, norm: NormVectors, after: Unfinished | None = None, out: Tensor | None = None
     ) -> Affine:

@@ -32,11 +32,11 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool a
   STABLE_TORCH_ERROR_CODE_CHECK(error);
 }
 
-// Rows of a tile with so many values a row: they should stay in the second cache. In bfloat16 a
-// product is done sooner, and calling it is dear: tiles are larger.
+// Rows of a tile with so many values a row: they should stay in the second cache. In bfloat16, where
+// products are done sooner, calling one costs as much as 100 rows: tiles are for the third cache.
 template <class T>
 inline int64_t tile_rows(int64_t values) {
-  if constexpr (sizeof(T) == 2) return std::clamp<int64_t>((192 << 10) / values, 32, 4096);
+  if constexpr (sizeof(T) == 2) return std::clamp<int64_t>((768 << 10) / values, 32, 8192);
   return std::clamp<int64_t>((96 << 10) / values, 32, 512);
 }
 
@@ -275,9 +275,9 @@ void convolve_backward(
         if (!accumulate)
           store(std::integral_constant<Into, Into::masked>(), matrix<T>(out));
         else if (base)
-          store(std::integral_constant<Into, Into::store>(), matrix<float>(out));
+          store(std::integral_constant<Into, Into::store>(), matrix<T>(out));
         else
-          store(std::integral_constant<Into, Into::add>(), matrix<float>(out));
+          store(std::integral_constant<Into, Into::add>(), matrix<T>(out));
       }
     });
     NormSums::finish(norms, vector(rstd), vector(norm_weight), vector(norm_bias));

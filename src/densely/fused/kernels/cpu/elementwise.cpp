@@ -101,9 +101,9 @@ void norm_relu_backward(
       if (!accumulate)
         run(std::integral_constant<Into, Into::masked>(), matrix<T>(out));
       else if (base)
-        run(std::integral_constant<Into, Into::store>(), matrix<float>(out));
+        run(std::integral_constant<Into, Into::store>(), matrix<T>(out));
       else
-        run(std::integral_constant<Into, Into::add>(), matrix<float>(out));
+        run(std::integral_constant<Into, Into::add>(), matrix<T>(out));
     });
     NormSums::finish(parts, vector(rstd), vector(norm_weight), vector(norm_bias));
   });

@@ -188,9 +188,9 @@ inline void norm_relu_backward_row(
     if constexpr (into == Into::masked)
       out[c] = narrow<Out>(m);
     else if constexpr (into == Into::add)
-      out[c] += scale[c] * m;
+      out[c] = narrow<Out>(float(out[c]) + scale[c] * m);
     else
-      out[c] = float(base[c]) + scale[c] * m;
+      out[c] = narrow<Out>(float(base[c]) + scale[c] * m);
   }
 }
 
