@@ -15,6 +15,25 @@
 
 namespace densely {
 
+// As bfloat16::from: to the nearest, ties to even. The instruction for it takes denormals for zero.
+inline __m512i upper_half(__m512 value) {
+  __m512i wide = _mm512_castps_si512(value);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(wide, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+}
+
+// What is left of a value that is stored as T.
+template <class T>
+inline __m512 rounded(__m512 value) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(upper_half(value), 16));
+  else
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
 template <bool full>
 struct Panel {
   int64_t column;
@@ -31,18 +50,15 @@ struct Panel {
 
   __m512 load(const _Float16* row) const { return _mm512_cvtph_ps(bits(row)); }
 
+  __m128i load(const uint8_t* row) const { return _mm_maskz_loadu_epi8(mask, row + column); }
+
+  void store(uint8_t* row, __m512i value) const {
+    _mm512_mask_cvtepi32_storeu_epi8(row + column, mask, value);
+  }
+
   void store(float* row, __m512 value) const { _mm512_mask_storeu_ps(row + column, mask, value); }
 
-  // As bfloat16::from: to the nearest, ties to even. The instruction for it takes denormals for zero.
-  void store(bfloat16* row, __m512 value) const {
-    __m512i wide = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(
-        _mm512_add_epi32(wide, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-    put(row, _mm512_cvtepi32_epi16(rounded));
-  }
+  void store(bfloat16* row, __m512 value) const { put(row, _mm512_cvtepi32_epi16(upper_half(value))); }
 
   void store(_Float16* row, __m512 value) const {
     put(row, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

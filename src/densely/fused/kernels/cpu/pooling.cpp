@@ -116,6 +116,70 @@ void mask_row(
     g[c] = float(activate(x[c], scale[c], shift[c])) <= 0 ? 0.0f : g[c];
 }
 
+struct Place {
+  int64_t row;
+  uint8_t number;
+};
+
+#ifdef DENSELY_PANELS
+
+// What `pool` does for a row of the result, of 16-bit numbers.
+template <bool max, class T>
+void pool_panels(
+    Matrix<T> x, const float* scale, const float* shift, const std::vector<Place>& window, T* out,
+    uint8_t* choice) {
+  in_panels(0, 1, x.columns, [=, &window](auto panel, int64_t, int64_t) {
+    __m512 s = panel.load(scale), b = panel.load(shift);
+    __m512 sum = _mm512_set1_ps(max ? -std::numeric_limits<float>::infinity() : 0.0f);
+    __m512i chosen = _mm512_setzero_si512();
+    for (const Place& place : window) {
+      __m512 value = rounded<T>(relu(_mm512_fmadd_ps(panel.load(x.row(place.row)), s, b)));
+      if constexpr (max) {
+        __mmask16 wins = _mm512_cmp_ps_mask(value, sum, _CMP_GT_OQ) |
+                         _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        sum = _mm512_mask_mov_ps(sum, wins, value);
+        chosen = _mm512_mask_mov_epi32(chosen, wins, _mm512_set1_epi32(place.number));
+      } else {
+        sum = _mm512_add_ps(sum, value);
+      }
+    }
+    if constexpr (max)
+      panel.store(choice, chosen);
+    else
+      sum = _mm512_mul_ps(sum, _mm512_set1_ps(1.0f / window.size()));
+    panel.store(out, sum);
+  });
+}
+
+// What `pool_backward` does for a row of x, up to the sums.
+template <bool max, class T>
+void unpool_panels(
+    Matrix<T> g, Matrix<uint8_t> choice, const std::vector<Place>& windows, float share, const T* x,
+    const float* scale, const float* shift, const float* mean, T* out, NormSums& sums) {
+  float *bias = sums.bias.data(), *weight = sums.weight.data();
+  in_panels(0, 1, g.columns, [=, &windows](auto panel, int64_t, int64_t) {
+    __m512 up = _mm512_setzero_ps();
+    for (const Place& place : windows) {
+      __m512 more = panel.load(g.row(place.row));
+      if constexpr (max) {
+        __mmask16 was = _mm_cmpeq_epi8_mask(
+            panel.load(choice.row(place.row)), _mm_set1_epi8(char(place.number)));
+        up = _mm512_mask_add_ps(up, was, up, more);
+      } else {
+        up = _mm512_mul_ps(more, _mm512_set1_ps(share));
+      }
+    }
+    __m512 in = panel.load(x);
+    up = masked(up, rounded<T>(_mm512_fmadd_ps(in, panel.load(scale), panel.load(shift))));
+    __m512 centred = _mm512_sub_ps(in, panel.load(mean));
+    panel.store(bias, _mm512_add_ps(panel.load(bias), up));
+    panel.store(weight, _mm512_fmadd_ps(up, centred, panel.load(weight)));
+    panel.store(out, up);
+  });
+}
+
+#endif
+
 // geometry: sizes of three axes, steps along them. `choice` [pooled rows, C] says for a maximum
 // which place of its window it was.
 void pool(
@@ -129,6 +193,21 @@ void pool(
     auto which = max ? matrix<uint8_t>(choice) : Matrix<uint8_t>{};
     int64_t columns = in.columns;
     in_chunks(to.rows, chunks_of(to.rows, columns), [&](int64_t, int64_t begin, int64_t end) {
+#ifdef DENSELY_PANELS
+      if constexpr (sizeof(T) == 2) {
+        std::vector<Place> window;
+        for (int64_t r = begin; r < end; r++) {
+          window.clear();
+          windows.inputs(
+              r, [&](int64_t row, uint8_t number) { window.push_back({row, number}); });
+          if (max)
+            pool_panels<true>(in, s, b, window, to.row(r), which.row(r));
+          else
+            pool_panels<false>(in, s, b, window, to.row(r), nullptr);
+        }
+        return;
+      }
+#endif
       std::vector<float> best(columns), place(columns);
       for (int64_t r = begin; r < end; r++) {
         std::fill(best.begin(), best.end(), max ? -std::numeric_limits<float>::infinity() : 0.0f);
@@ -175,6 +254,24 @@ void pool_backward(
     std::vector<NormSums> parts(chunks, NormSums(columns));
     in_chunks(in.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
       NormSums& part = parts[chunk];
+#ifdef DENSELY_PANELS
+      if constexpr (sizeof(T) == 2) {
+        std::vector<Place> asked;
+        for (int64_t r = begin; r < end; r++) {
+          asked.clear();
+          windows.outputs(r, [&](int64_t row, uint8_t number) { asked.push_back({row, number}); });
+          auto run = [&](auto of_max) {
+            unpool_panels<of_max.value>(
+                g, which, asked, share, in.row(r), vector(scale), vector(shift), vector(mean),
+                to.row(r), part);
+          };
+          max ? run(std::true_type()) : run(std::false_type());
+          if ((r - begin) % 64 == 63) part.flush();
+        }
+        part.flush();
+        return;
+      }
+#endif
       std::vector<float> up(columns);
       for (int64_t r = begin; r < end; r++) {
         gather(r, up.data());
@@ -194,12 +291,15 @@ void pool_backward(
       b[c] = over_rows * vector(rstd)[c] * vector(norm_weight)[c];
     }
     in_chunks(in.rows, chunks, [&](int64_t, int64_t begin, int64_t end) {
-      std::vector<T> masked(columns);
-      for (int64_t r = begin; r < end; r++) {
-        std::copy_n(to.row(r), columns, masked.data());
-        form_row(
-            masked.data(), in.row(r), vector(scale), vector(mean), training ? a.data() : nullptr,
-            b.data(), to.row(r), columns);
+      constexpr int64_t few = 64;
+      std::vector<T> memory(few * columns);
+      Matrix<T> masked{memory.data(), few, columns, columns};
+      for (int64_t first = begin; first < end; first += few) {
+        int64_t rows = std::min(end - first, few);
+        for (int64_t r = 0; r < rows; r++) std::copy_n(to.row(first + r), columns, masked.row(r));
+        form_rows(
+            masked, in.from(first), vector(scale), vector(mean), training ? a.data() : nullptr,
+            b.data(), to.from(first), 0, rows);
       }
     });
   });
