@@ -167,7 +167,7 @@ class CpuKernels(Kernels):
             if not conv.pointwise or isinstance(grad, Tensor):
                 grad = Pending(self.form(grad), x, None, None, None, None)
             by_tap = _by_tap(weight)
-            grad_by_tap = by_tap.new_empty(by_tap.shape, dtype=torch.float32) if needs_weight else None
+            grad_by_tap = torch.empty_like(by_tap, dtype=torch.float32) if needs_weight else None
             self._ops.convolve_backward(
                 grad.g, grad.x, grad.scale, grad.mean, grad.a, grad.b, x, affine.scale,
                 affine.shift, affine.mean, affine.rstd, by_tap, _geometry(conv), base, out,
