@@ -20,7 +20,8 @@ inline Tensor view(T* data, int64_t rows, int64_t columns, int64_t row, int64_t 
   AtenTensorHandle handle;
   int64_t sizes[2] = {rows, columns}, strides[2] = {row, column};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, int32_t(scalar_type_of<T>), 0, 0, &handle));
+      aoti_torch_create_tensor_from_blob(
+          data, 2, sizes, strides, 0, int32_t(scalar_type_of<T>), 0, 0, &handle));
   return Tensor(handle);
 }
 

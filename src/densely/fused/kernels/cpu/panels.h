@@ -1,8 +1,8 @@
 // Rows of 16-bit numbers, sixteen columns at a time, with AVX-512.
 //
-// A panel is sixteen columns of up to 64 rows: what belongs to a column stays in registers while the
+// A panel is sixteen columns of some rows: what belongs to a column stays in registers while the
 // rows go by, and a mask takes the columns that are left over, of which narrow maps have many.
-// Compilers make scalar code of those.
+// Compilers make scalar code of those. Elsewhere the loops over a row in elementwise.h do the same.
 
 #pragma once
 
