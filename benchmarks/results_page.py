@@ -229,7 +229,9 @@ Command: `{result["command"]}`. Commit {result["environment"]["commit"]}. Machin
 {machine(result["environment"])}; {peers}.
 Medians of {result["settings"]["rounds"]} rounds in turns; ratios are taken round by round. "Kept"
 is what autograd saves for the backward pass, "peak" what a fresh process adds in resident memory to
-network and images. Freed memory is kept in the process for all variants alike.
+network and images. Freed memory is kept in the process for all variants alike. When this was
+measured a turn did not begin with a step that is not timed, as it does now: a variant whose turn
+follows that of one which holds much memory is shown slower than it is, by up to a third.
 
 {every_table}
 
@@ -250,6 +252,19 @@ When this was measured, "plain net checkpointed" kept the concatenated input of 
 longer does: the concatenation is within the checkpoint, as in torchvision's.
 
 ![memory against depth](../benchmarks/results/bench-cpu-depth.png)"""
+
+
+def bench_bfloat16() -> str:
+    result = read("bench-cpu-bfloat16.json")
+    tables = "\n\n".join(bench_table(comparison) for comparison in result["comparisons"])
+    return f"""## The same on a CPU with bfloat16
+
+Command: `{result["command"]}`. Commit {result["environment"]["commit"]}. Machine:
+{machine(result["environment"])}. bfloat16 is what densely takes by itself here, and what all peers
+are given that end in "bf16"; peak memory was not measured. Medians of
+{result["settings"]["rounds"]} rounds in turns.
+
+{tables}"""
 
 
 def bench_table(comparison: dict[str, Any]) -> str:
@@ -290,8 +305,9 @@ def page() -> str:
     parts = [
         "# Results",
         "Made by `python benchmarks/results_page.py` from the files in `benchmarks/results/`. "
-        "Absolute speeds are one machine's on one day; ratios carry over.",
+        "Absolute speeds are one machine's on one day; ratios hold for machines of its kind.",
         bench(),
+        bench_bfloat16(),
         results_gpu.gpu_speed_now(),
         results_gpu.gpu_speed(),
         results_gpu.gpu_traffic(),

@@ -32,6 +32,16 @@ def test_the_rate_counts_the_images_of_all_steps(monkeypatch: pytest.MonkeyPatch
     assert trial.images_per_s(3) == 4 * 3 / 2
 
 
+def test_a_turn_begins_with_a_step_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the caches and the allocator as the variant before has left them."""
+    log: list[str] = []
+    trial = make_trial(Variant("", mlp, RUNTIME), NET, "inference", 4)
+    monkeypatch.setattr(trial, "step", lambda: log.append("step"))
+    monkeypatch.setattr("time.perf_counter", lambda: log.append("clock") or float(len(log)))
+    trial.images_per_s(2)
+    assert log == ["step", "clock", "step", "step", "clock"]
+
+
 def test_each_step_has_gradients_of_its_own() -> None:
     trial = make_trial(Variant("", mlp, RUNTIME), NET, "train", 4)
     assert trial.optimizer is not None
@@ -94,4 +104,4 @@ def test_a_captured_step_is_recorded_once_and_then_replayed(
     trial = make_trial(Variant("", mlp, RUNTIME, captured=True), NET, "inference", 2)
     trial.warm_up()
     assert trial.images_per_s(3) > 0
-    assert len(replays) == module.WARM_UP + 3
+    assert len(replays) == module.WARM_UP + 1 + 3
