@@ -1,6 +1,13 @@
 """Words of messages."""
 
+from collections.abc import Sequence
+
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun, such as "1 file" or "1,200 files"."""
     return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names with commas, the first of them and how many there are where there are more."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")

@@ -16,7 +16,7 @@ from densely.words import counted
 
 if TYPE_CHECKING:
     from densely.evaluation.evaluate import Evaluation
-    from densely.evaluation.findings import CalibrationScore, Choice, Findings
+    from densely.evaluation.findings import Choice, Findings
 
 
 def evaluate(parser: Parser, arguments: list[str]) -> None:
@@ -109,8 +109,7 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
 
 def _to_dict(found: "Findings", page: Path) -> dict[str, Any]:
     """What `_print_calibration` prints, for JSON; all else is in metrics.json beside the page."""
-    before, after = _before_and_after(found)
-    choice = _choice(found)
+    before, after, choice = found.before, found.after, found.choice
     return {
         "report": str(page),
         "warnings": found.warnings,
@@ -126,22 +125,11 @@ def _to_dict(found: "Findings", page: Path) -> dict[str, Any]:
     }
 
 
-def _before_and_after(found: "Findings") -> tuple["CalibrationScore", "CalibrationScore"]:
-    after = next(score for score in found.calibration if score.method == found.method)
-    return found.calibration[0], after
-
-
-def _choice(found: "Findings") -> "Choice | None":
-    """That of the wanted error."""
-    choices = found.selective.choices
-    return next((c for c in choices if c.wanted_error == found.wanted_error), None)
-
-
 def _print_calibration(found: "Findings") -> None:
     print()
     for warning in found.warnings:
         print(f"note: {warning}")
-    before, after = _before_and_after(found)
+    before, after = found.before, found.after
     if after is not before:
         print(
             f"calibration error {before.ece:.4f}, and {after.ece:.4f} with {after.method} scaling "
@@ -150,8 +138,8 @@ def _print_calibration(found: "Findings") -> None:
         print(f"calibrated: accuracy {found.scores.accuracy.value:.4f}, loss {after.nll:.4f}")
     else:
         print(f"calibration error {before.ece:.4f}, not calibrated")
-    if choice := _choice(found):
-        print(_in_words(choice))
+    if found.choice:
+        print(_in_words(found.choice))
 
 
 def _in_words(choice: "Choice") -> str:

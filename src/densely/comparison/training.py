@@ -95,7 +95,7 @@ def _check_hardware(config: CompareConfig) -> None:
 
 def _check_precision(folder: Path, config: CompareConfig) -> None:
     """Refuse to go on in another precision: a difference could be its, and not the variants'."""
-    for wanted, run in _so_far(folder, config):
+    for _, wanted, run in _so_far(folder, config):
         if run is None or not find_checkpoint(run.last):
             continue
         before, now = run.precision(), _runtime_of(wanted).precision
@@ -155,29 +155,22 @@ def train_all(
         DenselyError: training failed; what is trained already was in another precision; or
             (`Stopped`) a signal ended it after saving.
     """
-    if any(run is None or not finished(run) for _, run in _so_far(folder, config)):
+    if any(run is None or not finished(run) for *_, run in _so_far(folder, config)):
         _check_precision(folder, config)
     total = len(config.variants) * config.seeds
     runs: dict[str, list[Path]] = {variant: [] for variant in config.variants}
-    for number in range(config.seeds):
-        for variant in config.variants:
-            run_config = dataclasses.replace(
-                config.config(variant, number), output=str(folder / "runs")
-            )
-            done = sum(map(len, runs.values()))
-            begun = _latest(folder / "runs", run_config.run_name)
-            if begun is not None and finished(begun):
-                _follow_data(begun, from_anywhere(run_config))
-                path = begun.path
-            else:
-                title = f"[{done + 1}/{total}] {variant}, seed {run_config.seed}"
-                resume = begun.path if begun is not None and find_checkpoint(begun.last) else None
-                try:
-                    path = train(run_config, resume=resume, reporter=reporter_for(title)).run
-                except Diverged as error:
-                    which = f"variant '{variant}', seed {run_config.seed}"
-                    raise Diverged(f"{which}: {error}") from error
-            runs[variant].append(path)
+    for number, (variant, wanted, begun) in enumerate(_so_far(folder, config), start=1):
+        if begun is not None and finished(begun):
+            _follow_data(begun, from_anywhere(wanted))
+            path = begun.path
+        else:
+            title = f"[{number}/{total}] {variant}, seed {wanted.seed}"
+            resume = begun.path if begun is not None and find_checkpoint(begun.last) else None
+            try:
+                path = train(wanted, resume=resume, reporter=reporter_for(title)).run
+            except Diverged as error:
+                raise Diverged(f"variant '{variant}', seed {wanted.seed}: {error}") from error
+        runs[variant].append(path)
     return runs
 
 
@@ -196,12 +189,13 @@ def finished(run: RunDirectory) -> bool:
 
 def _so_far(
     folder: Path, config: CompareConfig
-) -> Iterator[tuple[TrainConfig, RunDirectory | None]]:
-    """What each run is to be, and the run where it has begun."""
+) -> Iterator[tuple[str, TrainConfig, RunDirectory | None]]:
+    """Each run's variant, what it is to be, and the run where it has begun: seed after seed."""
+    output = folder / "runs"
     for number in range(config.seeds):
         for variant in config.variants:
-            wanted = config.config(variant, number)
-            yield wanted, _latest(folder / "runs", wanted.run_name)
+            wanted = dataclasses.replace(config.config(variant, number), output=str(output))
+            yield variant, wanted, _latest(output, wanted.run_name)
 
 
 def _latest(folder: Path, name: str) -> RunDirectory | None:

@@ -17,6 +17,7 @@ from densely.data.layout import EXPECTED, Part, find_parts, left_out_notes, list
 from densely.data.parallel import shared_bytes, spread
 from densely.data.preprocessing import resize
 from densely.errors import DataError
+from densely.words import listed
 
 TEST_SHARE = 0.2
 #: Side that images are scaled to where the user names none and they are larger or differ in size.
@@ -95,8 +96,9 @@ def load_labelled(
     if not part.images:
         raise part.error(f"no class folders with images ({', '.join(SUFFIXES)})")
     if unknown := sorted(set(part.files) - set(classes)):
-        known = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
-        raise part.error(f"classes unknown to the network: {', '.join(unknown)}; it knows {known}")
+        raise part.error(
+            f"classes unknown to the network: {', '.join(unknown)}; it knows {listed(classes)}"
+        )
     reader = _Reader(part.images, len(part.images), image_size, channels)
     images, _ = reader.read(part, classes, folder)
     return images

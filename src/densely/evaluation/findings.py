@@ -249,6 +249,25 @@ class Findings:
     label_errors: tuple[Example, ...]
     cost: Cost
 
+    @property
+    def before(self) -> CalibrationScore:
+        """Without calibration."""
+        return self._score("none")
+
+    @property
+    def after(self) -> CalibrationScore:
+        """With the calibration by `method`; the same as `before` where that is "none"."""
+        return self._score(self.method)
+
+    @property
+    def choice(self) -> Choice | None:
+        """That of the wanted error."""
+        choices = self.selective.choices
+        return next((c for c in choices if c.wanted_error == self.wanted_error), None)
+
+    def _score(self, method: Method) -> CalibrationScore:
+        return next(score for score in self.calibration if score.method == method)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; pixels and heat maps are left out."""
         values = dataclasses.asdict(self)

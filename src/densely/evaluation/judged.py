@@ -20,6 +20,7 @@ from densely.training.config import Split, TrainConfig
 from densely.training.run import RunDirectory
 from densely.training.scoring import logits_of
 from densely.training.splits import splits_of
+from densely.words import listed
 
 #: Share of the training images that stand in where a run set none aside for validation.
 STAND_IN_SHARE = 0.1
@@ -188,8 +189,8 @@ def _check_classes(
 ) -> None:
     if classes != classifier.classes:
         raise DataError(
-            f"{source} has the classes {_listed(classes)}, and {run.path} knows "
-            f"{_listed(classifier.classes)}"
+            f"{source} has the classes {listed(classes)}, and {run.path} knows "
+            f"{listed(classifier.classes)}"
         )
 
 
@@ -208,7 +209,3 @@ def part_of(splits: Splits, split: Split) -> ImageSet:
     if images is None:
         raise ConfigError(f"--split validation: {splits.name} has no validation split here")
     return images
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "")

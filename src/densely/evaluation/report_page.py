@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from densely.errors import ConfigError, RunError
-from densely.evaluation.findings import CalibrationScore, Example, Findings
+from densely.evaluation.findings import Example, Findings
 from densely.evaluation.pictures import (
     class_picture,
     confusion_picture,
@@ -152,8 +152,6 @@ def render(findings: Findings, *, curves: bytes | None, tile: Tile) -> str:
         curves: PNG of the run's curves; None where there is none.
         tile: draws an example, the image alone where the heat map is None.
     """
-    by_method = {score.method: score for score in findings.calibration}
-    before, after = by_method["none"], by_method[findings.method]
     missing = {
         "confusions": findings.scores.confusion is None,
         "training": curves is None,
@@ -165,11 +163,11 @@ def render(findings: Findings, *, curves: bytes | None, tile: Tile) -> str:
     return _environment().get_template("report.html.jinja").render(
         findings=findings,
         scores=findings.scores,
-        before=before,
-        after=after,
+        before=findings.before,
+        after=findings.after,
         summary=summary(findings),
         sections={key: title for key, title in SECTIONS.items() if not missing.get(key)},
-        pictures=_pictures(findings, before, after, curves),
+        pictures=_pictures(findings, curves),
         confusions=_confusions(findings),
         sheets=sheets,
         column_width=_column_width(sheets),
@@ -274,9 +272,8 @@ def summary(findings: Findings) -> list[str]:
         sentences = [f"It gets all labels right on {right}."]
     else:
         sentences = [f"It is right on {right}."]
-    calibrated = next(c for c in findings.calibration if c.method == findings.method)
     # Around 90% says most, if enough images are there; else where most of them are.
-    bins = [b for b in calibrated.bins if b.images]
+    bins = [b for b in findings.after.bins if b.images]
     ninety = [b for b in bins if b.low < 0.9 <= b.high and b.images >= 20]
     if bins:
         told = max(ninety or bins, key=lambda b: b.images)
@@ -284,15 +281,13 @@ def summary(findings: Findings) -> list[str]:
             f"Where it is about {percent(told.confidence)} sure, it is right "
             f"{percent(told.accuracy)} of the time ({counted(told.images, 'image')})."
         )
-    for choice in findings.selective.choices:
-        if choice.threshold is None or choice.error is None:
-            continue
-        if choice.wanted_error == findings.wanted_error:
-            sentences.append(
-                f"If it answers only where it is at least {percent(choice.threshold)} sure, "
-                f"{_of_images(choice.coverage, scores.images)} get an answer, "
-                f"{percent(choice.error)} of them a wrong one."
-            )
+    choice = findings.choice
+    if choice and choice.threshold is not None and choice.error is not None:
+        sentences.append(
+            f"If it answers only where it is at least {percent(choice.threshold)} sure, "
+            f"{_of_images(choice.coverage, scores.images)} get an answer, "
+            f"{percent(choice.error)} of them a wrong one."
+        )
     if confusions := _confusions(findings):
         most = confusions[0]
         sentences.append(
@@ -325,11 +320,10 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _pictures(
-    findings: Findings, before: CalibrationScore, after: CalibrationScore, curves: bytes | None
-) -> dict[str, Picture]:
+def _pictures(findings: Findings, curves: bytes | None) -> dict[str, Picture]:
     """Those that there are, by name."""
     scores, selective = findings.scores, findings.selective
+    before, after = findings.before, findings.after
     is_calibrated = after is not before
     found = {
         "classes": _picture(

@@ -87,32 +87,21 @@ def convert_weights(
     net = architecture(found.weights, where)
     _check_whole(found, net, where)
     eps, theirs_eps = found.norm_eps or found.dialect.norm_eps, named_dialect(to).norm_eps
-    logits = x = None
-    if check:  # before anything is written
-        theirs = net.build()
-        load_translated(theirs, found, where)
-        x = _images(theirs)
-        logits = _logits(theirs, x)
     keeps_eps = to == "densely" and Path(target).suffix == ".safetensors"
     notes = list(found.notes)
     if eps != theirs_eps and not keeps_eps:
         notes.append(_EPS_NOTE.format(to=to, theirs=theirs_eps, eps=eps))
     differences: dict[str, float | None] = {}
     scale = 0.0
-    if logits is not None and x is not None:
-        scale = logits.abs().max().item()
-        if not math.isfinite(scale):
-            raise WeightsError(
-                f"{where}: its network gives NaN or infinity: nothing can be checked"
-            )
-        with tempfile.TemporaryDirectory() as folder:  # before anything takes the target's place
+    if check:  # before anything takes the target's place
+        with tempfile.TemporaryDirectory() as folder:
             trial = Path(folder) / Path(target).name
             try:
                 write_dialect(trial, found.weights, to, eps=eps)
             except WeightsError as error:
                 told = str(error).replace(os.fspath(trial), os.fspath(target))
                 raise WeightsError(told) from error
-            differences = _differences(net, trial, to, x, logits)
+            differences, scale = _differences(found, net, where, trial, to)
         for by, difference in differences.items():
             if difference is not None and not difference <= _TOLERANCE * scale:
                 told = "".join(f"; {note}" for note in notes)
@@ -136,21 +125,30 @@ def convert_weights(
 
 
 def _differences(
-    net: Architecture, path: Path, to: str, x: Tensor, logits: Tensor
-) -> dict[str, float | None]:
-    """How far logits are from those of a file, by who reads it; None where a package cannot."""
-    ours = net.build()
+    found: Translated, net: Architecture, where: str, path: Path, to: str
+) -> tuple[dict[str, float | None], float]:
+    """How far logits of a file are from the source's, by who reads it, and the largest of these.
+
+    None where a package cannot.
+    """
+    theirs, ours = net.build(), net.build()
+    load_translated(theirs, found, where)
+    x = _images(theirs)
+    logits = _logits(theirs, x)
+    scale = logits.abs().max().item()
+    if not math.isfinite(scale):
+        raise WeightsError(f"{where}: its network gives NaN or infinity: nothing can be checked")
     load_weights(ours, path)
-    found: dict[str, float | None] = {
+    differences: dict[str, float | None] = {
         "densely reading it back": (_logits(ours, x) - logits).abs().max().item()
     }
     package = "torchvision" if to == "densely" else to
     told = package_logits(package, net, path, x)
     if isinstance(told, Tensor):
-        found[f"{package} itself"] = (told - logits).abs().max().item()
+        differences[f"{package} itself"] = (told - logits).abs().max().item()
     else:
-        found[f"{package} itself: {told}"] = None
-    return found
+        differences[f"{package} itself: {told}"] = None
+    return differences, scale
 
 
 def _check_whole(found: Translated, net: Architecture, where: str) -> None:

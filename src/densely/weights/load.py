@@ -243,10 +243,12 @@ def _not_finite(weights: Mapping[Place, Tensor], wanted: Mapping[Place, Tensor])
     """How many tensors no network can compute with, in words."""
     diverged = overflown = 0
     for place, value in weights.items():
-        if not value.double().isfinite().all():
-            diverged += 1
-        elif not value.to(wanted[place].dtype).double().isfinite().all():
+        if value.to(wanted[place].dtype).isfinite().all():
+            continue
+        if value.isfinite().all():
             overflown += 1
+        else:
+            diverged += 1
     notes = []
     if diverged:
         notes.append(
