@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import densely
 from densely.errors import ConfigError, WeightsError
 from densely.models import DenseNet, build_model
+from densely.models.densenet import norm_eps, set_norm_eps
 from densely.weights import load_weights, save_weights
 
 
@@ -335,7 +336,7 @@ def test_networks_of_another_kind_load_their_own_keys(tmp_path: Path) -> None:
     wrapped = {f"module.{key}": value for key, value in model.state_dict().items()}
     assert load_weights(again, wrapped).prefix == "module."
     fewer = build_model("d2l_resnet18", num_classes=3)
-    assert "classifier.weight" in refused(fewer, wrapped)
+    assert "this is a 10-class head: pass num_classes=10 or head='skip'" in refused(fewer, wrapped)
     assert len(load_weights(fewer, wrapped, head="auto").skipped) == 2
     assert "no dialects" in refused(again, wrapped, dialect="keras")
     with pytest.raises(WeightsError, match="no DenseNet"):
@@ -399,6 +400,10 @@ def test_more_than_a_densenet_reads_its_own_weights_back(tmp_path: Path) -> None
     for key, value in model.state_dict().items():
         assert torch.equal(twin.state_dict()[key], value)
     assert "classifier.2.weight" in refused(more(6), model.state_dict())
+    set_norm_eps(model, 1e-3)
+    save_weights(model, tmp_path / "other.safetensors")
+    load_weights(twin, tmp_path / "other.safetensors")
+    assert norm_eps(twin) == {1e-3}
 
 
 def test_a_layer_outside_of_the_prefix_is_no_head() -> None:
@@ -448,3 +453,41 @@ def test_an_epsilon_that_is_none_is_refused(eps: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file(source(), path, metadata={"densely.norm_eps": eps})
     assert "expected a small number above 0" in refused(net(), path)
+
+
+def test_a_network_beside_one_of_the_same_keys_can_be_chosen() -> None:
+    weights = source()
+    averaged = {f"ema.{key}": torch.zeros_like(value) for key, value in source().items()}
+    model = net()
+    report = load_weights(model, {**weights, **averaged}, prefix="")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    assert set(report.ignored) == set(averaged)
+    assert f"... ({len(averaged)})" in str(report)
+    load_weights(model, {**weights, **averaged}, prefix="ema.")
+    assert not model.classifier.weight.any()
+
+
+def test_layers_without_a_shape_are_told(tmp_path: Path) -> None:
+    model = net()
+    model.classifier = nn.LazyLinear(14)
+    with pytest.raises(WeightsError, match=r"classifier\.weight.*call it once first"):
+        load_weights(model, source())
+    with pytest.raises(WeightsError, match=r"classifier\.weight.*call it once first"):
+        save_weights(model, tmp_path / "x.safetensors")
+    model(torch.randn(2, 3, 32, 32))
+    load_weights(model, source())
+
+
+def test_a_name_with_a_nul_in_it_is_told() -> None:
+    assert "cannot be read: embedded null byte" in refused(net(), "a\0b.pth")
+    with pytest.raises(WeightsError, match="cannot be written: embedded null byte"):
+        save_weights(net(), "a\0b.pth")
+
+
+def test_a_stem_of_eight_bits_is_adapted() -> None:
+    weights = source()
+    key = "features.conv0.weight"
+    weights[key] = weights[key].to(torch.float8_e4m3fn)
+    model = net(in_channels=1)
+    load_weights(model, weights, stem="adapt")
+    assert torch.equal(model.state_dict()[key], weights[key].float().sum(dim=1, keepdim=True))

@@ -16,6 +16,7 @@ import densely
 from densely.data.preprocessing import Preprocessing
 from densely.errors import ConfigError, DataError, DenselyError, WeightsError
 from densely.models import build_model
+from densely.models.densenet import norm_eps
 from densely.weights import PRETRAINED, Pretrained, create_model, pretrained, save_weights
 from densely.weights.create import published
 from densely.weights.pretrained import fetch, find_pretrained
@@ -179,6 +180,26 @@ def test_create_model_with_a_file(weights: Path, tmp_path: Path) -> None:
         create_model(NAME, weights=str(tmp_path / "none.pth"))
     with pytest.raises(WeightsError, match="stem='large'"):
         create_model(NAME, weights=weights, num_classes=7)
+
+
+def test_an_epsilon_that_is_asked_for_stays(tmp_path: Path) -> None:
+    model = create_model(NAME, norm_eps=1e-3)
+    save_weights(model, tmp_path / "x.safetensors")
+    of_file: Any = create_model(NAME, weights=tmp_path / "x.safetensors")
+    assert norm_eps(of_file) == {1e-3}
+    asked: Any = create_model(NAME, weights=tmp_path / "x.safetensors", norm_eps=2e-5)
+    assert norm_eps(asked) == {2e-5}
+    assert "stays 2e-05, as asked: the source has 0.001" in str(asked.load_report)
+    same: Any = create_model(NAME, weights=tmp_path / "x.safetensors", norm_eps=1e-3)
+    assert same.load_report.notes == ()
+
+
+def test_networks_of_other_kinds_take_the_files_classes(tmp_path: Path) -> None:
+    save_weights(create_model("d2l_resnet18", num_classes=3), tmp_path / "x.safetensors")
+    model: Any = create_model("d2l_resnet18", weights=tmp_path / "x.safetensors")
+    assert model.num_classes == 3
+    other: Any = create_model("d2l_resnet18", weights=tmp_path / "x.safetensors", num_classes=2)
+    assert len(other.load_report.skipped) == 2
 
 
 @pytest.mark.parametrize("wrong", [True, 3, {"a": torch.zeros(1)}, Path("/"), "/"])

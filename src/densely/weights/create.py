@@ -105,6 +105,9 @@ def start_model(
             decided["stem"] = net.stem
         if found.norm_eps is not None:
             decided["norm_eps"] = found.norm_eps
+    elif num_classes is None:
+        heads = [v for k, v in contents.tensors.items() if k.endswith("classifier.bias")]
+        given["num_classes"] = heads[0].numel() if len(heads) == 1 else None
     decided |= options
     model = build_model(name, image_size=image_size, **given, **decided)
     head: Head = "load" if num_classes is None else "auto"
@@ -112,7 +115,9 @@ def start_model(
         report = load_by_name(model, contents, where, "auto", head=head)
     else:
         stem: StemFit = "strict" if in_channels is None else "adapt"
-        report = load_translated(model, found, where, head=head, stem=stem)
+        report = load_translated(
+            model, found, where, head=head, stem=stem, keep_eps="norm_eps" in options
+        )
     preprocessing = None
     if entry is not None:
         preprocessing = entry.preprocessing.for_channels(given["in_channels"])

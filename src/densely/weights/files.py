@@ -135,6 +135,8 @@ def _read(path: Path) -> Contents:
         raise WeightsError(f"{path}: is a folder, expected a file of weights") from None
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise WeightsError(f"{str(path)!r}: cannot be read: {first_line(error)}") from error
     if begin.startswith(b"\x89HDF\r\n\x1a\n"):
         return Contents(read_keras(path))
     if begin[8:9] == b"{":  # after the header's length, whose bytes may look like anything
@@ -359,7 +361,7 @@ def write_weights(
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise WeightsError(f"{path}: cannot be written: {reason}") from error
-    except (SafetensorError, RuntimeError) as error:  # of tensors without numbers, among others
+    except (SafetensorError, RuntimeError, ValueError) as error:  # as of tensors without numbers
         raise WeightsError(f"{path}: cannot be written: {first_line(error)}") from error
 
 

@@ -23,8 +23,10 @@ from densely.weights.translate import (
     assign,
     contents_of,
     key_of,
+    state_of,
     translate,
 )
+from densely.words import listed
 
 Head = Literal["load", "skip", "auto"]
 StemFit = Literal["strict", "adapt"]
@@ -60,11 +62,11 @@ class LoadReport:
         if self.prefix:
             lines[0] += f", below '{self.prefix}'"
         if self.skipped:
-            lines.append(f"not loaded: {', '.join(self.skipped)}")
+            lines.append(f"not loaded: {listed(self.skipped)}")
         if self.fresh:
-            lines.append(f"stay as they were: {', '.join(self.fresh)}")
+            lines.append(f"stay as they were: {listed(self.fresh)}")
         if self.ignored:
-            lines.append(f"not of this network: {', '.join(self.ignored)}")
+            lines.append(f"not of this network: {listed(self.ignored)}")
         return "\n".join([*lines, *self.notes])
 
 
@@ -112,7 +114,7 @@ def load_weights(
     if faults:
         raise ConfigError("; ".join(faults))
     contents, where = contents_of(source)
-    target = assign(model.state_dict())
+    target = assign(state_of(model))
     if target is None:
         if prefix is not None or stem != "strict":
             raise ConfigError(f"{type(model).__name__}: no DenseNet: prefix and stem are for those")
@@ -128,19 +130,34 @@ def load_translated(
     *,
     head: Head = "load",
     stem: StemFit = "strict",
+    keep_eps: bool = False,
 ) -> LoadReport:
     """`load_weights` into a DenseNet, for those who have translated the source already.
+
+    Args:
+        model: as `load_weights`.
+        found: the translated source.
+        where: what to call it.
+        head: as `load_weights`.
+        stem: likewise.
+        keep_eps: the model's epsilon of the norms stays, whatever the source's is.
 
     Raises:
         WeightsError: as `load_weights`.
     """
     target = assign(model.state_dict())
     assert target is not None
-    return _load(model, target, found, where, head, stem)
+    return _load(model, target, found, where, head, stem, keep_eps)
 
 
 def _load(
-    model: nn.Module, target: Assigned, found: Translated, where: str, head: Head, stem: StemFit
+    model: nn.Module,
+    target: Assigned,
+    found: Translated,
+    where: str,
+    head: Head,
+    stem: StemFit,
+    keep_eps: bool = False,
 ) -> LoadReport:
     own = model.state_dict()
     wanted = {place: own[key] for place, key in target.places.items()}
@@ -173,7 +190,7 @@ def _load(
     _require_numbers(own, where)
     if counts:
         notes.append(f"{len(counts)} numbers of batches seen are not in the source: set to 0")
-    notes += _casts(weights, wanted)
+    notes += _casts({place: found.weights[place] for place in weights}, wanted)
     notes += _not_finite(weights, wanted)
     weights |= {place: torch.zeros_like(wanted[place]) for place in counts}
     model.load_state_dict(
@@ -181,7 +198,7 @@ def _load(
         | {target.places[place]: value for place, value in weights.items()}
         | {key: found.unexpected[theirs] for key, theirs in same.items()}
     )
-    notes += _settle_eps(model, found)
+    notes += _settle_eps(model, found, keep_eps)
     return LoadReport(
         where,
         found.dialect.name,
@@ -223,9 +240,9 @@ def _adapt(weights: dict[Place, Tensor], wanted: Mapping[Place, Tensor]) -> list
     kernel, aim = weights.get(_STEM_KERNEL), wanted.get(_STEM_KERNEL)
     if kernel is None or aim is None or kernel.dim() != aim.dim() or not kernel.shape[1]:
         return []
-    weights[_STEM_KERNEL] = adapt_stem(kernel, aim.shape[1])
-    if weights[_STEM_KERNEL] is kernel:
+    if kernel.shape[1] == aim.shape[1]:
         return []
+    weights[_STEM_KERNEL] = adapt_stem(kernel.to(aim.dtype), aim.shape[1])  # float8 has no sums
     return [f"stem adapted from {kernel.shape[1]} to {aim.shape[1]} channels"]
 
 
@@ -274,15 +291,19 @@ def _way_out(target: Assigned, others: Sequence[str], found: Translated) -> str:
     return told
 
 
-def _settle_eps(model: nn.Module, found: Translated) -> list[str]:
+def _settle_eps(model: nn.Module, found: Translated, keep: bool) -> list[str]:
     """The source decides the norms' epsilon where it knows; else the model's stays, and is told."""
+    own = norm_eps(model)
+    told = ", ".join(f"{value:g}" for value in sorted(own))
+    if found.norm_eps is not None and keep:
+        if own == {found.norm_eps}:
+            return []
+        return [f"epsilon of the norms stays {told}, as asked: the source has {found.norm_eps:g}"]
     if found.norm_eps is not None:
         set_norm_eps(model, found.norm_eps)
         return [f"epsilon of the norms set to the source's, {found.norm_eps:g}"]
-    own = norm_eps(model)
     if own == {found.dialect.norm_eps}:
         return []
-    told = ", ".join(f"{value:g}" for value in sorted(own))
     return [
         f"epsilon of the norms stays the model's, {told}: the source does not say "
         f"({found.dialect.name} has {found.dialect.norm_eps:g})"
@@ -304,7 +325,7 @@ def load_by_name(
     """
     if dialect not in ("auto", "densely"):
         raise WeightsError(f"{type(model).__name__}: no DenseNet: has no dialects but densely's")
-    own, tensors = model.state_dict(), contents.tensors
+    own, tensors = state_of(model), contents.tensors
     prefixes = {
         key[: -len(name)] for name in list(own)[:1] for key in tensors if key.endswith(name)
     }
@@ -322,6 +343,11 @@ def load_by_name(
         fresh = heads
     differing = mismatch(tensors, expected)
     if any(differing):
+        classes = [value for key, value, _ in differing.wrong if key == "classifier.bias"]
+        hint = ""
+        if classes and classes[0].dim():
+            count = classes[0].shape[0]
+            hint = f"\n  this is a {count}-class head: pass num_classes={count} or head='skip'"
         raise WeightsError(
             explain(
                 where,
@@ -332,6 +358,7 @@ def load_by_name(
                 wrong=differing.wrong,
                 unexpected=differing.unexpected,
             )
+            + hint
         )
     _require_numbers(own, where)
     model.load_state_dict(own | tensors)

@@ -12,7 +12,7 @@ from densely.models.densenet import norm_eps
 from densely.weights.dialects import Place, named_dialect
 from densely.weights.files import write_weights
 from densely.weights.keras_h5 import write_keras
-from densely.weights.translate import EPS_KEY, places_of
+from densely.weights.translate import EPS_KEY, assign, state_of
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], dialect: str = "densely") -> None:
@@ -30,26 +30,30 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], dialect: str = 
         WeightsError: the dialect has no name for a part of this network, or the file cannot be
             written. What was there before stays.
     """
-    state = model.state_dict()
-    places = places_of(state)
-    if places is None:
-        if dialect not in ("densely", "torchvision"):
-            raise WeightsError(
-                f"{type(model).__name__}: no DenseNet: {dialect} has no such network"
-            )
+    state = state_of(model)
+    found = assign(state)
+    whole = found is not None and not found.others
+    if not whole and dialect not in ("densely", "torchvision"):
+        raise WeightsError(f"{type(model).__name__}: no DenseNet: {dialect} has no such network")
+    if found is None:
         write_weights(Path(path), state)
         return
-    eps = norm_eps(model)
+    epsilons = norm_eps(model)
+    told = ", ".join(f"{value:g}" for value in sorted(epsilons))
     usual = named_dialect(dialect).norm_eps
-    kept = Path(path).suffix == ".safetensors" and len(eps) == 1
-    if not kept and any(abs(value - usual) > 0.01 * usual for value in eps):
+    kept = Path(path).suffix == ".safetensors" and len(epsilons) == 1
+    if not kept and any(abs(value - usual) > 0.01 * usual for value in epsilons):
         warnings.warn(
-            f"{path}: epsilon of the norms ({', '.join(f'{e:g}' for e in sorted(eps))}) is not "
-            "kept there; a safetensors file of densely's keeps it where all norms have the same",
+            f"{path}: epsilon of the norms ({told}) is not kept there; a safetensors file of "
+            "densely's keeps it where all norms have the same",
             stacklevel=2,
         )
-    weights = {place: state[key] for place, key in places.items()}
-    write_dialect(Path(path), weights, dialect, eps=eps.pop() if len(eps) == 1 else None)
+    eps = epsilons.pop() if len(epsilons) == 1 else None
+    if whole:
+        weights = {place: state[key] for place, key in found.places.items()}
+        write_dialect(Path(path), weights, dialect, eps=eps)
+    else:
+        write_weights(Path(path), state, _metadata(eps, usual))
 
 
 def write_dialect(
@@ -84,5 +88,8 @@ def write_dialect(
     if target.is_keras:
         write_keras(path, named)
         return
-    usual = eps is None or eps == target.norm_eps
-    write_weights(path, named, None if usual else {EPS_KEY: repr(eps)})
+    write_weights(path, named, _metadata(eps, target.norm_eps))
+
+
+def _metadata(eps: float | None, usual: float) -> dict[str, str] | None:
+    return None if eps is None or eps == usual else {EPS_KEY: repr(eps)}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from densely.errors import WeightsError
 from densely.weights.dialects import (
@@ -19,6 +20,7 @@ from densely.weights.dialects import (
     named_dialect,
 )
 from densely.weights.files import Contents, read_weights, unwrapped
+from densely.words import listed
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 #: Key of a safetensors file's metadata for the epsilon of the norms, where it is not the usual.
@@ -124,6 +126,7 @@ def translate(contents: Contents, where: str, dialect: str, prefix: str | None) 
         known = [named_dialect(dialect, "auto")]
     keys = list(contents.tensors)
     found = candidates(keys, known)
+    networks = found
     if prefix is not None:
         found = [one for one in found if one.prefix.rstrip("./") == prefix.rstrip("./")]
     assigned = assign(contents.tensors, found, within=prefix is not None)
@@ -160,8 +163,13 @@ def translate(contents: Contents, where: str, dialect: str, prefix: str | None) 
     trunk = {key for key in trunk if _beginning(key, best) in beginnings}
     ignored = [f"{key} ({what})" for key, what in contents.ignored.items()]
     unexpected: dict[str, Tensor] = {}
+    inner = tuple(
+        one.prefix
+        for one in networks
+        if one.dialect is best.dialect and len(one.prefix) > len(best.prefix)
+    )
     for key in assigned.others:
-        inside = key.startswith(best.prefix)
+        inside = key.startswith(best.prefix) and not key.startswith(inner)
         if key[len(best.prefix) :] in best.dialect.extras or (prefix is not None and not inside):
             ignored.append(key)
         else:
@@ -185,6 +193,22 @@ def translate(contents: Contents, where: str, dialect: str, prefix: str | None) 
 def _beginning(key: str, found: Found) -> str:
     """The outermost module within the network that a key belongs to."""
     return key[len(found.prefix) :].partition(found.dialect.separator)[0]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights by its own keys.
+
+    Raises:
+        WeightsError: a part of it has no shape yet.
+    """
+    state = model.state_dict()
+    lazy = [key for key, value in state.items() if is_lazy(value)]
+    if lazy:
+        raise WeightsError(
+            f"{type(model).__name__}: {listed(lazy)} have no shape before it has seen images: "
+            "call it once first"
+        )
+    return state
 
 
 def contents_of(source: Source) -> tuple[Contents, str]:
