@@ -269,6 +269,24 @@ def test_all_images_of_a_folder_are_named(
     assert images == [str(folder / "a/x.PNG"), str(folder / "b.png"), str(digit_files[3][0])]
 
 
+def test_what_predict_leaves_out_is_told_and_names_keep_their_line(
+    capsys: pytest.CaptureFixture[str],
+    digits_run: Path,
+    digit_files: list[tuple[Path, str]],
+    tmp_path: Path,
+) -> None:
+    for name in ("数字.png", "two\nlines.png", "scan.tif"):
+        (tmp_path / name).write_bytes(digit_files[0][0].read_bytes())
+    code, out, err = run(capsys, "predict", digits_run, tmp_path)
+    assert code == 0
+    note = "1 file left out: .tif (PNG, JPEG, BMP and WebP are read)"
+    assert err == f"densely predict: {tmp_path}: {note}\n"
+    escaped, wide = out.splitlines()
+    assert escaped.startswith(rf"{tmp_path}/two\nlines.png  ")
+    assert wide.startswith(f"{tmp_path}/数字.png      ")  # as wide on a terminal: 4 and 4 more
+    assert len(wide) == len(escaped) - 2
+
+
 def test_many_classes_show_their_worst_confusions(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -155,7 +155,7 @@ def test_a_link_to_what_is_read_anyway_is_not_followed(tmp_path: Path, target: s
         **{shade: shade // 5 for shade in range(10)}, 99: 1
     }  # fmt: skip
     assert splits.notes == ("1 link left out: to what is read anyway",)
-    assert len(images_below(tmp_path)) == 11
+    assert len(images_below(tmp_path).images) == 11
 
 
 @pytest.mark.parametrize("target", ["../..", "../../test", "../../test/a", "../../test/a/0.png"])

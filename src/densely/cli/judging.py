@@ -12,7 +12,7 @@ from jsonargparse import ActionYesNo
 from densely.cli.parser import Parser, add_fields, flag_of, hardware_of
 from densely.errors import ConfigError, DataError
 from densely.training.config import HARDWARE, Split, TrainConfig
-from densely.words import counted
+from densely.words import counted, printable
 
 if TYPE_CHECKING:
     from densely.evaluation.evaluate import Evaluation
@@ -156,18 +156,20 @@ def _in_words(choice: "Choice") -> str:
 
 
 def _print_evaluation(result: "Evaluation") -> None:
+    from rich.cells import cell_len, set_cell_size
+
     print(
         f"accuracy {result.accuracy:.4f}, loss {result.loss:.4f} "
         f"on {counted(result.images, 'image')} ({result.data})"
     )
-    table, names = result.confusion, result.classes
+    table, names = result.confusion, [printable(name) for name in result.classes]
     if len(names) <= 20:
         width = max(len(str(table.max())), len(str(len(names)))) + 2
-        margin = max(map(len, names)) + 4
+        margin = max(map(cell_len, names)) + 4
         print("\nconfusions: rows are the true class, columns the class given")
         print(" " * margin + "".join(f"{i:{width}}" for i in range(len(names))))
         for i, row in enumerate(table):
-            print(f"{i:2} {names[i]:{margin - 3}}" + "".join(f"{n:{width}}" for n in row))
+            print(f"{i:2} {set_cell_size(names[i], margin - 3)}" + "".join(f"{n:{width}}" for n in row))
         return
     wrong = [(n, i, j) for i, row in enumerate(table) for j, n in enumerate(row) if i != j and n]
     print("\nthe ten most frequent confusions:")
@@ -200,25 +202,32 @@ def predict(parser: Parser, arguments: list[str]) -> None:
     if chosen.top < 1:
         raise ConfigError(f"--top {chosen.top}: must be at least 1")
 
-    from densely.data.layout import images_below
+    from rich.cells import cell_len, set_cell_size
+
+    from densely.data.layout import images_below, left_out_notes
     from densely.evaluation.classifier import load
     from densely.runtime import settle_process
 
+    folders = {name: images_below(Path(name)) for name in chosen.images if os.path.isdir(name)}
     paths = [
         str(path)
         for name in chosen.images
-        for path in (images_below(Path(name)) if os.path.isdir(name) else [name])
+        for path in (folders[name].images if name in folders else [name])
     ]
+    for name, part in folders.items():
+        for note in left_out_notes([part]):
+            print(f"{parser.prog}: {name}: {note}", file=sys.stderr)
     settle_process()
     classifier = load(
         chosen.run,
         **hardware_of(chosen),
         calibrated=chosen.calibrated,
     )
-    margin = max(map(len, paths))
+    shown = [printable(path) for path in paths]
+    margin = max(map(cell_len, shown))
     found = classifier.predict_each(paths)
     unread = 0
-    for path, prediction in zip(paths, found, strict=True):
+    for path, name, prediction in zip(paths, shown, found, strict=True):
         if isinstance(prediction, DataError):
             if len(paths) == 1:
                 raise prediction
@@ -230,6 +239,7 @@ def predict(parser: Parser, arguments: list[str]) -> None:
             ranked = list(prediction.probabilities.items())[: chosen.top]
             for i, (label, probability) in enumerate(ranked):
                 unsure = "  (unsure)" if i == 0 and prediction.sure is False else ""
-                print(f"{'' if i else path:{margin}}  {probability:6.4f}  {label}{unsure}")
+                line = f"{probability:6.4f}  {printable(label)}{unsure}"
+                print(f"{set_cell_size('' if i else name, margin)}  {line}")
     if unread:
         raise DataError(f"{unread} of {len(paths)} images could not be read")

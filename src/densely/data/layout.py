@@ -115,17 +115,17 @@ def list_part(path: Path, roots: list[str] | None = None) -> Part:
     return Part(path, files, walk.left_out, beside, walk.repeated)
 
 
-def images_below(folder: Path) -> list[Path]:
-    """All image files of a folder, at any depth, in a fixed order.
+def images_below(folder: Path) -> Part:
+    """All image files of a folder, at any depth and of no class, in a fixed order.
 
     Raises:
         DataError: there are none.
     """
     walk = _Walk([os.path.realpath(folder)])
-    images = sorted(walk.image_files(folder))
-    if not images:
-        raise Part(folder, {}, walk.left_out).error(f"no images in it ({', '.join(SUFFIXES)})")
-    return images
+    part = Part(folder, {"": sorted(walk.image_files(folder))}, walk.left_out, 0, walk.repeated)
+    if not part.images:
+        raise part.error(f"no images in it ({', '.join(SUFFIXES)})")
+    return part
 
 
 def left_out_notes(parts: Iterable[Part]) -> tuple[str, ...]:
