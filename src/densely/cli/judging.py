@@ -169,7 +169,8 @@ def _print_evaluation(result: "Evaluation") -> None:
         print("\nconfusions: rows are the true class, columns the class given")
         print(" " * margin + "".join(f"{i:{width}}" for i in range(len(names))))
         for i, row in enumerate(table):
-            print(f"{i:2} {set_cell_size(names[i], margin - 3)}" + "".join(f"{n:{width}}" for n in row))
+            begin = f"{i:2} {set_cell_size(names[i], margin - 3)}"
+            print(begin + "".join(f"{n:{width}}" for n in row))
         return
     wrong = [(n, i, j) for i, row in enumerate(table) for j, n in enumerate(row) if i != j and n]
     print("\nthe ten most frequent confusions:")
