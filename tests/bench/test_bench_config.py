@@ -13,6 +13,13 @@ def test_all_faults_are_told_at_once() -> None:
         assert part in str(found.value)
 
 
+def test_more_threads_than_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert BenchConfig(threads=4).threads == 4
+    with pytest.raises(ConfigError, match="threads=5: must be at most 4, the processors here"):
+        BenchConfig(threads=5)
+
+
 def test_a_look_has_other_defaults_and_other_files() -> None:
     look = BenchConfig.starting_from(quick=True)
     assert (look.rounds, look.steps, look.batch, look.peak_memory) == (1, 1, 2, False)

@@ -79,6 +79,9 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 faults.append(f"{name}={value}: must be at least 1")
+        here = os.cpu_count() or 1
+        if self.threads is not None and self.threads > here:
+            faults.append(f"threads={self.threads}: must be at most {here}, the processors here")
         if not self.output or "\0" in self.output:
             faults.append("output=: must be text that is not empty and can be part of a path")
         if faults:
