@@ -18,12 +18,12 @@ ONE_THREAD = ("bench", "comparison", "evaluation", "fused", "models", "weights")
 os.environ.setdefault("DENSELY_KERNELS", str(cache_folder() / "kernels"))
 os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # and its list of fonts
 
-# Triton decides when it is imported whether its own functions run in its interpreter, and any
-# module may import it first. Where there is no GPU its kernels are tested there.
+# Whether kernels run in Triton's interpreter is decided when they are defined, Triton's own when it
+# is imported, and any module may import them first. Where there is no GPU they are tested there.
 if find_spec("triton") is not None and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import triton  # noqa: F401
+        import densely.fused.kernels.triton_kernels  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core, and what it starts
     torch.set_num_threads(1)
@@ -101,8 +101,9 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from densely import TrainConfig, train
 
     output = str(tmp_path_factory.mktemp("runs"))
+    config = TrainConfig.from_values({"epochs": 2, "output": output, "device": "cpu"})
     with single_thread():
-        return train(TrainConfig.from_values({"epochs": 2, "output": output})).run
+        return train(config).run
 
 
 @pytest.fixture(scope="session")

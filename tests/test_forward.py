@@ -1,5 +1,6 @@
 """The forward pass: the model's own function, whatever is recorded and replayed."""
 
+import copy
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import needs_gpu
+from on_gpu import exact_convolutions, needs_gpu
 from torch import Tensor, nn
 
 from densely import forward as module
@@ -55,6 +56,10 @@ def small_net() -> nn.Module:
     with torch.no_grad():
         model(images(16))  # running statistics that tell
     return model.eval()
+
+
+def running_means(model: nn.Module) -> Tensor:
+    return torch.cat([b for name, b in model.named_buffers() if name.endswith("running_mean")])
 
 
 def images(count: int, seed: int = 0) -> Tensor:
@@ -220,13 +225,20 @@ def test_what_cannot_be_recorded_runs_all_the_same(
 def test_graphs_agree_with_the_model_on_a_gpu(precision: str, training: bool) -> None:
     runtime: Runtime = choose_runtime("cuda", precision)  # type: ignore[arg-type]
     model = runtime.place(small_net())
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0  # in training the running statistics are then the batch's
+    plain = copy.deepcopy(model).train(training)
     forward = Forward(model, runtime, training=training)
     bound = 1e-3 if precision == "float32" else 5e-2
     for turn, count in enumerate([5, 8, 6, 6, 1, 8, 32, 17, 32, 4]):
         batch = runtime.layout(images(count, turn).cuda())
-        found = forward(batch)
-        with torch.no_grad(), runtime.autocast():
-            expected = model.train(training)(batch).float()
+        with exact_convolutions():
+            found = forward(batch)
+            with torch.no_grad(), runtime.autocast():
+                expected = plain(batch).float()
         assert (found - expected).norm() <= bound * expected.norm()
+        means, aims = (running_means(net) for net in (model, plain))
+        assert (means - aims).norm() <= bound * aims.norm()
     assert sorted(forward.recorded_sizes) == ([6, 8, 32] if training else [8, 32])
     assert forward.records

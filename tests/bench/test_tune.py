@@ -21,16 +21,14 @@ from densely.fused import kernels
 from densely.models.registry import build_model
 from densely.runtime import choose_runtime
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
-    pytest.importorskip("triton", reason="needs Triton")
-    from densely.fused.kernels import triton_launches as launches
-    from densely.fused.kernels import (
-        triton_pointwise,
-        triton_spatial,
-        triton_spatial_backward,
-        triton_tiles,
-    )
+pytest.importorskip("triton", reason="needs Triton")
+from densely.fused.kernels import triton_launches as launches
+from densely.fused.kernels import (
+    triton_pointwise,
+    triton_spatial,
+    triton_spatial_backward,
+    triton_tiles,
+)
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU"),

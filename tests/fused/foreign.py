@@ -117,7 +117,7 @@ def step(model: nn.Module, x: Tensor, *, train: bool | None = True) -> Result:
     torch.manual_seed(7)
     output = model(x)
     weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
-    (output * weights).sum().backward()
+    (output * weights.to(output.device)).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     grads["input"] = x.grad
     buffers = {n: b.clone() for n, b in model.named_buffers()}

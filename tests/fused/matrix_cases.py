@@ -1,7 +1,4 @@
-"""Random matrices and vectors for the tests of Triton kernels, in its interpreter without a GPU.
-
-All kernels are imported here first: the interpreter must be chosen before.
-"""
+"""Random matrices and vectors for the tests of Triton kernels, in its interpreter without a GPU."""
 
 import math
 
@@ -12,14 +9,10 @@ from torch import Tensor
 
 from densely.fused.kernels.operands import Affine
 
+pytest.importorskip("triton", reason="needs Triton")
+from densely.fused.kernels import triton_kernels
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with pytest.MonkeyPatch.context() as patch:
-    if DEVICE == "cpu":
-        patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
-    pytest.importorskip("triton", reason="needs Triton")
-    from densely.fused.kernels import triton_kernels
-if DEVICE == "cpu" and not hasattr(triton_kernels.triton_vectors._affine, "rewriter"):
-    pytest.skip("Triton was imported without its interpreter", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

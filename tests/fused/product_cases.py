@@ -1,10 +1,9 @@
 """What the tests of the Triton convolutions share: matrices, norms, and what must come of them.
 
-They run in Triton's interpreter, which needs no GPU and must be chosen before triton is imported.
+They run in Triton's interpreter, which needs no GPU and is chosen in conftest.py.
 `tl.dot` is wrong on bfloat16 there, so that dtype is checked on a GPU only.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,22 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from densely.fused.kernels import (
-        triton_pointwise,
-        triton_spatial,
-        triton_spatial_backward,
-        triton_tiles,
-    )
+pytest.importorskip("triton", reason="needs Triton")
+if torch.cuda.is_available():
+    pytest.skip("of a machine without a GPU", allow_module_level=True)
+from densely.fused.kernels import (
+    triton_pointwise,
+    triton_spatial,
+    triton_spatial_backward,
+    triton_tiles,
+)
 from densely.fused.kernels.operands import Affine, Pending
-
-if not isinstance(triton_pointwise._forward_kernel, InterpretedFunction):
-    pytest.skip("triton was imported without its interpreter", allow_module_level=True)
 
 F16, F32 = torch.float16, torch.float32
 #: Of a sum of products of numbers about 1, rounded to the dtype.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from densely import cuda_graphs
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
-    triton = pytest.importorskip("triton", reason="needs Triton")
-    from densely.fused.kernels import triton_tiles
+pytest.importorskip("triton", reason="needs Triton")
+import triton
+
+from densely.fused.kernels import triton_tiles
 
 pytestmark = pytest.mark.skipif(
     not triton_tiles.COMPILES_AHEAD, reason="this Triton compiles one after another"

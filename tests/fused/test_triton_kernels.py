@@ -23,23 +23,19 @@ from densely.fused import backend, block, kernels, plain
 from densely.fused.kernels.operands import Affine, Convolution, NormVectors, Pending, Space
 from densely.fused.kernels.reference import Kernels
 
+pytest.importorskip("triton", reason="needs Triton")
+from densely.fused.kernels import (
+    triton_kernels,
+    triton_launches,
+    triton_pointwise,
+    triton_spatial,
+    triton_spatial_backward,
+    triton_tiles,
+)
+
 #: The interpreter computes what is masked out too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with pytest.MonkeyPatch.context() as patch:
-    if DEVICE == "cpu":
-        patch.setenv("TRITON_INTERPRET", "1")  # read when kernels are defined
-    pytest.importorskip("triton", reason="needs Triton")
-    from densely.fused.kernels import (
-        triton_kernels,
-        triton_launches,
-        triton_pointwise,
-        triton_spatial,
-        triton_spatial_backward,
-        triton_tiles,
-    )
-if DEVICE == "cpu" and not hasattr(triton_tiles.normalised, "rewriter"):
-    pytest.skip("Triton was imported without its interpreter", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
