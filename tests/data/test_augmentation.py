@@ -1,5 +1,6 @@
 """Shifted and mirrored views: each is a window of the padded image, drawn evenly."""
 
+import pytest
 import torch
 
 from densely.data.augmentation import crop_and_flip
@@ -30,11 +31,12 @@ def test_each_view_is_a_window_of_the_padded_image_and_all_of_them_come() -> Non
     assert (share - 1 / 18).abs().max() < 5 * (1 / 18 * 17 / 18 / 2000) ** 0.5
 
 
-def test_images_of_32_pixels_are_padded_by_4() -> None:
-    image = torch.ones(1, 32, 32)
-    made = views(image.expand(500, 1, 32, 32))
+@pytest.mark.parametrize("side", [28, 32])
+def test_images_of_28_and_32_pixels_are_padded_by_4(side: int) -> None:
+    image = torch.ones(1, side, side)
+    made = views(image.expand(500, 1, side, side))
     rows = made.amax(dim=(1, 3)).sum(1)  # rows that still show something
-    assert (rows.min(), rows.max()) == (28, 32)
+    assert (rows.min(), rows.max()) == (side - 4, side)
 
 
 def test_views_are_the_seeds_and_differ_within_a_batch() -> None:

@@ -86,3 +86,5 @@ def test_a_subset_keeps_images_and_labels_together() -> None:
     unnamed = ImageSet(images, labels, CLASSES)
     assert unnamed.subset(torch.tensor([4, 2])).names is None
     assert unnamed.digest() == whole.digest()  # wherever images lie, they are the same ones
+    assert ImageSet(images, labels.flip(0), CLASSES).digest() != whole.digest()
+    assert ImageSet(images.flip(0), labels, CLASSES).digest() != whole.digest()

@@ -201,6 +201,11 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "nowhere.png", "no image file")
 
 
+def test_what_is_no_plain_file_is_refused() -> None:
+    with pytest.raises(DataError, match="there is no image file /dev/null"):
+        open_image(Path("/dev/null"))
+
+
 def test_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     assert_refused(tmp_path / "folder.png", "folder")

@@ -11,17 +11,30 @@ import pytest
 import torch
 from PIL import Image
 from run_cases import StopAt, config, same_bits, weights
-from torch import Tensor
+from torch import Tensor, nn
 
+from densely import evaluate
+from densely.data import load_data
 from densely.errors import ConfigError, Stopped, TrainingError
+from densely.forward import Forward
+from densely.runtime import choose_runtime
 from densely.training import loop
 from densely.training.captured import TrainingStep
+from densely.training.checkpoint import ModelInfo, load_model, load_state
 from densely.training.config import TrainConfig
 from densely.training.loop import batches, generator_seed, train
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics
+from densely.training.scoring import Score, score_of
+from densely.training.splits import held_out_digest, splits_of
 
 pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+def score(model: nn.Module, info: ModelInfo) -> Score:
+    """How good a network is on the test digits."""
+    forward = Forward(model.eval(), choose_runtime("cpu", "float32"))
+    return score_of(forward, load_data("digits").test, info.preprocessing, lambda: None)
 
 
 def test_the_quick_start_learns_the_digits(tmp_path: Path) -> None:
@@ -86,6 +99,77 @@ def test_the_best_epoch_is_chosen_by_validation_and_judged_on_test(tmp_path: Pat
             for r in csv.DictReader(file)
         ]
     assert summary.best_epoch == 1 + rows.index(max(rows))
+
+
+def test_the_test_is_of_the_best_epoch_and_not_of_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = [0.05, 0.05, 1.0]  # the last epoch spoils what was learnt
+    monkeypatch.setattr(
+        loop._Trainer, "_learning_rate", lambda self, step: rates[self.progress.epoch]
+    )
+    summary = train(config(tmp_path, epochs=3))
+    assert summary.best_epoch < 3
+    result = evaluate(summary.run, device="cpu", precision="float32")
+    assert summary.test.loss == pytest.approx(result.loss, rel=0.05)
+    last, info = load_model(loop.RunDirectory.open(summary.run).last)
+    assert score(last, info).loss > 10 * summary.test.loss
+
+
+def test_of_epochs_that_are_as_good_the_first_is_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "score_of", lambda *arguments: Score(0.5, 0.75))
+    assert train(config(tmp_path, epochs=3)).best_epoch == 1
+
+
+def test_a_better_epoch_is_saved_as_the_last_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = loop._Trainer._judged
+
+    def failing(trainer: Any, row: EpochMetrics) -> EpochMetrics:
+        if row.epoch == 2:
+            raise RuntimeError("power failure")
+        return judged(trainer, row)
+
+    monkeypatch.setattr(loop._Trainer, "_judged", failing)
+    with pytest.raises(RuntimeError, match="power failure"):
+        train(config(tmp_path, epochs=2))
+    last = loop.RunDirectory.open(tmp_path / "runs" / "quickstart-001").last
+    assert load_state(last).epoch == 1
+
+
+def test_norms_are_averaged_over_as_many_batches_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    monkeypatch.setattr(
+        loop, "average_norm_statistics", lambda forward, inputs: sizes.append([*map(len, inputs)])
+    )
+    train(config(tmp_path, epochs=1, batch_size=50, norm_batches=2))
+    assert sizes == [[50, 50]]
+
+
+def test_an_infinite_loss_is_divergence_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def infinite(step: TrainingStep, *arguments: Any) -> None:
+        step.loss_sum.fill_(float("inf"))
+
+    monkeypatch.setattr(TrainingStep, "__call__", infinite)
+    with pytest.raises(TrainingError, match="the loss is inf in epoch 1"):
+        train(config(tmp_path))
+
+
+def test_parts_follow_the_split_seed_and_not_the_runs(tmp_path: Path) -> None:
+    def digests(**values: Any) -> tuple[str, str]:
+        splits = splits_of(config(tmp_path, **values))
+        return splits.train.digest(), held_out_digest(splits)
+
+    assert digests(seed=1) == digests(seed=2)
+    for mine, theirs in zip(digests(split_seed=1), digests(split_seed=2), strict=True):
+        assert mine != theirs
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.2])

@@ -107,6 +107,25 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     assert same_bits(weights(run), weights(train(longer).run))
 
 
+def test_time_that_was_spent_before_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
+    settings = config(tmp_path, **LONGER)
+    with pytest.raises(Stopped):
+        train(settings, reporter=StopAt(1, 2))
+    run = tmp_path / "runs" / "quickstart-001"
+    path = run / "checkpoints" / "last" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"seconds": 1000.0, "total_s": 5000.0}))
+    (run / "env.json").unlink()
+    summary = train(dataclasses.replace(settings, epochs=2), resume=run)
+    assert summary.seconds > 5000
+    row = loop.RunDirectory.open(run).rows()[0]
+    assert row.epoch_s > 1000
+    assert row.examples_per_s == pytest.approx(200 / 1000, rel=0.05)
+    assert (run / "env.json").is_file()  # of the machine that it went on on
+    assert loop.RunDirectory.open(run).config().epochs == 2
+
+
 def test_work_is_saved_within_a_long_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     saved = []
