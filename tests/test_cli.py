@@ -1,5 +1,6 @@
 """The commands as people use them: help, output, exit codes, and no traceback for a mistake."""
 
+import errno
 import json
 import os
 import signal
@@ -302,6 +303,30 @@ def test_many_classes_show_their_worst_confusions(
     _, out, _ = run(capsys, "evaluate", tmp_path / "quickstart-001")
     assert "most frequent confusions" in out
     assert "taken for" in out
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (errno.EACCES, "locked", 2),
+        (errno.EACCES, None, 1),
+        (errno.ENOSPC, "full", 1),
+        (errno.ENOSPC, None, 1),
+    ],
+)
+def test_an_error_of_the_system_is_a_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    name: str | None,
+    code: int,
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number), name)
+
+    monkeypatch.setattr("densely.cli._command", lambda command: failing)
+    where = f"{name}: " if name else ""
+    assert run(capsys, "doctor") == (code, "", f"densely doctor: {where}{os.strerror(number)}\n")
 
 
 ENDLESS = ["train", "--epochs", "100000", "--limit", "100", "--output"]

@@ -405,3 +405,14 @@ def test_files_of_a_split_begin_with_its_folder(photos: Path) -> None:
     save_classes(photos / "train")
     save(photos / "test" / "a" / "x.png")
     assert load_folder(photos, None, 0).test.names == ("test/a/x.png",)
+
+
+def test_more_than_memory_holds_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_classes(photos / "train", each=5)
+    save_classes(photos / "test", each=5)
+    needed = 2 * 20 * 8 * 8  # twice, since splits are copies
+    pages = {"SC_PAGE_SIZE": 1}
+    monkeypatch.setattr("os.sysconf", lambda name: pages.get(name, int(needed / 0.7)))
+    assert_refused(photos, "20 images of 8x8 take", "choose a smaller --image-size")
+    pages["SC_PHYS_PAGES"] = int(needed / 0.7) + 1
+    load_folder(photos, None, 0)

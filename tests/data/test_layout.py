@@ -253,3 +253,20 @@ def test_a_folder_of_other_files_alone_says_so(tmp_path: Path) -> None:
     assert_refused(tmp_path, "no class folders with images", "2 files left out: .tif")
     with pytest.raises(DataError, match=r"2 files left out: \.tif"):
         load_labelled(tmp_path, ("a", "b"), 8, 1)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_classes(tmp_path, each=3)
+    (tmp_path / "b" / "locked").mkdir()
+    scandir = os.scandir
+
+    def locked(path: str | os.PathLike[str]) -> object:
+        if os.fspath(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(OSError, match=r"Permission denied: .*locked"):
+        images_below(tmp_path)

@@ -63,6 +63,8 @@ def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
         ({"seed": 2**32}, "seed=4294967296"),
         ({"name": "a/b"}, "name=a/b"),
         ({"name": ".."}, "name=.."),
+        ({"name": "a\nb"}, "name=a\nb"),
+        ({"lr": 10**400}, "must be of type float"),
         ({"epochs": "3"}, "epochs='3': must be of type int"),
         ({"epochs": 2.5}, "epochs=2.5: must be of type int"),
         ({"epochs": True}, "epochs=True: must be of type int"),
