@@ -159,6 +159,10 @@ def blurred(net: nn.Module) -> None:
     net.features.transition2.pool = nn.AvgPool2d(3, 2, 1)
 
 
+def undivided(net: nn.Module) -> None:
+    net.features.transition2.pool = nn.AvgPool2d(2, 2, divisor_override=1)
+
+
 def longer(net: nn.Module) -> None:
     net.features.transition2.append(nn.Sigmoid())
 
@@ -169,6 +173,10 @@ def no_pooling(net: nn.Module) -> None:
 
 def other_stem_pooling(net: nn.Module) -> None:
     net.features.pool0 = nn.MaxPool2d(2, 2)
+
+
+def dilated_stem_pooling(net: nn.Module) -> None:
+    net.features.pool0 = nn.MaxPool2d(3, 2, 1, dilation=2)
 
 
 def other_last_norm(net: nn.Module) -> None:
@@ -192,9 +200,11 @@ def own_features(net: nn.Module) -> None:
         (leaky, "features.denseblock2", "denselayer2.relu1 is of type PReLU"),
         (other_layer, "features.denseblock2", "denselayer1 is of type Mine"),
         (blurred, "features.transition2", "pool has other settings: AvgPool2d("),
+        (undivided, "features.transition2", "pool has other settings: AvgPool2d("),
         (longer, "features.transition2", "holds norm, relu, conv, pool, 4; known is norm, relu"),
         (no_pooling, "features", "has no norm, ReLU and max pooling in a row"),
         (other_stem_pooling, "features", "pool0 has other settings: MaxPool2d("),
+        (dilated_stem_pooling, "features", "pool0 has other settings: MaxPool2d("),
         (other_last_norm, "", "features.norm5 is of type GroupNorm"),
         (own_features, "", "features is of type Features"),
     ],
