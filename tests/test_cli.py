@@ -86,7 +86,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         ("train --quiet --json", "exclude each other"),
         ("train --recipe d2l --data digits --image-size 20", "needs images of at least 29"),
         ("train --data digits --limit 5", "too few"),
-        ("train --data-dir nowhere --data fashion-mnist", "--data-dir: there is no folder nowhere"),
+        ("train --data-dir nowhere --data fashion-mnist", "--data-dir: there is no folder"),
         ("evaluate", "required: run"),
         ("evaluate nowhere", "nowhere: no run directory"),
         ("predict nowhere a.png", "nowhere: no run directory"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from densely.training.config import TrainConfig
 from densely.training.reporting import Reporter
+from densely.training.run import EpochMetrics
 
 
 def config(tmp_path: Path, **values: Any) -> TrainConfig:
@@ -24,6 +25,18 @@ def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class StopAfter(Reporter):
+    """Sends this process SIGTERM when an epoch is over."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.last = epoch
+
+    def epoch(self, row: EpochMetrics) -> None:
+        if row.epoch == self.last:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopAt(Reporter):

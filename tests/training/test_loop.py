@@ -162,6 +162,73 @@ def test_an_infinite_loss_is_divergence_too(
         train(config(tmp_path))
 
 
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_a_last_step_that_went_too_far_is_not_kept(tmp_path: Path, validation: float) -> None:
+    settings = config(tmp_path, limit=64, batch_size=64, lr=1e30, validation=validation)
+    with pytest.raises(TrainingError, match="in epoch 1: training diverged"):
+        train(settings)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert not (run / "checkpoints").exists()
+    assert loop.RunDirectory.open(run).rows() == []
+
+
+def test_weights_that_are_no_numbers_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_epoch = loop._Trainer._train_epoch
+
+    def spoiling(trainer: Any) -> None:
+        train_epoch(trainer)
+        if trainer.progress.epoch == 1:
+            next(trainer.model.parameters()).data.view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(loop._Trainer, "_train_epoch", spoiling)
+    with pytest.raises(TrainingError, match="weights are no numbers in epoch 2: training diverged"):
+        train(config(tmp_path, evaluate_every=5, epochs=5))
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [row.epoch for row in loop.RunDirectory.open(run).rows()] == [1]
+
+
+def test_a_held_out_loss_that_is_no_number_is_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "score_of", lambda *arguments: Score(float("nan"), 0.9))
+    with pytest.raises(TrainingError, match="the loss on held-out images is nan in epoch 1"):
+        train(config(tmp_path))
+    (run,) = (tmp_path / "runs").iterdir()
+    assert not (run / "checkpoints").exists()
+
+
+def test_norms_of_other_kinds_have_nothing_to_average(tmp_path: Path) -> None:
+    train(config(tmp_path, epochs=1, norm_batches=2, options={"norm": "group"}))
+
+
+def test_a_class_whose_name_is_no_text_ends_in_a_card(tmp_path: Path) -> None:
+    for name, shade in (("caf\udce9", 10), ("a|b\nc", 200)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("L", (8, 8), shade + i).save(tmp_path / "data" / name / f"{i}.png")
+    settings = config(tmp_path, data=str(tmp_path / "data"), validation=0, limit=None, epochs=1)
+    card = (train(settings).run / "README.md").read_text(encoding="utf-8")
+    assert r"| classes | 2: a\|b\nc, caf\udce9 |" in card
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2: densely trains in one process"):
+        train(config(tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_called_as_a_data_set_is_kept_by_its_full_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = TrainConfig(data="digits", data_dir="digits")
+    found = loop.from_anywhere(given)
+    assert (found.data, found.data_dir) == ("digits", str(tmp_path / "digits"))
+
+
 def test_parts_follow_the_split_seed_and_not_the_runs(tmp_path: Path) -> None:
     def digests(**values: Any) -> tuple[str, str]:
         splits = splits_of(config(tmp_path, **values))
@@ -223,8 +290,9 @@ def test_what_was_read_is_said_and_noted(tmp_path: Path) -> None:
             for i in range(count):
                 Image.new("L", (8, 8), shade).save(tmp_path / "data" / part / name / f"{i}.png")
     settings = config(
-        tmp_path, data=str(tmp_path / "data"), validation=0.2, limit=None, epochs=1, image_size=16
-    )
+        tmp_path, data=str(tmp_path / "data"), validation=0.2, limit=None, epochs=1, image_size=16,
+        schedule="constant",
+    )  # fmt: skip
     expected = [
         f"reading {tmp_path / 'data'} ...",
         "9 training, 3 validation, 4 test images; 2 classes; images of 8x8 pixels, scaled to 16x16",
@@ -350,9 +418,9 @@ def test_each_step_has_a_seed_of_its_own_and_each_epoch_an_order(
         seeds.append(generator.initial_seed())
         return images
 
-    def order(trainer: loop._Trainer) -> Tensor:
-        found = original(trainer)
-        orders.setdefault(trainer.progress.epoch, set()).add(tuple(found.tolist()))
+    def order(trainer: loop._Trainer, epoch: int) -> Tensor:
+        found = original(trainer, epoch)
+        orders.setdefault(epoch, set()).add(tuple(found.tolist()))
         return found
 
     monkeypatch.setattr(loop, "crop_and_flip", draw)

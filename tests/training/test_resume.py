@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from run_cases import StopAt, config, same_bits, weights
+from run_cases import StopAfter, StopAt, config, same_bits, weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -23,7 +23,6 @@ from densely.training import run as run_module
 from densely.training.checkpoint import load_model, load_state
 from densely.training.loop import train
 from densely.training.reporting import Reporter, Summary
-from densely.training.run import EpochMetrics
 from densely.training.scoring import score_of
 from densely.training.splits import splits_of
 
@@ -86,6 +85,67 @@ def test_a_stop_during_evaluation_loses_nothing(
     assert (state["epoch"], state["seen"]) == (0, 200)
     train(settings, resume=broken)
     assert same_bits(weights(broken), weights(unbroken.run))
+
+
+def test_dropout_while_norms_are_averaged_is_the_same_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, norm_batches=2, options={"drop_rate": 0.3})
+    unbroken = train(settings)
+    score_of = loop.score_of
+
+    def stopping(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score_of(*arguments)
+
+    monkeypatch.setattr(loop, "score_of", stopping)
+    with pytest.raises(Stopped):
+        train(settings)
+    monkeypatch.setattr(loop, "score_of", score_of)
+    again = train(settings, resume=tmp_path / "runs" / "quickstart-002")
+    assert again.test == unbroken.test
+    assert same_bits(weights(again.run), weights(unbroken.run))
+
+
+def test_a_signal_when_all_is_trained_leaves_a_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "draw_curves", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    summary = train(config(tmp_path, epochs=1))
+    assert (summary.run / "README.md").is_file()
+
+
+def test_a_run_cannot_end_before_an_epoch_that_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are those of no epoch whose figures are known."""
+    monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
+    settings = config(tmp_path, **LONGER)
+    with pytest.raises(Stopped):
+        train(settings, reporter=StopAt(3, 2))
+    run = tmp_path / "runs" / "quickstart-001"
+    with pytest.raises(ConfigError, match="epochs=2: epoch 3 has begun; go on to 3 at least"):
+        train(dataclasses.replace(settings, epochs=2), resume=run)
+
+
+def test_another_number_of_epochs_changes_the_schedule_which_is_said(tmp_path: Path) -> None:
+    class Notes(Reporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    settings = config(tmp_path, epochs=1, schedule="cosine")
+    run = train(settings).run
+    train(dataclasses.replace(settings, epochs=2), resume=run, reporter=Notes())
+    assert notes[-1] == "the cosine schedule goes by 2 epochs from here on, and went by 1"
+
+
+def test_rows_without_their_last_end_of_line_are_mended(tmp_path: Path) -> None:
+    settings = config(tmp_path, epochs=1)
+    run = train(settings).run
+    (run / "metrics.csv").write_text((run / "metrics.csv").read_text().rstrip("\n"))
+    train(dataclasses.replace(settings, epochs=2), resume=run)
+    assert [row.epoch for row in loop.RunDirectory.open(run).rows()] == [1, 2]
 
 
 def test_a_crash_after_a_row_was_written_does_not_double_it(tmp_path: Path) -> None:
@@ -203,14 +263,9 @@ def test_a_stop_between_short_epochs_is_saved(
 ) -> None:
     monkeypatch.setattr(loop, "SAVE_EPOCH_SECONDS", 1e9)
 
-    class Stopper(Reporter):
-        def epoch(self, row: EpochMetrics) -> None:
-            if row.epoch == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
     settings = config(tmp_path, epochs=4, validation=0.0)
     with pytest.raises(Stopped, match="stopped and saved"):
-        train(settings, reporter=Stopper())
+        train(settings, reporter=StopAfter(2))
     (run,) = (tmp_path / "runs").iterdir()
     assert load_state(run / "checkpoints" / "last").epoch == 2
     assert same_bits(weights(train(settings, resume=run).run), weights(train(settings).run))
@@ -225,7 +280,7 @@ def test_a_run_that_is_cut_short_before_any_evaluation_is_judged_all_the_same(
         schedule="constant", precision="float32", device="cpu",
     )  # fmt: skip
     with pytest.raises(Stopped):
-        train(settings, reporter=StopAt(epoch=4, step=1))
+        train(settings, reporter=StopAfter(3))
     (folder,) = (tmp_path / "runs").iterdir()
     summary = train(dataclasses.replace(settings, epochs=3), resume=folder)
     assert (summary.epochs, summary.best_epoch) == (3, 3)

@@ -58,6 +58,16 @@ def test_published_weights_bring_their_stem_and_scale(published: Pretrained) -> 
     again.load_state_dict(state)
 
 
+def test_images_are_fitted_as_folders_are_read_whatever_the_weights_were_trained_on(
+    published: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prep = dataclasses.replace(published.preprocessing, interpolation="bicubic")
+    cubic = dataclasses.replace(published, preprocessing=prep)
+    monkeypatch.setattr(pretrained, "PRETRAINED", (*PRETRAINED, cubic))
+    info, *_ = begin(config(model="densenet121", weights="mine"), images(3))
+    assert (info.preprocessing.interpolation, info.preprocessing.crop) == ("bilinear", None)
+
+
 def test_pixels_as_they_are_stay_so(published: Pretrained) -> None:
     info, *_ = begin(config(model="densenet121", weights="mine", normalize=False), images(3))
     assert info.preprocessing == Preprocessing.identity(40, 3)

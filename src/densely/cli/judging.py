@@ -12,7 +12,7 @@ from jsonargparse import ActionYesNo
 from densely.cli.parser import Parser, add_fields, flag_of, hardware_of
 from densely.errors import ConfigError, DataError
 from densely.training.config import HARDWARE, Split, TrainConfig
-from densely.words import counted, printable
+from densely.words import counted, on_one_line
 
 if TYPE_CHECKING:
     from densely.evaluation.evaluate import Evaluation
@@ -162,7 +162,7 @@ def _print_evaluation(result: "Evaluation") -> None:
         f"accuracy {result.accuracy:.4f}, loss {result.loss:.4f} "
         f"on {counted(result.images, 'image')} ({result.data})"
     )
-    table, names = result.confusion, [printable(name) for name in result.classes]
+    table, names = result.confusion, [on_one_line(name) for name in result.classes]
     if len(names) <= 20:
         width = max(len(str(table.max())), len(str(len(names)))) + 2
         margin = max(map(cell_len, names)) + 4
@@ -224,7 +224,7 @@ def predict(parser: Parser, arguments: list[str]) -> None:
         **hardware_of(chosen),
         calibrated=chosen.calibrated,
     )
-    shown = [printable(path) for path in paths]
+    shown = [on_one_line(path) for path in paths]
     margin = max(map(cell_len, shown))
     found = classifier.predict_each(paths)
     unread = 0
@@ -240,7 +240,7 @@ def predict(parser: Parser, arguments: list[str]) -> None:
             ranked = list(prediction.probabilities.items())[: chosen.top]
             for i, (label, probability) in enumerate(ranked):
                 unsure = "  (unsure)" if i == 0 and prediction.sure is False else ""
-                line = f"{probability:6.4f}  {printable(label)}{unsure}"
+                line = f"{probability:6.4f}  {on_one_line(label)}{unsure}"
                 print(f"{set_cell_size('' if i else name, margin)}  {line}")
     if unread:
         raise DataError(f"{unread} of {len(paths)} images could not be read")

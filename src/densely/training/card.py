@@ -5,7 +5,7 @@ import shlex
 from densely.environment import package_versions
 from densely.training.checkpoint import ModelInfo
 from densely.training.reporting import RunFacts, Summary
-from densely.words import counted
+from densely.words import counted, on_one_line
 
 
 def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
@@ -26,9 +26,10 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
     )
     options = "".join(f", {name} {value}" for name, value in config.options.items())
     began = f"| began with | {config.weights} |\n" if config.weights else ""
-    names = ", ".join(info.classes[:20]) + ", ..." * (len(info.classes) > 20)
+    names = ", ".join(map(on_one_line, info.classes[:20])) + ", ..." * (len(info.classes) > 20)
+    names = names.replace("|", r"\|")
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    return f"""# {config.model} on {config.data}
+    card = f"""# {config.model} on {config.data}
 
 ![curves](curves.png)
 
@@ -64,3 +65,4 @@ probabilities are not calibrated until `densely evaluate` has done so. It was ju
 split of the same source as its training images; other cameras, other places and other times may
 differ.
 """
+    return card.encode("utf-8", "backslashreplace").decode()  # names of folders may hold any bytes

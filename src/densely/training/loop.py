@@ -76,6 +76,11 @@ def train(
             f"train: {type(config).__name__} given, a TrainConfig expected, as of "
             "TrainConfig.from_values({'epochs': 2})"
         )
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each process would train the same network
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: densely trains in one process, on one device: "
+            "start it without torchrun"
+        )
     begun = None if resume is None else Path(resume)
     try:
         return _Trainer(from_anywhere(config), begun, reporter or Reporter()).fit()
@@ -93,7 +98,7 @@ def from_anywhere(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         data=absolute(config.data),
-        data_dir=absolute(config.data_dir) if config.data_dir else None,
+        data_dir=str(Path(config.data_dir).resolve()) if config.data_dir else None,
         weights=str(Path(weights).resolve()) if weights and Path(weights).is_file() else weights,
     )
 
@@ -198,9 +203,18 @@ class _Trainer:
                 "run, or judge this one on them with densely evaluate --data"
             )
         self.progress.held_out_digest = held_out
-        if self.config.epochs < self.progress.epoch:
+        epochs, done = self.config.epochs, self.progress.epoch
+        if epochs < done:
+            raise ConfigError(f"epochs={epochs}: {done} are already done")
+        if epochs == done and self.progress.step:  # the weights are not those of epoch `done`
             raise ConfigError(
-                f"epochs={self.config.epochs}: {self.progress.epoch} are already done"
+                f"epochs={epochs}: epoch {done + 1} has begun; go on to {done + 1} at least"
+            )
+        before = self.run.config().epochs
+        if self.config.schedule != "constant" and epochs != before:
+            self.reporter.note(
+                f"the {self.config.schedule} schedule goes by {epochs} epochs from here on, and "
+                f"went by {before}"
             )
         self.run.keep_rows(self.progress.epoch)
         self.run.write_config(self.config)
@@ -220,26 +234,27 @@ class _Trainer:
     def _fit(self) -> Summary:
         facts = self._facts()
         self.reporter.started(facts)
-        try:
-            with StopRequest() as self.stop:
+        with StopRequest() as self.stop:
+            try:
                 self.step = self._training_step()
                 while self.progress.epoch < self.config.epochs:
                     self._train_epoch()
                     self._finish_epoch()
                 self._judge_last_epoch()
                 summary = self._summary(self._final_test())
-        finally:
-            self.reporter.stopped()
-            self.run.unlock()
-        self._draw_curves()
-        write_whole(self.run.card_file, model_card(facts, self.info, summary))
-        self.reporter.finished(summary)
+            finally:
+                self.reporter.stopped()
+                self.run.unlock()
+            # Half a second, in which a signal would leave a finished run without its card.
+            self._draw_curves()
+            write_whole(self.run.card_file, model_card(facts, self.info, summary))
+            self.reporter.finished(summary)
         return summary
 
     def _train_epoch(self) -> None:
         progress, config = self.progress, self.config
         with self.step.preparing():
-            order = self._order()
+            order = self._order(progress.epoch)
         begin, before = time.monotonic(), progress.seconds
         reported = 0.0
 
@@ -249,11 +264,9 @@ class _Trainer:
             progress.correct = int(self.step.correct.item())
             progress.seconds = before + time.monotonic() - begin
             if not math.isfinite(progress.loss_sum):
-                saved = find_checkpoint(self.run.last) is not None
-                raise Diverged(
+                raise self._diverged(
                     f"the loss is {progress.loss_sum} in epoch {progress.epoch + 1}, step "
-                    f"{progress.step}: training diverged; try a smaller --lr than {config.lr:g}"
-                    + (f". {self.run.path} keeps what was saved before" if saved else "")
+                    f"{progress.step}"
                 )
 
         self.model.train()
@@ -289,9 +302,22 @@ class _Trainer:
                 self._save_last()
         take_stock()
 
-    def _order(self) -> Tensor:
-        """Indices of all training images, in the order of this epoch."""
-        seed = generator_seed(self.config.seed, self.progress.epoch)
+    def _diverged(self, found: str) -> Diverged:
+        saved = find_checkpoint(self.run.last) is not None
+        return Diverged(
+            f"{found}: training diverged; try a smaller --lr than {self.config.lr:g}"
+            + (f". {self.run.path} keeps what was saved before" if saved else "")
+        )
+
+    def _require_numbers(self) -> None:
+        """The loss is that from before a step, which may have made NaN of the weights."""
+        weights = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        if not torch.stack([t.isfinite().all() for t in weights]).all():
+            raise self._diverged(f"weights are no numbers in epoch {self.progress.epoch + 1}")
+
+    def _order(self, epoch: int) -> Tensor:
+        """Indices of all training images, in the order of an epoch, counted from 0."""
+        seed = generator_seed(self.config.seed, epoch)
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(len(self.train_set), generator=generator).to(self.runtime.device)
 
@@ -301,7 +327,7 @@ class _Trainer:
 
     def _training_step(self) -> TrainingStep:
         first, end = self.batches[0]
-        index = self._order()[first:end]
+        index = self._order(self.progress.epoch)[first:end]
         inputs = self._inputs(index)
         sizes = {end - first for first, end in self.batches if end - first < len(index)}
         return training_step(
@@ -334,6 +360,7 @@ class _Trainer:
 
     def _finish_epoch(self) -> None:
         progress, config, begin = self.progress, self.config, time.monotonic()
+        self._require_numbers()
         row = EpochMetrics(
             epoch=progress.epoch + 1,
             lr=self._learning_rate(len(self.batches) - 1),
@@ -368,10 +395,17 @@ class _Trainer:
     def _judged(self, row: EpochMetrics) -> EpochMetrics:
         """The row with how good the weights now are on what is held out."""
         if self.config.norm_batches:
-            order, bounds = self._order(), self.batches[: self.config.norm_batches]
+            epoch = row.epoch - 1
+            # Dropout draws here too: after a resume the same as without one.
+            torch.manual_seed(generator_seed(self.config.seed, epoch, len(self.batches)))
+            order, bounds = self._order(epoch), self.batches[: self.config.norm_batches]
             inputs = (self._inputs(order[first:end]) for first, end in bounds)
             average_norm_statistics(self.forward_by_batch, inputs)
         held_out = self._score(self.forward, self.validation_set or self.test_set)
+        if not math.isfinite(held_out.loss):
+            raise self._diverged(
+                f"the loss on held-out images is {held_out.loss} in epoch {row.epoch}"
+            )
         if self.validation_set is None:
             return dataclasses.replace(
                 row, test_loss=held_out.loss, test_accuracy=held_out.accuracy
@@ -418,6 +452,7 @@ class _Trainer:
         self._drawn_at = time.monotonic()
 
     def _save(self, folder: Path) -> None:
+        self._require_numbers()
         self.progress.total_s = self._spent_before + time.monotonic() - self._began
         save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)
 

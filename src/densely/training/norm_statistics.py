@@ -23,11 +23,17 @@ def average_norm_statistics(forward: Forward, inputs: Iterable[Tensor]) -> None:
     Each batch counts the same. Weights, momentum and the count of batches stay.
 
     Args:
-        forward: in train mode, of a model with batch norms that track running statistics; used
-            for nothing else.
+        forward: in train mode; used for nothing else. Where its model has no batch norms that
+            track running statistics, nothing is done.
         inputs: batches as the model takes them, [N, C, H, W]; at least one.
     """
-    norms = [module for module in forward.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [
+        module
+        for module in forward.model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    if not norms:
+        return
     running = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
     counts = [norm.get_buffer("num_batches_tracked") for norm in norms]
     momenta, counted = [norm.momentum for norm in norms], [count.clone() for count in counts]

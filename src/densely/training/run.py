@@ -206,8 +206,10 @@ class RunDirectory:
         rows = self.rows()
         if [row.epoch for row in rows[:epochs]] != list(range(1, epochs + 1)):
             raise RunError(f"{self.metrics_file}: damaged: it lacks rows of epochs 1 to {epochs}")
-        if len(rows) > epochs:
-            write_whole(self.metrics_file, _csv(rows[:epochs], header=True))
+        text = _csv(rows[:epochs], header=True)
+        # Also where it lacks its last end of line, as editors may leave it.
+        if self.metrics_file.exists() and self.metrics_file.read_text(encoding="utf-8") != text:
+            write_whole(self.metrics_file, text)
 
     def replace_last(self, row: EpochMetrics) -> None:
         """Write the last row of `metrics.csv` anew, the old one standing until it is whole."""

@@ -69,8 +69,11 @@ def _begin(
     if not config.normalize:
         preprocessing = Preprocessing.identity(size, channels)
     elif start is not None and start.preprocessing is not None:
-        # The scale that the weights know; the whole picture is kept, as always in training here.
-        preprocessing = dataclasses.replace(start.preprocessing, crop=None)
+        # The scale that the weights know. The whole picture is kept, and fitted as folders are when
+        # they are read: what predicts must see the same pixels as what learnt.
+        preprocessing = dataclasses.replace(
+            start.preprocessing, crop=None, interpolation="bilinear"
+        )
     else:
         preprocessing = Preprocessing.standardizing(train_set, size)
     info = ModelInfo(config.model, train_set.classes, preprocessing, config.options)
