@@ -54,6 +54,15 @@ def test_a_class_too_small_to_split_is_named(few: int) -> None:
         stratified_split(mixed_labels(10, few, 10), CLASSES, 0.5, 0, "validation")
 
 
+@pytest.mark.parametrize(
+    ("what", "way_out"),
+    [("validation", "--validation 0"), ("test", "a folder test/ beside train/")],
+)
+def test_too_few_to_part_come_with_a_way_out(what: str, way_out: str) -> None:
+    with pytest.raises(DataError, match=f"too few to set .* add images, or {way_out}"):
+        stratified_split(torch.tensor([0, 0, 1, 1]), ("a", "b"), 0.2, 0, what)
+
+
 def test_a_second_part_smaller_than_the_classes_are_many_is_refused() -> None:
     with pytest.raises(DataError, match="test"):
         stratified_split(mixed_labels(3, 3, 3), CLASSES, 2, 0, "test")

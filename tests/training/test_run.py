@@ -110,3 +110,7 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     (run.path / "config.yaml").write_text("epochs: -3\n")
     with pytest.raises(RunError, match=r"config\.yaml: epochs=-3"):
         run.config()
+    (run.path / "config.yaml").write_text("[1]\n")
+    with pytest.raises(RunError) as caught:
+        run.config()
+    assert str(caught.value).count("config.yaml") == 1

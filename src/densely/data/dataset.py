@@ -123,9 +123,10 @@ def stratified_split(
             raise DataError("; ".join((message, *notes)))
     total = second if isinstance(second, int) else math.ceil(second * len(labels))
     if not len(classes) <= total <= len(labels) - len(classes):
+        way_out = "--validation 0" if what == "validation" else "a folder test/ beside train/"
         message = (
             f"{len(labels)} images of {len(classes)} classes are too few to set {second} of them "
-            f"aside for {what}: add images, or change the share"
+            f"aside for {what}: add images, or {way_out}"
         )
         raise DataError("; ".join((message, *notes)))
     taken = _fair_shares(counts, total).clamp(torch.ones_like(counts), counts - 1)

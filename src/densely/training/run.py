@@ -108,6 +108,9 @@ class RunDirectory:
         path = self.path / "config.yaml"
         try:
             values = read_yaml(path)
+        except DenselyError as error:  # which names the file
+            raise RunError(str(error)) from error
+        try:
             config = TrainConfig.from_values(values)
         except DenselyError as error:
             raise RunError(f"{path}: {error}") from error
