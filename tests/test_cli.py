@@ -119,6 +119,43 @@ def test_a_mistake_ends_in_one_or_two_lines_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []  # nothing half done is left
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "free some, or give fewer or smaller images"),
+        (MemoryError("a.png: 9x9 pixels"), "a.png: 9x9 pixels"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nframe #0"), "9 bytes"),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_one_line_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    said: str,
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("densely.cli.judging.predict", full)
+    code, out, err = run(capsys, "predict", "run", "a.png")
+    assert (code, out) == (1, "")
+    assert err.startswith("densely predict: not enough memory: ")
+    assert err.endswith(f"{said}\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_other_faults_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("densely.cli.judging.predict", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(capsys, "predict", "run", "a.png")
+
+
 def test_a_wrong_key_in_a_config_file_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -182,6 +182,34 @@ def test_corrupt_image_is_refused(tmp_path: Path) -> None:
     assert_refused(path, "corrupt")
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError("out of memory error when reading image file")], ids=repr
+)
+def test_too_little_memory_is_no_fault_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(_: Image.Image) -> None:
+        raise error
+
+    Image.fromarray(COLOUR).save(tmp_path / "image.png")
+    with open_image(tmp_path / "image.png") as image:
+        monkeypatch.setattr(type(image), "load", full)
+        with pytest.raises(MemoryError, match=r"image\.png: 6x4 pixels"):
+            decode(image, 3, "image.png")
+
+
+def test_too_little_memory_to_open_an_image_is_no_fault_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    Image.fromarray(COLOUR).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        open_image(tmp_path / "image.png")
+
+
 @pytest.mark.parametrize("content", [b"", b"I am a picture, honestly.\n", b"\x89PNG\r\n\x1a\n"])
 def test_file_that_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "image.png"

@@ -316,6 +316,19 @@ def test_too_little_memory_is_said_without_a_traceback(
         train(config(tmp_path))
 
 
+def test_too_little_memory_to_go_on_is_no_reason_to_change_what_is_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = train(config(tmp_path)).run
+    monkeypatch.setattr(TrainingStep, "__call__", full)
+    with pytest.raises(TrainingError, match="not enough memory: sizes are fixed") as caught:
+        train(config(tmp_path, epochs=3), resume=run)
+    assert "--batch-size" not in str(caught.value)
+
+
 def test_cosine_falls_from_the_rate_to_nearly_zero(tmp_path: Path) -> None:
     class Rates(Reporter):
         def epoch(self, row: EpochMetrics) -> None:

@@ -53,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{prog}: {where}{error.strerror or error}", file=sys.stderr)
         return 2 if error.filename and error.errno not in DISK_ERRORS else 1
+    except (MemoryError, RuntimeError) as error:
+        from densely.runtime import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        said = str(error).splitlines() or ["free some, or give fewer or smaller images"]
+        print(f"{prog}: not enough memory: {said[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -40,6 +40,8 @@ def open_image(path: Path) -> Image.Image:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: at most {MAX_PIXELS:,} pixels are read: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:
         raise DataError(f"{path}: not a readable {', '.join(FORMATS)} image") from error
     if image.width * image.height > MAX_PIXELS:
@@ -76,6 +78,7 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
     Raises:
         DataError: the file is truncated or corrupt, or the pixels have no known range (Pillow's
             modes "I" and "F").
+        MemoryError: there is too little for so many pixels.
     """
     if image.mode in ("I", "F"):
         raise DataError(f"{name}: Pillow mode '{image.mode}' has no known range; convert it to 'L'")
@@ -87,6 +90,8 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
         mode = "L" if channels == 1 else "RGB"
         pixels = np.array(eight_bit if eight_bit.mode == mode else eight_bit.convert(mode))
     except Exception as error:
+        if isinstance(error, MemoryError) or "out of memory" in str(error):  # Pillow's decoders'
+            raise MemoryError(f"{name}: {image.width}x{image.height} pixels") from error
         raise DataError(f"{name}: corrupt image ({error})") from error
     planes = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
     return torch.from_numpy(planes)

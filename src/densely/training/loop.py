@@ -86,9 +86,12 @@ def train(
         return _Trainer(from_anywhere(config), begun, reporter or Reporter()).fit()
     except (RuntimeError, MemoryError) as error:
         if ran_out_of_memory(error):
-            raise TrainingError(
-                "not enough memory: choose a smaller --batch-size, --image-size or --model"
-            ) from error
+            advice = (
+                "choose a smaller --batch-size, --image-size or --model"
+                if resume is None
+                else "sizes are fixed by the run; free some, or go on with another --device"
+            )
+            raise TrainingError(f"not enough memory: {advice}") from error
         raise
 
 
