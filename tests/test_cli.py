@@ -145,6 +145,20 @@ def test_too_little_memory_is_one_line_and_exit_code_1(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_damaged_exif_is_not_spoken_of(digits_run: Path, tmp_path: Path, suffix: str) -> None:
+    image = tmp_path / f"image{suffix}"
+    cut_off = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0"
+    Image.new("L", (8, 8)).save(image, exif=cut_off)
+    done = subprocess.run(
+        [sys.executable, "-m", "densely", "predict", digits_run, image],
+        capture_output=True,
+        text=True,
+        env=of_one_thread(),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_other_faults_keep_their_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from densely.data import images
 from densely.data.images import decode, is_grey, open_image
@@ -143,6 +143,33 @@ def test_rotated_jpeg_is_turned_upright(tmp_path: Path, orientation: int, turns:
     # A camera that was turned stores the picture turned the other way.
     Image.fromarray(np.rot90(upright, turns)).save(tmp_path / "photo.jpg", exif=exif, quality=95)
     assert_reads_as(tmp_path / "photo.jpg", upright[:, :, None].repeat(3, axis=2), tolerance=4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(COLOUR).save(tmp_path / "image.png", exif=exif)
+    with Image.open(tmp_path / "image.png") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    assert_reads_as(tmp_path / "image.png", upright)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        pytest.param(b"GARBAGEGARBAGE", id="garbage"),
+        pytest.param(b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x07\0\0\0\x01abcd\0\0\0\0", id="no number"),
+    ],
+)
+def test_an_image_whose_exif_cannot_be_read_is_upright(
+    tmp_path: Path, suffix: str, exif: bytes
+) -> None:
+    path = tmp_path / f"image{suffix}"
+    flat = np.full_like(COLOUR, 120)
+    Image.fromarray(flat).save(path, exif=b"Exif\0\0" + exif, lossless=True)
+    assert_reads_as(path, flat, tolerance=1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (301, 7)])

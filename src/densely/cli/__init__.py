@@ -9,6 +9,7 @@ import gc
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; by default the one that this process is for."""
     if arguments is None:
         atexit.register(gc.freeze)  # or all of torch is searched for garbage, in most of a second
+        # Of EXIF that is damaged, which nobody is to mend. Here, where the filters are our own.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no text at all

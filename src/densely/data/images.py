@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from densely.errors import DataError
@@ -16,6 +16,17 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_PIXELS = 89_000_000  # where Pillow begins to warn of decompression bombs
 
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
+
+#: By EXIF's orientation. Not ImageOps.exif_transpose: that writes the EXIF anew, or fails to.
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_image(path: Path) -> Image.Image:
@@ -84,9 +95,8 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
         raise DataError(f"{name}: Pillow mode '{image.mode}' has no known range; convert it to 'L'")
     try:
         image.load()
-        # What changes nothing is not called: Pillow would copy the image each time.
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        eight_bit = _eight_bit(ImageOps.exif_transpose(image) if turned else image)
+        turn = _turn(image)
+        eight_bit = _eight_bit(image if turn is None else image.transpose(turn))
         mode = "L" if channels == 1 else "RGB"
         pixels = np.array(eight_bit if eight_bit.mode == mode else eight_bit.convert(mode))
     except Exception as error:
@@ -95,6 +105,16 @@ def decode(image: Image.Image, channels: int, name: str) -> Tensor:
         raise DataError(f"{name}: corrupt image ({error})") from error
     planes = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
     return torch.from_numpy(planes)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a loaded image upright; None where it is, or its EXIF cannot be read."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise
+    except Exception:  # which one, differs with what is wrong; the pixels are sound
+        return None
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
