@@ -380,6 +380,14 @@ def test_an_error_of_the_system_is_a_line(
     assert run(capsys, "doctor") == (code, "", f"densely doctor: {where}{os.strerror(number)}\n")
 
 
+def test_a_closed_output_is_no_mistake(tmp_path: Path) -> None:
+    words = f"-m densely train --epochs 1 --limit 60 --output {tmp_path}"
+    command = f"exec {sys.executable} {words} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, env=of_one_thread())
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "quickstart-001" / "README.md").is_file()
+
+
 ENDLESS = ["train", "--epochs", "100000", "--limit", "100", "--output"]
 
 
