@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import densely
 from densely.cli import explaining
 from densely.cli.parser import Parser
 from densely.data.preprocessing import Preprocessing
 from densely.errors import ConfigError, DataError, RunError
+from densely.evaluation import explain_run
 from densely.evaluation.calibration import Calibration, save_calibration
 from densely.evaluation.explain_run import explain_connections, explain_images, place
 from densely.evaluation.heat_maps import METHODS, explain
@@ -243,6 +245,23 @@ def test_a_map_lies_where_the_network_looked(height: int, width: int, crop: floa
         half = side / 64  # half a pixel of the network's, and rounding
         assert first[axis] == pytest.approx(shown[0].item(), abs=half + 1)
         assert last[axis] == pytest.approx(shown[-1].item(), abs=half + 1)
+
+
+def test_the_map_of_a_very_large_image_is_no_larger_than_its_picture(
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def watched(heat_map: Tensor, preprocessing: Preprocessing, *size: int) -> Tensor:
+        sizes.append(size)
+        return place(heat_map, preprocessing, *size)
+
+    monkeypatch.setattr(explain_run, "place", watched)
+    Image.new("L", (200, 20000)).save(tmp_path / "long.png")
+    (found,) = explain_images(digits_run, [tmp_path / "long.png"], output=tmp_path / "out")
+    assert sizes == [(2000, 20)]
+    with Image.open(found.path) as picture:
+        assert picture.height < 2100
 
 
 def test_a_map_of_the_whole_image_covers_it_all() -> None:

@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from densely.evaluation.overlay import SMALLEST, overlay, stretch, tile
+from densely.evaluation.overlay import LARGEST, SMALLEST, overlay, shrunk, stretch, tile
 
 
 def noise(*shape: int) -> NDArray[np.uint8]:
@@ -150,6 +150,42 @@ def test_images_of_any_shape_are_drawn(shape: tuple[int, ...]) -> None:
     picture = overlay(noise(*shape), torch.rand(3, 3), title="boot, 0.9: CAM", signed=True)
     assert picture.mode == "RGB"
     assert picture.height > 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 4000, 3000), (2000, 1500)),
+        ((3, 20000, 200), (2000, 20)),
+        ((1, 1, 60000), (1, 2000)),
+        ((1, 60000, 1), (2000, 1)),
+        ((3, 2000, 30), (2000, 30)),
+    ],
+)
+def test_a_very_large_image_is_scaled_down(shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    pixels = noise(*shape)
+    small = shrunk(pixels, LARGEST)
+    assert small.shape == (shape[0], *size)
+    picture = overlay(pixels, torch.rand(3, 3), title="boot, 0.9: CAM", signed=True)
+    assert max(picture.size) < 2 * LARGEST + 500
+    shown, _ = panels(picture, rows(small))
+    assert np.array_equal(shown, rows(small))
+
+
+def test_what_is_scaled_down_stays_where_it_is() -> None:
+    pixels = np.zeros((3, 300, 3000), np.uint8)
+    pixels[1, 150:, 2250:] = 200
+    small = shrunk(pixels, LARGEST).astype(int)
+    assert (small[[0, 2]] == 0).all()
+    assert (small[1, 105:, 1505:] == 200).all()
+    assert (small[1, :95] == 0).all()
+    assert (small[1, :, :1495] == 0).all()
+
+
+def test_text_beside_a_high_and_narrow_image_does_not_dwarf_it() -> None:
+    picture = overlay(noise(1, 2000, 30), torch.rand(3, 3), title="boot", signed=True)
+    assert picture.size[0] == 300
+    assert picture.size[1] < 2100
 
 
 @pytest.mark.parametrize(

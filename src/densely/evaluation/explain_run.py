@@ -100,7 +100,7 @@ def explain_images(
         DataError: an image cannot be read; it is named.
         RunError: no run, no checkpoint in it yet, or a damaged one; the folder cannot be made.
     """
-    from densely.evaluation.overlay import overlay
+    from densely.evaluation.overlay import LARGEST, overlay, shrunk
 
     paths = [os.fspath(image) for image in images]
     if not paths:
@@ -134,7 +134,8 @@ def explain_images(
     for path, source, file, (heat_map, probability, chosen) in zip(
         paths, sources, files, found, strict=True
     ):
-        pixels = _read(path, preprocessing)
+        # Scaled down at once: a map over each pixel of a large image would take gigabytes.
+        pixels = shrunk(_read(path, preprocessing), LARGEST)
         drawn = overlay(
             pixels,
             place(heat_map, preprocessing, *pixels.shape[1:]),

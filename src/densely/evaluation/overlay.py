@@ -31,6 +31,7 @@ from densely import drawing
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
 
+LARGEST = 2000  # an image whose longer side is above is scaled down: a picture is for the eye
 SMALLEST = 256  # an image whose longer side is below is enlarged, by a whole number
 TILE = 112  # longer side of an image in a contact sheet, about
 
@@ -49,7 +50,8 @@ _UNSEEN = 0.25  # ... and where the network did not look
 def overlay(pixels: Pixels | Tensor, heat_map: Tensor, *, title: str, signed: bool) -> Image.Image:
     """The image at its own resolution, the map over it, a bar of the map's values, and a title.
 
-    Images smaller than `SMALLEST` are enlarged by a whole number: each pixel stays a square.
+    Images smaller than `SMALLEST` are enlarged by a whole number: each pixel stays a square. Those
+    larger than `LARGEST` are scaled down.
 
     Args:
         pixels: uint8 [C, H, W], of 1 or 3 channels.
@@ -58,7 +60,7 @@ def overlay(pixels: Pixels | Tensor, heat_map: Tensor, *, title: str, signed: bo
         title: any text.
         signed: whether the map has values below zero, which speak against the class.
     """
-    image = _planes(pixels)
+    image = _planes(shrunk(pixels, LARGEST))
     heat: Values = stretch(heat_map, *image.shape[:2]).numpy()
     limit = _limit(heat)
     factor = -(-SMALLEST // max(image.shape[:2]))
@@ -79,13 +81,8 @@ def tile(
         heat_map: as for `overlay`; None for the image alone.
         signed: as for `overlay`; class activation maps are.
     """
-    image = _planes(pixels)
-    height, width = image.shape[:2]
-    longer = max(height, width)
-    if longer > TILE:
-        sides = [max(1, round(side * TILE / longer)) for side in (width, height)]
-        image = np.asarray(Image.fromarray(image).resize(sides, Image.Resampling.LANCZOS))
-    factor = max(1, round(TILE / longer))
+    image = _planes(shrunk(pixels, TILE))
+    factor = max(1, round(TILE / max(image.shape[:2])))
     panels = [_enlarged(image, factor)]
     height, width = panels[0].shape[:2]
     if heat_map is None:
@@ -98,9 +95,21 @@ def tile(
     return pair
 
 
-def _planes(pixels: Pixels | Tensor) -> Pixels:
+def shrunk(pixels: Pixels | Tensor, largest: int) -> Pixels:
+    """An image [C, H, W] scaled down to a longer side of `largest`, if it is above."""
+    array: Pixels = np.asarray(pixels.cpu() if isinstance(pixels, Tensor) else pixels)
+    height, width = array.shape[1:]
+    longer = max(height, width)
+    if longer <= largest:
+        return array
+    sides = (max(1, round(width * largest / longer)), max(1, round(height * largest / longer)))
+    # Plane by plane: Pillow has four bytes a pixel for colours, and they would be copied twice.
+    planes = [Image.fromarray(plane).resize(sides, Image.Resampling.LANCZOS) for plane in array]
+    return np.stack([np.asarray(plane) for plane in planes])
+
+
+def _planes(array: Pixels) -> Pixels:
     """[H, W, 3] for Pillow."""
-    array = np.asarray(pixels.cpu() if isinstance(pixels, Tensor) else pixels)
     return np.ascontiguousarray(np.broadcast_to(array, (3, *array.shape[1:])).transpose(1, 2, 0))
 
 
@@ -153,7 +162,8 @@ def _scale(signed: bool) -> tuple[Values, Values]:
 def _frame(panels: Sequence[Pixels], title: str, limit: float, signed: bool) -> Image.Image:
     """Panels side by side, title above, bar to the right; text grows with the panels."""
     height, width = panels[0].shape[:2]
-    unit = max(1.0, max(height, width) / 450)
+    # Beside panels that are high and narrow, text that grows with the height would dwarf them.
+    unit = max(1.0, min(max(height, width), 4 * width) / 450)
     gap, bar_width, bar_height = (round(unit * n) for n in (12, 14, 110))
     bar_height = max(height, bar_height)
     bar_left = 2 * width + 3 * gap
