@@ -1,12 +1,14 @@
 """The compiled CPU kernels, row lengths and dtypes one by one, against float64."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from densely.fused import kernels
+from densely.fused.kernels import reference
 from densely.fused.kernels.operands import Affine, Convolution, Pending, Pooling, Space
 from densely.fused.kernels.reference import Kernels
 
@@ -194,6 +196,85 @@ def test_pointwise(dtype: torch.dtype, gap: int, rows: int, columns: int, width:
     assert grad_weight is not None
     assert_near(grad_weight.flatten(1), grad.double().T @ act, dtype)
     assert_near(norm.bias, back.sum(0), dtype)
+
+
+@pytest.fixture(params=[2, 3])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Chunks of rows are as many as threads, and what they found is put together."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def _exact(conv: Convolution) -> Convolution:
+    affine = Affine(*(v.double() for v in conv.affine[:4]), True)
+    return conv._replace(affine=affine, weight=conv.weight.double())
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [(70, 50), (9, 20, 20)], ids=["2d", "3d"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_in_threads(dtype: torch.dtype, size: tuple[int, ...], kernel: int) -> None:
+    """Chunks end within images, where lines of a neighbour are read."""
+    space = Space(7, size)
+    make = Maker(dtype, 5, space.rows)
+    x, affine = make.matrix(24), make.affine(24)
+    weight = torch.randn(12, 24, *(kernel,) * len(size), generator=make.random).to(dtype) / 15
+    conv = Convolution(affine, weight, None, 1, space)
+    out, moments = make.poisoned(12), (torch.empty(12), torch.empty(12))
+    CPU.convolve(x, conv, out, moments)
+    act, exact = activated(x, affine), _exact(conv)
+    assert_near(out, reference.convolve(act, exact), dtype)
+    var, mean = torch.var_mean(out.double(), dim=0, correction=0)
+    assert_near(moments[0], mean, torch.float32)
+    assert_near(moments[1], var, torch.float32)
+
+    grad, total = make.matrix(12), make.poisoned(24)
+    zeros = torch.zeros(24), torch.zeros(24)
+    made_weight, norm = CPU.convolve_backward_add(grad, x, conv, True, total, None, zeros)
+    expected = torch.full_like(total, 77.0).double()
+    doubles = tuple(v.double() for v in zeros)
+    made = Kernels().convolve_backward_add(
+        grad.double(), x.double(), exact, True, expected, None, (doubles[0], doubles[1])
+    )
+    assert made_weight is not None
+    assert made[0] is not None
+    # Where x is next to a ReLU's zero, rounding decides: what it lets through is small in sums.
+    for one, other in ((made_weight, made[0]), (norm.weight, made[1].weight)):
+        far = (one.double() - other).norm() / other.norm()
+        assert far < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("_threads")
+@every_dtype
+def test_sums_over_rows_in_threads(dtype: torch.dtype) -> None:
+    space = Space(7, (70, 50))
+    make = Maker(dtype, 5, space.rows)
+    x, affine, out = make.matrix(24), make.affine(24), make.poisoned(24)
+    x[: len(x) // 2] += 3  # so that chunks have means of their own
+    mean, var = torch.empty(24), torch.empty(24)
+    CPU.place(x, out, (mean, var))
+    expected_var, expected_mean = torch.var_mean(x.double(), dim=0, correction=0)
+    assert_near(mean, expected_mean, torch.float32)
+    assert_near(var, expected_var, torch.float32)
+
+    g, act = make.matrix(24), CPU.norm_relu(x, affine)
+    norm, _ = CPU.norm_relu_backward(g.clone(), act, x, affine)
+    masked = torch.where(act <= 0, 0.0, g.double())
+    xhat = (x.double() - affine.mean) * affine.rstd
+    assert_near(norm.bias, masked.sum(0), torch.float32)
+    assert_near(norm.weight, (masked * xhat).sum(0), torch.float32)
+
+    pooling = Pooling("average", (2, 2))
+    _, choice = CPU.pool(x, affine, pooling, space)
+    grad = Maker(dtype, 0, 7 * 35 * 25).matrix(24)
+    _, pooled = CPU.pool_backward(grad, choice, x, affine, pooling, space)
+    spread = grad.double().view(7, 35, 25, 24).repeat_interleave(2, 1).repeat_interleave(2, 2) / 4
+    masked = torch.where(activated(x, affine) <= 0, 0.0, spread.view(-1, 24))
+    far = (pooled.bias.double() - masked.sum(0)).norm() / masked.sum(0).norm()
+    assert far < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
