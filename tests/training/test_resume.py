@@ -21,6 +21,7 @@ from densely.runtime import choose_runtime
 from densely.training import checkpoint, loop
 from densely.training import run as run_module
 from densely.training.checkpoint import load_model, load_state
+from densely.training.config import TrainConfig
 from densely.training.loop import train
 from densely.training.reporting import Reporter, Summary
 from densely.training.scoring import score_of
@@ -65,21 +66,24 @@ def test_stop_and_resume_give_the_bits_of_an_unbroken_run(
     assert tables[0] == tables[1]
 
 
-def test_a_stop_during_evaluation_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = config(tmp_path)
-    unbroken = train(settings)
+def stop_in_evaluation(settings: TrainConfig) -> None:
+    """Train until the first evaluation, in which a signal comes."""
     score_of = loop.score_of
 
     def stopping(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return score_of(*arguments)
 
-    monkeypatch.setattr(loop, "score_of", stopping)
-    with pytest.raises(Stopped):
-        train(settings)
-    monkeypatch.setattr(loop, "score_of", score_of)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "score_of", stopping)
+        with pytest.raises(Stopped):
+            train(settings)
+
+
+def test_a_stop_during_evaluation_loses_nothing(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    unbroken = train(settings)
+    stop_in_evaluation(settings)
     broken = tmp_path / "runs" / "quickstart-002"
     state = json.loads((broken / "checkpoints" / "last" / "state.json").read_text())
     assert (state["epoch"], state["seen"]) == (0, 200)
@@ -87,21 +91,10 @@ def test_a_stop_during_evaluation_loses_nothing(
     assert same_bits(weights(broken), weights(unbroken.run))
 
 
-def test_dropout_while_norms_are_averaged_is_the_same_after_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_while_norms_are_averaged_is_the_same_after_a_stop(tmp_path: Path) -> None:
     settings = config(tmp_path, norm_batches=2, options={"drop_rate": 0.3})
     unbroken = train(settings)
-    score_of = loop.score_of
-
-    def stopping(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return score_of(*arguments)
-
-    monkeypatch.setattr(loop, "score_of", stopping)
-    with pytest.raises(Stopped):
-        train(settings)
-    monkeypatch.setattr(loop, "score_of", score_of)
+    stop_in_evaluation(settings)
     again = train(settings, resume=tmp_path / "runs" / "quickstart-002")
     assert again.test == unbroken.test
     assert same_bits(weights(again.run), weights(unbroken.run))
