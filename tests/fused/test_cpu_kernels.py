@@ -165,6 +165,19 @@ def test_pooling(dtype: torch.dtype, columns: int, kind: str) -> None:
     assert_near(got, Kernels().pool(x, affine, pooling, space)[0], dtype)
 
 
+@pytest.mark.parametrize("side", [4, 5, 8, 64])
+def test_an_average_of_many_places_does_not_drift(side: int) -> None:
+    space, pooling = Space(3, (side, side)), Pooling("average", (side, side))
+    make = Maker(torch.float32, 0, space.rows)
+    x, affine = make.matrix(40), make.affine(40)
+    act = CPU.norm_relu(x, affine)
+    got, _ = CPU.pool(x, affine, pooling, space)
+    plain = torch.nn.functional.adaptive_avg_pool2d(space.maps(act), 1).flatten(1)
+    exact = space.maps(act.double()).mean((2, 3))
+    far, before = ((some - exact).norm() for some in (got, plain))
+    assert far <= 1.5 * before + 1e-8 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @gaps
 @pytest.mark.parametrize(

@@ -91,6 +91,11 @@ void sum_row(
   for (int64_t c = 0; c < columns; c++) sum[c] += float(activate(x[c], scale[c], shift[c]));
 }
 
+// Empties a part of a sum into the whole, in float64: in float32 a sum of thousands drifts.
+inline void drain_row(float* __restrict part, double* __restrict sum, int64_t columns) {
+  for (int64_t c = 0; c < columns; c++) sum[c] += part[c], part[c] = 0.0f;
+}
+
 template <class From, class To>
 void scale_row(const From* __restrict from, float factor, To* __restrict to, int64_t columns) {
   for (int64_t c = 0; c < columns; c++) to[c] = narrow<To>(float(from[c]) * factor);
@@ -208,7 +213,9 @@ void pool(
         return;
       }
 #endif
+      constexpr int64_t few = 16;  // places, whose sum in float32 is as good
       std::vector<float> best(columns), place(columns);
+      std::vector<double> sum(columns);
       for (int64_t r = begin; r < end; r++) {
         std::fill(best.begin(), best.end(), max ? -std::numeric_limits<float>::infinity() : 0.0f);
         int64_t places = 0;
@@ -218,7 +225,13 @@ void pool(
             max_row(in.row(row), s, b, number, best.data(), place.data(), columns);
           else
             sum_row(in.row(row), s, b, best.data(), columns);
+          if (!max && places % few == 0) drain_row(best.data(), sum.data(), columns);
         });
+        if (!max && places >= few) {
+          drain_row(best.data(), sum.data(), columns);
+          std::copy(sum.begin(), sum.end(), best.begin());
+          std::fill(sum.begin(), sum.end(), 0.0);
+        }
         scale_row(best.data(), max ? 1.0f : 1.0f / places, to.row(r), columns);
         if (max) number_row(place.data(), which.row(r), columns);
       }
