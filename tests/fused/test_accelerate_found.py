@@ -5,6 +5,7 @@ import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import foreign
@@ -330,3 +331,60 @@ def test_the_report_reads_well_and_does_not_hold_the_model() -> None:
     gc.collect()
     assert done.calls() == {}
     assert "8 replaced" in str(done)
+
+
+class Annotated(Tensor):
+    """A tensor that carries more, as MONAI's MetaTensor does."""
+
+
+def test_tensors_of_other_types_take_the_original_way() -> None:
+    original = foreign.shuffle(foreign.torchvision())
+    net = copy.deepcopy(original)
+    accelerate(net)
+    x = foreign.images(SHAPE).as_subclass(Annotated)
+    wanted, got = original.eval()(x), net.eval()(x)
+    assert type(got) is type(wanted) is Annotated
+    assert torch.equal(got, wanted)
+    assert report(net).calls()[""].reasons == {"reads a Annotated": 1}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_a_block_gives_can_be_saved_and_loaded(train: bool, tmp_path: Path) -> None:
+    net = foreign.shuffle(foreign.torchvision())
+    accelerate(net)
+    features = net.train(train).features
+    with torch.no_grad():
+        made = features.denseblock1(foreign.images((2, features.norm0.num_features, 8, 8)))
+    torch.save(made, tmp_path / "made.pt")
+    assert torch.equal(torch.load(tmp_path / "made.pt", weights_only=True), made)
+
+
+def test_other_data_in_a_blocks_output_are_seen() -> None:
+    original = foreign.shuffle(foreign.torchvision()).train()
+    net = copy.deepcopy(original)
+    accelerate(net)
+    found = []
+    for some in (original, net):
+        features = some.features
+        y = features.denseblock1(foreign.images((2, features.norm0.num_features, 8, 8)))
+        y.data = 2 * y.data + 1
+        found.append(features.transition1(y))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+def test_maps_smaller_than_a_poolings_window_are_pytorchs_error() -> None:
+    net = foreign.shuffle(foreign.torchvision())
+    accelerate(net)
+    step = net.features.transition1
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        step(foreign.images((2, step.norm.num_features, 1, 1)))
+
+
+def test_poolings_with_settings_in_tuples_of_one() -> None:
+    net = foreign.torchvision()
+    net.features.transition1.pool = nn.AvgPool2d((2,), (2,))
+    net.features.pool0 = nn.MaxPool2d((3,), (2,), (1,))
+    foreign.shuffle(net)
+    wanted = foreign.step(copy.deepcopy(net), foreign.images(SHAPE))
+    accelerate(net)
+    foreign.assert_same(foreign.step(net, foreign.images(SHAPE)), wanted)

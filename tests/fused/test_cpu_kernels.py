@@ -260,6 +260,23 @@ def test_convolutions_in_threads(dtype: torch.dtype, size: tuple[int, ...], kern
         assert far < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("columns", [16, 24, 33])
+def test_gradients_of_dilated_convolutions_in_bfloat16(columns: int) -> None:
+    """oneDNN's were garbage in channels-last, or a crash."""
+    space = Space(2, (40, 40))
+    make = Maker(torch.bfloat16, 0, space.rows)
+    x, affine, grad = make.matrix(columns), make.affine(columns), make.matrix(12)
+    weight = torch.randn(12, columns, 3, 3, generator=make.random).bfloat16() / 15
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    conv = Convolution(affine, weight, None, 2, space)
+    found = reference.convolve_backward(grad, x, conv, True)
+    exact = reference.convolve_backward(grad.double(), x.double(), _exact(conv), True)
+    for one, other in zip(found, exact, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one.double() - other).norm() < 0.01 * other.norm()
+
+
 @pytest.mark.usefixtures("_threads")
 @every_dtype
 def test_sums_over_rows_in_threads(dtype: torch.dtype) -> None:

@@ -5,12 +5,14 @@ as plain PyTorch, with the same result: `obstacle` says why.
 """
 
 import logging
+import operator
 from collections import Counter
 from collections.abc import Iterable
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from densely.fused import block, companions, plain
 from densely.fused.companions import Moments
@@ -26,7 +28,9 @@ _logged: set[str] = set()
 fused_calls: Counter[str] = Counter()
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MOMENTS = "_densely_moments"  # attribute of a block's output
+#: Statistics that blocks have left with their outputs, and what shows that those are as they were.
+#: Not an attribute: that would be saved, copied and handed on with the tensor.
+_left: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
@@ -40,13 +44,15 @@ def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     _note_fused("dense block")
     output, mean, var = block.dense_block(x, layers)
     if mean.numel() and not torch.compiler.is_compiling() and not output.is_inference():
-        setattr(output, _MOMENTS, (Moments(mean, var), output._version))
+        _left[output] = Moments(mean, var), _state(output)
     return output
 
 
 def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Tensor:
     """`plain.transition`."""
     why = obstacle(x, [norm], [conv]) or _misfit(x.shape[1], norm, conv)
+    if why is None and any(map(operator.lt, x.shape[2:], window)):
+        why = "reads maps smaller than its pooling's window"  # PyTorch's own error says more
     if why is not None:
         _note_plain(why)
         return plain.transition(x, norm, conv, window)
@@ -101,6 +107,8 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]
             return "runs under a transform of torch.func"
         if forward_ad._current_level >= 0:
             return "runs under forward-mode differentiation"
+        if torch.overrides.has_torch_function_unary(x):  # such as MONAI's MetaTensor
+            return f"reads a {type(x).__name__}"
     device = x.device
     if device.type != "cpu" and (device.type != "cuda" or missing(device)):
         return f"runs on {x.device.type}, for which there are no kernels yet"
@@ -169,8 +177,13 @@ def _moments(x: Tensor) -> Moments | None:
     """Statistics that a fused block has left with its output, if nobody has changed it since."""
     if torch.compiler.is_compiling():
         return None
-    moments, version = getattr(x, _MOMENTS, (None, None))
-    return moments if moments is not None and version == x._version else None
+    moments, state = _left.get(x, (None, None))  # type: ignore[no-untyped-call]
+    return moments if moments is not None and state == _state(x) else None
+
+
+def _state(x: Tensor) -> tuple[int, int]:
+    """Another one where a tensor was written to, or given other memory by `x.data = y`."""
+    return x._version, x.untyped_storage()._cdata
 
 
 def _note_fused(kind: str) -> None:

@@ -271,7 +271,8 @@ def read_steps(modules: Mapping[str, Any]) -> tuple[Step, ...]:
 
 def each_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
     """A setting that may be one number for all axes, as one for each."""
-    return (value,) * dims if isinstance(value, int) else tuple(value)
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
 
 
 def _conv(module: nn.Conv2d, dims: int, size: int) -> str | None:

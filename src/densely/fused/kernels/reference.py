@@ -313,6 +313,9 @@ def convolve_backward(
         return torch.mm(grad, flat), grad_weight
     maps, kernel = two_dimensional(space.maps(act), weight)
     grads, _ = two_dimensional(space.maps(grad.contiguous()), weight)
+    if maps.device.type == "cpu" and maps.dtype.itemsize == 2 and conv.dilation > 1:
+        # There oneDNN's weight gradient of maps in channels-last is wrong, or crashes.
+        maps, kernel, grads = maps.contiguous(), kernel.contiguous(), grads.contiguous()
     d = maps.dim() - 2
     grad_act, grad_weight, _ = torch.ops.aten.convolution_backward(
         grads, maps, kernel, None, [1] * d, same_padding(kernel, conv.dilation),
