@@ -388,3 +388,29 @@ def test_poolings_with_settings_in_tuples_of_one() -> None:
     wanted = foreign.step(copy.deepcopy(net), foreign.images(SHAPE))
     accelerate(net)
     foreign.assert_same(foreign.step(net, foreign.images(SHAPE)), wanted)
+
+
+def test_a_gradient_that_is_one_number_for_all_places() -> None:
+    """Its strides are zero: nothing may be added to it in place."""
+    original = foreign.shuffle(foreign.torchvision()).train()
+    net = copy.deepcopy(original)
+    accelerate(net)
+    grads = []
+    for some in (original, net):
+        features = some.features
+        x = foreign.images((2, features.norm0.num_features, 8, 8)).requires_grad_()
+        sums = features.denseblock1(x).sum((0, 2, 3))
+        (sums * torch.linspace(0, 1, len(sums), dtype=sums.dtype)).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_for_other_channels_is_pytorchs_error() -> None:
+    net = foreign.shuffle(foreign.torchvision())
+    accelerate(net)
+    layer = net.features.denseblock1.denselayer2
+    fewer = layer.norm1.num_features - 8
+    layer.norm1 = nn.BatchNorm2d(fewer).double()
+    layer.conv1 = nn.Conv2d(fewer, layer.conv1.out_channels, 1, bias=False).double()
+    with pytest.raises(RuntimeError, match=r"should contain|expected input"):
+        net.eval()(foreign.images(SHAPE))

@@ -260,6 +260,18 @@ def test_convolutions_in_threads(dtype: torch.dtype, size: tuple[int, ...], kern
         assert far < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("step", [1, 2])
+def test_pointwise_with_a_bias(dtype: torch.dtype, step: int) -> None:
+    """The bias need not be contiguous."""
+    make = Maker(dtype, 5, 2000)
+    x, affine, out = make.matrix(37), make.affine(37), make.poisoned(12)
+    weight = torch.randn(12, 37, 1, 1, generator=make.random).to(dtype) / 6
+    bias = (make.vector(12 * step) * 8).to(dtype)[::step]
+    CPU.convolve(x, Convolution(affine, weight, bias, 1, Space(1, (2000, 1))), out, None)
+    assert_near(out, activated(x, affine) @ weight.flatten(1).double().T + bias.double(), dtype)
+
+
 @pytest.mark.parametrize("columns", [16, 24, 33])
 def test_gradients_of_dilated_convolutions_in_bfloat16(columns: int) -> None:
     """oneDNN's were garbage in channels-last, or a crash."""
