@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from densely.whole_file import whole_file
+from densely.words import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,11 +70,6 @@ def anybodys(texts: "Iterable[Text]") -> None:
         text.set_text(printable(text.get_text()))
         text.set_parse_math(False)
         text.set_fontfamily(families())
-
-
-def printable(text: str) -> str:
-    """The text, with what is no text spelt out: names of folders may hold any bytes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @cache

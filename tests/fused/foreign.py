@@ -1,5 +1,6 @@
 """Small DenseNets of other packages, with weights and statistics that hide no mistake."""
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -13,6 +14,8 @@ import peers
 import pytest
 import torch
 from torch import Tensor, nn
+
+from densely.fused import accelerate
 
 
 class Result(NamedTuple):
@@ -101,6 +104,14 @@ def shuffle(model: nn.Module, seed: int = 0) -> nn.Module:
                 if module.bias is not None:
                     module.bias.normal_(generator=generator)
     return model
+
+
+def pair(net: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A net with shuffled weights as it was, and the same one accelerated."""
+    original = shuffle(net)
+    accelerated = copy.deepcopy(original)
+    assert accelerate(accelerated).left_alone == {}
+    return original, accelerated
 
 
 def images(shape: tuple[int, ...], seed: int = 1) -> Tensor:

@@ -13,14 +13,6 @@ from torch import Tensor, nn
 from densely.fused import accelerate
 
 
-def pair(net: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A net with shuffled weights as it was, and the same one accelerated."""
-    original = foreign.shuffle(net)
-    accelerated = copy.deepcopy(original)
-    assert accelerate(accelerated).left_alone == {}
-    return original, accelerated
-
-
 def assert_all_ran(model: nn.Module, times: int) -> None:
     """Every unit ran densely's step that often, and never its own forward."""
     report = accelerate(model)
@@ -35,7 +27,7 @@ def assert_all_ran(model: nn.Module, times: int) -> None:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", foreign.CASES.values(), ids=foreign.CASES)
 def test_equal_in_float64(case: foreign.Case, train: bool) -> None:
-    original, accelerated = pair(case.make())
+    original, accelerated = foreign.pair(case.make())
     x = foreign.images(case.shape)
     for _ in range(2):  # the second step starts from statistics that the first one left
         foreign.assert_same(
@@ -57,7 +49,7 @@ def test_equal_masks_of_dropout_under_the_same_seed(
     case: foreign.Case, channels_last: bool
 ) -> None:
     layout = CHANNELS_LAST[len(case.shape)] if channels_last else torch.preserve_format
-    original, accelerated = (net.to(memory_format=layout) for net in pair(case.make(0.3)))
+    original, accelerated = (net.to(memory_format=layout) for net in foreign.pair(case.make(0.3)))
     x = foreign.images(case.shape).to(memory_format=layout)
     kept, whole = (foreign.step(original, x, train=train) for train in (True, False))
     foreign.assert_same(foreign.step(accelerated, x, train=True), kept)
@@ -106,7 +98,7 @@ def _all_values(tensors: Tensor | dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 def test_float32_is_as_near_to_float64_as_before(device: str, name: str, train: bool) -> None:
     case = foreign.CASES[name]
-    models = pair(case.make())
+    models = foreign.pair(case.make())
     with exact_convolutions():
         found = distances(case, models, torch.float32, train, device)
     # So few values of so few layers differ by chance, by some 1e-7: more than any on one device.
@@ -119,7 +111,7 @@ def test_float32_is_as_near_to_float64_as_before(device: str, name: str, train: 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["torchvision", "MONAI 1D"])
 def test_bfloat16_weights_take_the_same_path(name: str, train: bool) -> None:
-    models = pair(foreign.CASES[name].make())
+    models = foreign.pair(foreign.CASES[name].make())
     for part, (before, now) in distances(
         foreign.CASES[name], models, torch.bfloat16, train
     ).items():
@@ -131,7 +123,7 @@ def test_bfloat16_weights_take_the_same_path(name: str, train: bool) -> None:
 @pytest.mark.parametrize("name", ["torchvision", "MONAI 1D"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_takes_the_same_path(device: str, name: str, train: bool) -> None:
-    models = pair(foreign.CASES[name].make())
+    models = foreign.pair(foreign.CASES[name].make())
     with torch.autocast(device, torch.bfloat16):
         found = distances(foreign.CASES[name], models, torch.float32, train, device)
         x = foreign.images(foreign.CASES[name].shape).to(device, torch.float32)
@@ -194,7 +186,7 @@ def test_norms_work_as_in_torch(
     change: Callable[[list[Any]], None], name: str, train: bool
 ) -> None:
     case = foreign.CASES[name]
-    original, accelerated = pair(case.make())
+    original, accelerated = foreign.pair(case.make())
     x = foreign.images(case.shape)
     for model in (original, accelerated):
         model.train(train)

@@ -338,9 +338,7 @@ class Annotated(Tensor):
 
 
 def test_tensors_of_other_types_take_the_original_way() -> None:
-    original = foreign.shuffle(foreign.torchvision())
-    net = copy.deepcopy(original)
-    accelerate(net)
+    original, net = foreign.pair(foreign.torchvision())
     x = foreign.images(SHAPE).as_subclass(Annotated)
     wanted, got = original.eval()(x), net.eval()(x)
     assert type(got) is type(wanted) is Annotated
@@ -350,8 +348,7 @@ def test_tensors_of_other_types_take_the_original_way() -> None:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_what_a_block_gives_can_be_saved_and_loaded(train: bool, tmp_path: Path) -> None:
-    net = foreign.shuffle(foreign.torchvision())
-    accelerate(net)
+    _, net = foreign.pair(foreign.torchvision())
     features = net.train(train).features
     with torch.no_grad():
         made = features.denseblock1(foreign.images((2, features.norm0.num_features, 8, 8)))
@@ -360,12 +357,9 @@ def test_what_a_block_gives_can_be_saved_and_loaded(train: bool, tmp_path: Path)
 
 
 def test_other_data_in_a_blocks_output_are_seen() -> None:
-    original = foreign.shuffle(foreign.torchvision()).train()
-    net = copy.deepcopy(original)
-    accelerate(net)
     found = []
-    for some in (original, net):
-        features = some.features
+    for net in foreign.pair(foreign.torchvision()):
+        features = net.train().features
         y = features.denseblock1(foreign.images((2, features.norm0.num_features, 8, 8)))
         y.data = 2 * y.data + 1
         found.append(features.transition1(y))
@@ -373,8 +367,7 @@ def test_other_data_in_a_blocks_output_are_seen() -> None:
 
 
 def test_maps_smaller_than_a_poolings_window_are_pytorchs_error() -> None:
-    net = foreign.shuffle(foreign.torchvision())
-    accelerate(net)
+    _, net = foreign.pair(foreign.torchvision())
     step = net.features.transition1
     with pytest.raises(RuntimeError, match="Output size is too small"):
         step(foreign.images((2, step.norm.num_features, 1, 1)))
@@ -384,20 +377,15 @@ def test_poolings_with_settings_in_tuples_of_one() -> None:
     net = foreign.torchvision()
     net.features.transition1.pool = nn.AvgPool2d((2,), (2,))
     net.features.pool0 = nn.MaxPool2d((3,), (2,), (1,))
-    foreign.shuffle(net)
-    wanted = foreign.step(copy.deepcopy(net), foreign.images(SHAPE))
-    accelerate(net)
-    foreign.assert_same(foreign.step(net, foreign.images(SHAPE)), wanted)
+    wanted, got = (foreign.step(some, foreign.images(SHAPE)) for some in foreign.pair(net))
+    foreign.assert_same(got, wanted)
 
 
 def test_a_gradient_that_is_one_number_for_all_places() -> None:
     """Its strides are zero: nothing may be added to it in place."""
-    original = foreign.shuffle(foreign.torchvision()).train()
-    net = copy.deepcopy(original)
-    accelerate(net)
     grads = []
-    for some in (original, net):
-        features = some.features
+    for net in foreign.pair(foreign.torchvision()):
+        features = net.train().features
         x = foreign.images((2, features.norm0.num_features, 8, 8)).requires_grad_()
         sums = features.denseblock1(x).sum((0, 2, 3))
         (sums * torch.linspace(0, 1, len(sums), dtype=sums.dtype)).sum().backward()
@@ -406,8 +394,7 @@ def test_a_gradient_that_is_one_number_for_all_places() -> None:
 
 
 def test_a_layer_for_other_channels_is_pytorchs_error() -> None:
-    net = foreign.shuffle(foreign.torchvision())
-    accelerate(net)
+    _, net = foreign.pair(foreign.torchvision())
     layer = net.features.denseblock1.denselayer2
     fewer = layer.norm1.num_features - 8
     layer.norm1 = nn.BatchNorm2d(fewer).double()

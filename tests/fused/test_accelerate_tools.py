@@ -24,10 +24,8 @@ NAMES = ["torchvision", "timm", "MONAI 2D"]
 def pair(
     name: str = "torchvision", *, train: bool = False, **kwargs: Any
 ) -> tuple[nn.Module, nn.Module]:
-    original = foreign.shuffle(foreign.CASES[name].make(**kwargs)).train(train)
-    accelerated = copy.deepcopy(original)
-    accelerate(accelerated)
-    return original, accelerated
+    original, accelerated = foreign.pair(foreign.CASES[name].make(**kwargs))
+    return original.train(train), accelerated.train(train)
 
 
 def paths(model: nn.Module) -> set[tuple[int, int]]:

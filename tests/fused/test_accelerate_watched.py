@@ -21,10 +21,7 @@ SHAPE = (2, 3, 64, 32)
 
 
 def pair(name: str = "torchvision", **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    original = foreign.shuffle(MAKERS[name](**kwargs))
-    accelerated = copy.deepcopy(original)
-    accelerate(accelerated)
-    return original, accelerated
+    return foreign.pair(MAKERS[name](**kwargs))
 
 
 def unit_of(net: nn.Module, name: str) -> str | None:

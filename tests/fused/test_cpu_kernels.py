@@ -55,9 +55,19 @@ def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=near, equal_nan=True)
 
 
+def assert_moments(got: tuple[Tensor, Tensor], matrix: Tensor) -> None:
+    var, mean = torch.var_mean(matrix.double(), dim=0, correction=0)
+    assert_near(got[0], mean, torch.float32)
+    assert_near(got[1], var, torch.float32)
+
+
 def assert_untouched(matrix: Tensor) -> None:
     base = matrix if matrix._base is None else matrix._base
     assert (base[:, matrix.shape[1] :] == 77).all()
+
+
+def doubled(affine: Affine) -> Affine:
+    return Affine(*(v.double() for v in affine[:4]), True)
 
 
 def activated(x: Tensor, affine: Affine) -> Tensor:
@@ -128,9 +138,7 @@ def test_place(dtype: torch.dtype, gap: int, columns: int) -> None:
     x[:, 0] += 8
     mean, var = torch.empty(columns), torch.empty(columns)
     CPU.place(x, out, (mean, var))
-    expected_var, expected_mean = torch.var_mean(x.double(), dim=0, correction=0)
-    assert_near(mean, expected_mean, torch.float32)
-    assert_near(var, expected_var, torch.float32)
+    assert_moments((mean, var), x)
     x[0, 0], x[70, -1] = math.nan, math.inf
     CPU.place(x, out, (mean, var))
     torch.testing.assert_close(out, x, rtol=0, atol=0, equal_nan=True)
@@ -153,9 +161,8 @@ def test_pooling(dtype: torch.dtype, columns: int, kind: str) -> None:
     assert_near(got, expected, dtype)
     grad = Maker(dtype, 0, got.shape[0]).matrix(columns)
     got_x, got_norm = CPU.pool_backward(grad, choice, x, affine, pooling, space)
-    doubled = Affine(*(v.double() for v in affine[:4]), True)
     expected_x, norm = Kernels().pool_backward(
-        grad.double(), choice, x.double(), doubled, pooling, space
+        grad.double(), choice, x.double(), doubled(affine), pooling, space
     )
     assert_near(got_x, expected_x, dtype)
     for one, other in zip(got_norm, norm, strict=True):
@@ -194,9 +201,7 @@ def test_pointwise(dtype: torch.dtype, gap: int, rows: int, columns: int, width:
     act, flat = activated(x, affine), weight.flatten(1).double()
     assert_near(out, act @ flat.T, dtype)
     assert_untouched(out)
-    var, mean = torch.var_mean(out.double(), dim=0, correction=0)
-    assert_near(moments[0], mean, torch.float32)
-    assert_near(moments[1], var, torch.float32)
+    assert_moments(moments, out)
 
     grad, base, total = make.matrix(width), make.matrix(columns), make.poisoned(columns)
     terms = tuple(torch.zeros(columns) for _ in range(2))
@@ -221,8 +226,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _exact(conv: Convolution) -> Convolution:
-    affine = Affine(*(v.double() for v in conv.affine[:4]), True)
-    return conv._replace(affine=affine, weight=conv.weight.double())
+    return conv._replace(affine=doubled(conv.affine), weight=conv.weight.double())
 
 
 @pytest.mark.usefixtures("_threads")
@@ -240,9 +244,7 @@ def test_convolutions_in_threads(dtype: torch.dtype, size: tuple[int, ...], kern
     CPU.convolve(x, conv, out, moments)
     act, exact = activated(x, affine), _exact(conv)
     assert_near(out, reference.convolve(act, exact), dtype)
-    var, mean = torch.var_mean(out.double(), dim=0, correction=0)
-    assert_near(moments[0], mean, torch.float32)
-    assert_near(moments[1], var, torch.float32)
+    assert_moments(moments, out)
 
     grad, total = make.matrix(12), make.poisoned(24)
     zeros = torch.zeros(24), torch.zeros(24)
@@ -298,9 +300,7 @@ def test_sums_over_rows_in_threads(dtype: torch.dtype) -> None:
     x[: len(x) // 2] += 3  # so that chunks have means of their own
     mean, var = torch.empty(24), torch.empty(24)
     CPU.place(x, out, (mean, var))
-    expected_var, expected_mean = torch.var_mean(x.double(), dim=0, correction=0)
-    assert_near(mean, expected_mean, torch.float32)
-    assert_near(var, expected_var, torch.float32)
+    assert_moments((mean, var), x)
 
     g, act = make.matrix(24), CPU.norm_relu(x, affine)
     norm, _ = CPU.norm_relu_backward(g.clone(), act, x, affine)

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from densely import drawing
+from densely.words import printable
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
@@ -198,7 +199,7 @@ def _frame(panels: Sequence[Pixels], title: str, limit: float, signed: bool) -> 
 def _fit(text: Text, title: str, width: int) -> int:
     """Give a text this title, in lines that fit into `width`; returns its height in pixels."""
     lines = [""]
-    for word in drawing.printable(title).split():
+    for word in printable(title).split():
         for piece in _pieces(text, word, width):
             longer = f"{lines[-1]} {piece}".lstrip()
             if lines[-1] and _width(text, longer) > width:

@@ -50,9 +50,7 @@ def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
 
 def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Tensor:
     """`plain.transition`."""
-    why = obstacle(x, [norm], [conv]) or _misfit(x.shape[1], norm, conv)
-    if why is None and any(map(operator.lt, x.shape[2:], window)):
-        why = "reads maps smaller than its pooling's window"  # PyTorch's own error says more
+    why = obstacle(x, [norm], [conv]) or _misfit(x.shape[1], norm, conv) or _too_small(x, window)
     if why is not None:
         _note_plain(why)
         return plain.transition(x, norm, conv, window)
@@ -165,6 +163,12 @@ def _misfit(channels: int, norm: Norm, conv: Conv | None) -> str | None:
     widths |= {conv.weight.shape[1]} if conv else set()
     other = widths - {channels}
     return f"has parts for {min(other)} channels where it reads {channels}" if other else None
+
+
+def _too_small(x: Tensor, window: tuple[int, ...]) -> str | None:
+    """Whether maps have no room for a window; PyTorch's own error says more."""
+    smaller = any(map(operator.lt, x.shape[2:], window))
+    return "reads maps smaller than its pooling's window" if smaller else None
 
 
 def _fits(parameter: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -5,7 +5,7 @@ import shlex
 from densely.environment import package_versions
 from densely.training.checkpoint import ModelInfo
 from densely.training.reporting import RunFacts, Summary
-from densely.words import counted, on_one_line
+from densely.words import counted, on_one_line, printable
 
 
 def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
@@ -29,7 +29,7 @@ def model_card(facts: RunFacts, info: ModelInfo, summary: Summary) -> str:
     names = ", ".join(map(on_one_line, info.classes[:20])) + ", ..." * (len(info.classes) > 20)
     names = names.replace("|", r"\|")
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    card = f"""# {config.model} on {config.data}
+    return printable(f"""# {config.model} on {config.data}
 
 ![curves](curves.png)
 
@@ -64,5 +64,4 @@ Limits: it knows nothing but the classes above, and gives one of them to any pic
 probabilities are not calibrated until `densely evaluate` has done so. It was judged on one test
 split of the same source as its training images; other cameras, other places and other times may
 differ.
-"""
-    return card.encode("utf-8", "backslashreplace").decode()  # names of folders may hold any bytes
+""")

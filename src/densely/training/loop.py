@@ -301,6 +301,7 @@ class _Trainer:
                 )
             if self.stop.signal is not None or now - self._saved_at > SAVE_SECONDS:
                 take_stock()
+                self._require_numbers()
                 self._stop_if_asked()
                 self._save_last()
         take_stock()
@@ -455,7 +456,6 @@ class _Trainer:
         self._drawn_at = time.monotonic()
 
     def _save(self, folder: Path) -> None:
-        self._require_numbers()
         self.progress.total_s = self._spent_before + time.monotonic() - self._began
         save_checkpoint(folder, self.model, self.info, self.optimizer, self.progress)
 
