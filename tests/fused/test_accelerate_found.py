@@ -333,19 +333,6 @@ def test_the_report_reads_well_and_does_not_hold_the_model() -> None:
     assert "8 replaced" in str(done)
 
 
-class Annotated(Tensor):
-    """A tensor that carries more, as MONAI's MetaTensor does."""
-
-
-def test_tensors_of_other_types_take_the_original_way() -> None:
-    original, net = foreign.pair(foreign.torchvision())
-    x = foreign.images(SHAPE).as_subclass(Annotated)
-    wanted, got = original.eval()(x), net.eval()(x)
-    assert type(got) is type(wanted) is Annotated
-    assert torch.equal(got, wanted)
-    assert report(net).calls()[""].reasons == {"reads a Annotated": 1}
-
-
 @pytest.mark.parametrize("train", [True, False])
 def test_what_a_block_gives_can_be_saved_and_loaded(train: bool, tmp_path: Path) -> None:
     _, net = foreign.pair(foreign.torchvision())

@@ -1,6 +1,7 @@
 """Who watches an inner module sees what was there before; that unit alone runs its own forward."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from densely.fused import accelerate, report
+from densely.fused.accelerated import original_class
 
 MAKERS = {
     "torchvision": foreign.torchvision,
@@ -285,6 +287,60 @@ def test_changes_made_after_acceleration_are_obeyed(
     x = foreign.images(SHAPE)
     foreign.assert_same(foreign.step(accelerated, x), foreign.step(original, x))
     assert_only_this_is_plain(accelerated, "features.denseblock1", reason)
+
+
+def class_of(net: nn.Module, name: str) -> type[nn.Module]:
+    """Of the module of that name; of the net itself it is the class behind densely's."""
+    return original_class(net.get_submodule(name)) if name else original_class(net)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "plain"),
+    [
+        ("features.denseblock1.denselayer1", "forward", {"dense block"}),
+        ("features.denseblock1.denselayer1", "bn_function", {"dense block"}),
+        ("features.denseblock1", "forward", {"dense block"}),
+        ("features.transition1.pool", "forward", {"transition"}),
+        ("features.norm0", "forward", {"stem", "dense block", "transition", "final norm"}),
+        ("features", "forward", {"stem", "transition", "final norm"}),
+        ("", "forward", {"final norm"}),
+    ],
+)
+def test_methods_replaced_on_a_class_are_obeyed(
+    name: str, method: str, plain: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As test-time adaptation does with batch norms; such a method may be wrapped by functools."""
+    original, accelerated = pair()
+    x = foreign.images(SHAPE)
+    foreign.step(copy.deepcopy(accelerated), x)  # what is known of the class by now
+    before = foreign.step(copy.deepcopy(original), x)
+    cls = class_of(original, name)
+    own = getattr(cls, method)
+
+    @functools.wraps(own)
+    def doubled(self: nn.Module, *args: Any) -> Tensor:
+        return 2 * own(self, *args)
+
+    monkeypatch.setattr(cls, method, doubled)
+    wanted, got = (foreign.step(net, x) for net in (original, accelerated))
+    foreign.assert_same(got, wanted)
+    assert not torch.allclose(wanted.output, before.output)
+    found = report(accelerated)
+    for kind, names in found.replaced.items():
+        for unit in names:
+            calls = found.calls()[unit]
+            assert (calls.densely, calls.plain) == ((0, 1) if kind in plain else (1, 0)), unit
+
+
+def test_a_net_whose_forward_is_wrapped_on_the_object_runs_within_it() -> None:
+    """As Hugging Face's accelerate does for its mixed precision."""
+    original, accelerated = pair()
+    for net in (original, accelerated):
+        own = net.forward
+        net.forward = lambda x, own=own: 2 * own(x)
+    x = foreign.images(SHAPE)
+    foreign.assert_same(foreign.step(accelerated, x), foreign.step(original, x))
+    assert_only_this_is_plain(accelerated, None)
 
 
 def test_checkpointing_is_not_needed_any_more() -> None:

@@ -294,15 +294,16 @@ def test_triton_is_one_of_the_sets_here() -> None:
 
 
 def test_without_triton_gpus_run_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
+    class OnGpu(torch.Tensor):
         device = torch.device("cuda")
 
     monkeypatch.setattr(kernels, "_HAS_TRITON", False)
     monkeypatch.setattr(kernels, "_triton", lambda gpu: "not there")
     assert kernels.missing("cuda") == "Triton is not installed"
     assert "triton" not in kernels.available()
-    assert type(kernels.chosen(OnGpu())) is Kernels  # type: ignore[arg-type]
-    assert "runs on cuda" in str(backend.obstacle(OnGpu(), [], []))  # type: ignore[arg-type]
+    x = torch.zeros(1).as_subclass(OnGpu)
+    assert type(kernels.chosen(x)) is Kernels
+    assert "runs on cuda" in str(backend.obstacle(x, [], []))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from densely.errors import ConfigError
 from densely.fused import parts
-from densely.fused.calls import original_class
+from densely.fused.accelerated import original_class
 from densely.fused.dialects import known_class
 from densely.models.resnet import Residual, ResNet
 

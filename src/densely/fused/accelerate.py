@@ -9,7 +9,7 @@ from torch import nn
 
 from densely.errors import ConfigError
 from densely.fused import parts
-from densely.fused.calls import Accelerated, original_class
+from densely.fused.accelerated import Accelerated, original_class
 from densely.fused.parts import Obstacle
 from densely.fused.report import Acceleration
 from densely.fused.swap import swap_in, swap_out

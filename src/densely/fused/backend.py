@@ -12,10 +12,10 @@ from collections.abc import Iterable
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from densely.fused import block, companions, plain
-from densely.fused.companions import Moments
+from densely.fused.bare_tensors import on_bare_tensors, why_plain
+from densely.fused.block_statistics import Moments, leave, moments_of
 from densely.fused.image_stem import image_stem as fused_image_stem
 from densely.fused.image_stem import made_space
 from densely.fused.kernels import makes_image_stem, missing
@@ -28,11 +28,9 @@ _logged: set[str] = set()
 fused_calls: Counter[str] = Counter()
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: Statistics that blocks have left with their outputs, and what shows that those are as they were.
-#: Not an attribute: that would be saved, copied and handed on with the tensor.
-_left: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+@on_bare_tensors
 def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     """`plain.dense_block`."""
     convs = [step.conv for layer in layers for step in layer]
@@ -43,11 +41,12 @@ def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
         return plain.dense_block(x, layers)
     _note_fused("dense block")
     output, mean, var = block.dense_block(x, layers)
-    if mean.numel() and not torch.compiler.is_compiling() and not output.is_inference():
-        _left[output] = Moments(mean, var), _state(output)
+    if mean.numel():
+        leave(output, Moments(mean, var))
     return output
 
 
+@on_bare_tensors
 def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Tensor:
     """`plain.transition`."""
     why = obstacle(x, [norm], [conv]) or _misfit(x.shape[1], norm, conv) or _too_small(x, window)
@@ -55,9 +54,10 @@ def transition(x: Tensor, norm: Norm, conv: Conv, window: tuple[int, ...]) -> Te
         _note_plain(why)
         return plain.transition(x, norm, conv, window)
     _note_fused("transition")
-    return companions.transition(x, norm, conv, window, _moments(x))
+    return companions.transition(x, norm, conv, window, moments_of(x))
 
 
+@on_bare_tensors
 def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
     """`plain.stem`."""
     why = obstacle(x, [norm], []) or _misfit(x.shape[1], norm, None)
@@ -68,6 +68,7 @@ def stem(x: Tensor, norm: Norm, stride: tuple[int, ...]) -> Tensor:
     return companions.stem(x, norm, stride)
 
 
+@on_bare_tensors
 def image_stem(images: Tensor, conv: FirstConv, norm: Norm, stride: tuple[int, ...]) -> Tensor:
     """`plain.image_stem`; the convolution by itself where it is not worth being made again."""
     dtype, device = images.dtype, images.device.type
@@ -85,6 +86,7 @@ def image_stem(images: Tensor, conv: FirstConv, norm: Norm, stride: tuple[int, .
     return fused_image_stem(x, conv, norm, stride)
 
 
+@on_bare_tensors
 def final(x: Tensor, norm: Norm) -> Tensor:
     """`plain.final`."""
     why = obstacle(x, [norm], []) or _misfit(x.shape[1], norm, None)
@@ -92,7 +94,7 @@ def final(x: Tensor, norm: Norm) -> Tensor:
         _note_plain(why)
         return plain.final(x, norm)
     _note_fused("final norm")
-    return companions.final(x, norm, _moments(x))
+    return companions.final(x, norm, moments_of(x))
 
 
 def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]) -> str | None:
@@ -105,13 +107,17 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]
             return "runs under a transform of torch.func"
         if forward_ad._current_level >= 0:
             return "runs under forward-mode differentiation"
-        if torch.overrides.has_torch_function_unary(x):  # such as MONAI's MetaTensor
-            return f"reads a {type(x).__name__}"
+        if why := why_plain(x):
+            return why
     device = x.device
     if device.type != "cpu" and (device.type != "cuda" or missing(device)):
         return f"runs on {x.device.type}, for which there are no kernels yet"
-    if x.layout != torch.strided or x.dtype not in _DTYPES or x.numel() == 0:
-        return f"reads {x.dtype} of shape {list(x.shape)}"
+    if x.layout != torch.strided:
+        return f"reads a tensor of layout {x.layout}"
+    if x.dtype not in _DTYPES:
+        return f"reads {x.dtype}"
+    if x.numel() == 0:
+        return "reads no values"
     norms = list(norms)
     statistics = [id(norm.running_mean) for norm in norms if norm.running_mean is not None]
     if len(set(statistics)) < len(statistics):
@@ -122,15 +128,16 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]
         if norm.takes_batch and rows == 1:
             return "has one value a channel"
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            if tensor is not None and not _fits(tensor, x, wide):
-                return f"has a norm of {tensor.dtype} for {x.dtype}"
+            if tensor is not None and (why := _why_not_beside(x, tensor, wide)):
+                return f"has a norm {why}"
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     for conv in convs:
         if autocast and x.dtype != torch.get_autocast_dtype(x.device.type):
             return f"reads {x.dtype} under autocast"
         for tensor in (conv.weight, conv.bias):
-            if tensor is not None and not _fits(tensor, x, wide if autocast else (x.dtype,)):
-                return f"has a convolution of {tensor.dtype} for {x.dtype}"
+            taken = wide if autocast else (x.dtype,)
+            if tensor is not None and (why := _why_not_beside(x, tensor, taken)):
+                return f"has a convolution {why}"
     return None
 
 
@@ -171,23 +178,13 @@ def _too_small(x: Tensor, window: tuple[int, ...]) -> str | None:
     return "reads maps smaller than its pooling's window" if smaller else None
 
 
-def _fits(parameter: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether a parameter is a plain tensor beside x, of one of these dtypes."""
-    plain_tensor = type(parameter) in (Tensor, torch.nn.Parameter)
-    return plain_tensor and parameter.device == x.device and parameter.dtype in dtypes
-
-
-def _moments(x: Tensor) -> Moments | None:
-    """Statistics that a fused block has left with its output, if nobody has changed it since."""
-    if torch.compiler.is_compiling():
-        return None
-    moments, state = _left.get(x, (None, None))  # type: ignore[no-untyped-call]
-    return moments if moments is not None and state == _state(x) else None
-
-
-def _state(x: Tensor) -> tuple[int, int]:
-    """Another one where a tensor was written to, or given other memory by `x.data = y`."""
-    return x._version, x.untyped_storage()._cdata
+def _why_not_beside(x: Tensor, parameter: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What keeps a parameter from being read beside x: all but a plain tensor of such a dtype."""
+    if type(parameter) not in (Tensor, torch.nn.Parameter):
+        return f"with a {type(parameter).__name__} in it"
+    if parameter.device != x.device:
+        return f"on {parameter.device} for maps on {x.device}"
+    return None if parameter.dtype in dtypes else f"of {parameter.dtype} for {x.dtype}"
 
 
 def _note_fused(kind: str) -> None:

@@ -212,7 +212,7 @@ def dense_block_forward(
                 left = kernels.place(step.drop(out), out, wanted)
             features, moments = out, out_moments
     kernels.finish(left)
-    return [space.maps(buffer), mean, var, affines, *inner, *(copies if keep else ())]
+    return [space.made(buffer), mean, var, affines, *inner, *(copies if keep else ())]
 
 
 @dense_block_forward.register_fake
@@ -351,7 +351,7 @@ def _backward(
     found = []
     if needed[0]:
         to_x = kernels.form(arrived(slice(0, num_inputs))).contiguous()
-        found.append(space.maps(to_x).detach())  # no view, as in `like`
+        found.append(space.made(to_x))
     found += [like(grads[i], t) for i, t in enumerate(tensors) if needed[1 + i]]
     return found
 

@@ -1,12 +1,11 @@
-"""What accelerated modules carry: the mark of their class, and counts of which path ran and why."""
+"""What accelerated modules carry: counts of which path ran and why."""
 
 import logging
-from typing import ClassVar
 
 import torch
 from torch import nn
 
-from densely.fused.dialects import Kind
+from densely.fused.accelerated import original_class
 from densely.fused.parts import Obstacle
 
 _log = logging.getLogger(__name__)
@@ -14,22 +13,6 @@ _logged: set[str] = set()
 
 #: The one attribute that acceleration adds to a module.
 ATTRIBUTE = "_densely_calls"
-
-
-class Accelerated(nn.Module):
-    """Base of the classes that accelerated modules get; the module's own class stands behind it."""
-
-    _densely_kind: ClassVar[Kind]
-
-    def _get_name(self) -> str:
-        """A printed model shows the classes that its user knows."""
-        return original_class(self).__name__
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as it was before acceleration."""
-    cls = type(module)
-    return cls.__bases__[1] if cls.__bases__[0] is Accelerated else cls
 
 
 class Calls:

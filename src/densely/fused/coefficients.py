@@ -21,6 +21,19 @@ def parameters(norm: Norm, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def as_they_are(statistics: Sequence[Tensor]) -> list[Tensor]:
+    """Running statistics to normalise by now: copies, if a backward may follow.
+
+    Until then a batch in train mode may change them in place, as where two passes share one loss.
+    """
+    compiling = torch.compiler.is_compiling()  # compilers keep what they need themselves
+    if not statistics or compiling or not torch.is_grad_enabled():
+        return list(statistics)
+    copies = [torch.empty_like(tensor) for tensor in statistics]
+    torch._foreach_copy_(copies, list(statistics))
+    return copies
+
+
 def in_places(found: Iterable[Tensor], needed: Iterable[bool]) -> list[Tensor | None]:
     """The gradients that were found, each where one is needed, and None elsewhere."""
     remaining = iter(found)

@@ -10,14 +10,16 @@ already: they come along as `moments`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from densely.fused import plain
+from densely.fused.block_statistics import Moments
 from densely.fused.coefficients import (
+    as_they_are,
     in_dtype,
     in_places,
     like,
@@ -31,13 +33,6 @@ from densely.fused.operators import Operator
 from densely.fused.precision import without_autocast
 from densely.fused.second_order import gradients_with_gradients, plain_wanted
 from densely.fused.zero_sums import is_marked, mark
-
-
-class Moments(NamedTuple):
-    """Mean and biased variance of each channel over a batch, of the accumulation dtype."""
-
-    mean: Tensor
-    var: Tensor
 
 
 def transition(
@@ -68,25 +63,21 @@ def _read(
     pooling: Pooling,
     moments: Moments | None,
 ) -> Tensor:
-    statistics: Sequence[Tensor | None] = ()
-    if not norm.takes_batch:
-        statistics = (norm.running_mean, norm.running_var)
-    elif moments is not None:
-        statistics = moments
-    convolution: Sequence[Tensor | None] = (conv.weight, conv.bias) if conv else ()
-    lists = [
-        [tensor for tensor in tensors if tensor is not None]
-        for tensors in (parameters(norm, x, x.shape[1]), statistics, convolution)
-    ]
-    tensors = [x, *lists[0], *lists[2]]
+    statistics: list[Tensor] = as_they_are(norm.own_statistics)
+    if norm.takes_batch and moments is not None:
+        statistics = list(moments)
+    learnt = parameters(norm, x, x.shape[1])
+    convolution = [] if conv is None else [conv.weight]
+    convolution += [] if conv is None or conv.bias is None else [conv.bias]
+    tensors = [x, *learnt, *convolution]
     needed = [tensor.requires_grad for tensor in tensors]
     setting = (norm.eps, norm.takes_batch, pooling.kind, list(pooling.step))
     if torch.is_grad_enabled() and any(needed):
         output, mean, var, *_ = _Reader.apply(  # type: ignore[no-untyped-call]
-            setting, lists[1], needed, *tensors
+            setting, statistics, needed, *tensors
         )
     else:
-        output, mean, var, *_ = reader_forward(x, lists[0], lists[1], lists[2], *setting)
+        output, mean, var, *_ = reader_forward(x, learnt, statistics, convolution, *setting)
     if moments is not None:
         mean, var = moments
     update_running_statistics([(norm, mean, var)], x.numel() // x.shape[1])
@@ -162,7 +153,7 @@ def reader_forward(
     typed, copies = in_dtype(conv, x.dtype)
     if typed:
         pooled = F.linear(pooled, typed[0].flatten(1), *typed[1:])
-    return [pooling.pooled(space).maps(pooled), *taken, choice, vectors, *copies]
+    return [pooling.pooled(space).made(pooled), *taken, choice, vectors, *copies]
 
 
 @reader_forward.register_fake
@@ -222,7 +213,7 @@ def reader_backward(
         every.append(None)
         if needed[4]:
             every[-1] = torch.zeros_like(learnt[3]) if zero_sums else kernels.column_sums(upstream)
-    return [space.maps(grad_x).detach()] * needed[0] + [
+    return [space.made(grad_x)] * needed[0] + [
         like(g, t)
         for g, t, need in zip(every, learnt, needed[1:], strict=True)
         if need and g is not None

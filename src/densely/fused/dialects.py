@@ -5,15 +5,14 @@ the forward has been overridden since: then the code that runs is the code that 
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from densely.fused import heads, parts
+from densely.fused.accelerated import Kind
 from densely.fused.heads import ReadHead
 from densely.fused.parts import Check, qualified_name
-
-Kind = Literal["stem", "dense block", "transition", "final norm"]
 
 
 class Dialect(NamedTuple):
@@ -28,7 +27,7 @@ class Dialect(NamedTuple):
         layer_methods: methods of a dense layer that take part in its forward.
         transition_parts: children of a transition in order, and what each must be; the pooling
             may be missing.
-        net_methods: methods of the whole net that take part in its forward.
+        net_methods: methods of the whole net that its forward calls.
         check_input: the one among them that is called with the net's input, before all else.
         read_head: what follows the last norm.
     """
@@ -40,7 +39,7 @@ class Dialect(NamedTuple):
     layer_child: str = ""
     layer_optional: tuple[str, ...] = ()
     layer_methods: tuple[str, ...] = ("forward",)
-    net_methods: tuple[str, ...] = ("forward",)
+    net_methods: tuple[str, ...] = ()
     check_input: str = ""
 
 
@@ -86,7 +85,7 @@ _TIMM = Dialect(
     transition_parts={"norm": parts.norm_act, "conv": parts.pointwise, "pool": parts.averaging},
     read_head=heads.timm,
     layer_methods=("forward", "bottleneck_fn", *_CHECKPOINTED),
-    net_methods=("forward", "forward_features", "forward_head"),
+    net_methods=("forward_features", "forward_head"),
 )
 _MONAI = Dialect(
     layer="monai.networks.nets.densenet._DenseLayer",
@@ -122,7 +121,7 @@ _DENSELY = Dialect(
     },
     read_head=heads.densely,
     layer_optional=("drop1", "norm2", "relu2", "conv2", "drop2"),
-    net_methods=("forward", "_check"),
+    net_methods=("_check",),
     check_input="_check",
 )
 
@@ -150,7 +149,8 @@ def known_class(cls: type[nn.Module]) -> Known | str | None:
     for base in cls.__mro__:
         known = _KNOWN.get(qualified_name(base))
         if known is not None:
-            methods = known.dialect.net_methods if known.kind == "final norm" else ("forward",)
+            methods = ["forward"]
+            methods += known.dialect.net_methods if known.kind == "final norm" else ()
             own = [name for name in methods if getattr(cls, name) is not getattr(base, name)]
             return f"is of type {cls.__name__} with its own {', '.join(own)}" if own else known
     return None

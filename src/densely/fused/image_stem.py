@@ -19,6 +19,7 @@ from torch import Tensor
 
 from densely.fused import plain
 from densely.fused.coefficients import (
+    as_they_are,
     in_dtype,
     in_places,
     like,
@@ -48,9 +49,7 @@ def image_stem(
     outputs = conv.weight.shape[0]
     learnt = [*parameters(norm, images, outputs), conv.weight]
     learnt += [] if conv.bias is None else [conv.bias]
-    statistics = []
-    if norm.running_mean is not None and norm.running_var is not None and not norm.takes_batch:
-        statistics = [norm.running_mean, norm.running_var]
+    statistics = as_they_are(norm.own_statistics)
     needed = [tensor.requires_grad for tensor in learnt]
     setting = (norm.eps, list(conv.stride), list(stride))
     made, (pad_h, pad_w) = made_space(images, conv), conv.padding
@@ -144,7 +143,7 @@ def image_stem_forward(
     moments = _without_bias(learnt, statistics, mean), statistics[1] if statistics else var
     norm = NormVectors(learnt[0], learnt[1], *moments, eps, not statistics)
     pooled, choice = kernels.image_pool(matrix, conv, kernels.affine(norm, out=vectors), pooling)
-    return [pooling.pooled(conv.made).maps(pooled), mean, var, choice, sums, vectors, *copies]
+    return [pooling.pooled(conv.made).made(pooled), mean, var, choice, sums, vectors, *copies]
 
 
 @image_stem_forward.register_fake

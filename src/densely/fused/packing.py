@@ -4,6 +4,7 @@ Operators of `torch.library` take tensors, numbers and lists of these, nothing e
 """
 
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -63,9 +64,11 @@ class PackedStep(NamedTuple):
 def pack(x: Tensor, layers: tuple[plain.Layer, ...]) -> Packed:
     """Flatten the layers that work on x [N, C, *space], and draw what their dropouts drop."""
     packed = Packed([], [], [])
+    own = [step.norm.own_statistics for layer in layers for step in layer]
+    own_statistics = iter(coefficients.as_they_are([*chain.from_iterable(own)]))
     for layer in layers:
         for i, (norm, conv, drop_rate, drop_maps) in enumerate(layer):
-            statistics = (None, None) if norm.takes_batch else (norm.running_mean, norm.running_var)
+            statistics = () if norm.takes_batch else islice(own_statistics, 2)
             mask = None
             if drop_rate > 0:
                 width = conv.weight.shape[0]

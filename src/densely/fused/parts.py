@@ -9,9 +9,11 @@ call, so it is attributes and tables only: about a microsecond a module.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
 
+from densely.fused.accelerated import original_class
 from densely.fused.plain import Conv, FirstConv, Norm, Step
 
 
@@ -46,6 +48,9 @@ _MAX_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 _GLOBAL_POOLS = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}
 _MAP_DROPOUTS: dict[type, int] = {nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
 
+#: Methods that classes are known to have had from the first, by class and name.
+_own_methods: dict[tuple[type, str], Any] = {}
+
 #: A setting of that value in each dimension, in all the ways to write it.
 _EACH = {n: (n, (n,), (n, n), (n, n, n)) for n in range(4)}
 
@@ -66,17 +71,25 @@ def watched(module: nn.Module) -> Obstacle | None:
         return Obstacle("has hooks", passing=True)
     if module._compiled_call_impl is not None:
         return Obstacle("is compiled on its own", passing=True)
-    if "forward" in module.__dict__:
-        return Obstacle("was given another forward", passing=True)
-    return None
+    return patched(module, ("forward",))
 
 
 def patched(module: nn.Module, methods: Iterable[str]) -> Obstacle | None:
-    """Whether a method was replaced on the object itself."""
+    """Whether a method was replaced, on the object itself or on its class."""
     for name in methods:
         if name in module.__dict__:
-            return Obstacle(f"was given another {name}", passing=True)
-    return None
+            return _another(name)
+    return class_patched(module, methods)
+
+
+def class_patched(module: nn.Module, methods: Iterable[str]) -> Obstacle | None:
+    """Whether a method was replaced on the class: known is the one of the file of the class."""
+    cls = original_class(module)
+    return next((_another(name) for name in methods if not _is_own(cls, name)), None)
+
+
+def _another(method: str) -> Obstacle:
+    return Obstacle(f"was given another {method}", passing=True)
 
 
 def everything_watched() -> Obstacle | None:
@@ -293,6 +306,18 @@ def _conv(module: nn.Conv2d, dims: int, size: int) -> str | None:
         and module.padding_mode == "zeros"
     )
     return None if plain else f"has other settings: {module}"
+
+
+def _is_own(cls: type, name: str) -> bool:
+    """Whether a method comes from the file of the class, or of that of its bases which has it."""
+    method: Any = getattr(cls, name)
+    if torch.compiler.is_compiling() or _own_methods.get((cls, name)) is method:
+        return True
+    holder = next(base for base in cls.__mro__ if name in base.__dict__)
+    if getattr(method, "__globals__", {}).get("__name__") != holder.__module__:
+        return False
+    _own_methods[cls, name] = method
+    return True
 
 
 def _kind(module: nn.Module) -> str:

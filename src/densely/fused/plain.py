@@ -38,7 +38,14 @@ class Norm(NamedTuple):
     @property
     def takes_batch(self) -> bool:
         """Whether it normalises by the statistics of the batch: it may have no others."""
-        return self.training or self.running_mean is None or self.running_var is None
+        return len(self.own_statistics) == 0  # not `not`, which compilers cannot trace
+
+    @property
+    def own_statistics(self) -> tuple[Tensor, ...]:
+        """Mean and variance that it normalises by, whatever the batch; empty if by the batch's."""
+        if self.training or self.running_mean is None or self.running_var is None:
+            return ()
+        return self.running_mean, self.running_var
 
 
 class Conv(NamedTuple):

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from densely.fused.calls import Accelerated, Calls, calls_of
+from densely.fused.accelerated import Accelerated
+from densely.fused.calls import Calls, calls_of
 
 
 @dataclass(frozen=True)

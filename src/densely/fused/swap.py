@@ -6,13 +6,16 @@ a pickle holds the original class, and makes the new one again.
 """
 
 import functools
+import inspect
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from densely.fused import backend
-from densely.fused.calls import ATTRIBUTE, Accelerated, calls_of, note, original_class
-from densely.fused.parts import Obstacle, everything_watched
+from densely.fused.accelerated import Accelerated, original_class
+from densely.fused.calls import ATTRIBUTE, calls_of, note
+from densely.fused.parts import Obstacle, class_patched, everything_watched
 from densely.fused.units import Plan, Unit, unit_of
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -54,29 +57,32 @@ def accelerated_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward(original: type[nn.Module], unit: Unit) -> Any:
+    name = next(islice(inspect.signature(original.forward).parameters, 1, None))
+
     @functools.wraps(original.forward)  # its signature is what export and fx go by
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plan = _plan(self, unit, args, kwargs)
+        x: Any = args[0] if args else kwargs.get(name)
+        plan = _plan(self, unit, x if len(args) + len(kwargs) == 1 else None)
         if isinstance(plan, Obstacle):
             note(self, plan)
             return original.forward(self, *args, **kwargs)
         note(self, None)
-        return plan.run(args[0])
+        return plan.run(x)
 
     return forward
 
 
-def _plan(module: nn.Module, unit: Unit, args: Any, kwargs: Any) -> Plan | Obstacle:
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # torch.fx sends its proxies
+def _plan(module: nn.Module, unit: Unit, x: Any) -> Plan | Obstacle:
+    if not isinstance(x, Tensor):  # torch.fx sends its proxies
         return Obstacle("was called with something else than one tensor", passing=True)
-    obstacle = everything_watched()
+    obstacle = everything_watched() or class_patched(module, ("forward",))
     if obstacle is not None:
         return obstacle
     plan = unit.plan(module)
-    if isinstance(plan, Plan) and args[0].dim() != plan.dims + 2:
-        return Obstacle(f"was called with a tensor of {args[0].dim()} dimensions", passing=True)
+    if isinstance(plan, Plan) and x.dim() != plan.dims + 2:
+        return Obstacle(f"was called with a tensor of {x.dim()} dimensions", passing=True)
     if isinstance(plan, Plan):
-        why = backend.obstacle(args[0], plan.norms, plan.convs)
+        why = backend.obstacle(x, plan.norms, plan.convs)
         if why is not None:
             return Obstacle(why, passing=True)
     return plan

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from densely.fused import backend, parts
-from densely.fused.calls import Accelerated, note, original_class
+from densely.fused.accelerated import Accelerated, Kind, original_class
+from densely.fused.calls import note
 from densely.fused.coefficients import learning_together
-from densely.fused.dialects import Dialect, Kind, known_class
+from densely.fused.dialects import Dialect, known_class
 from densely.fused.heads import Head
 from densely.fused.parts import Obstacle, qualified_name
 from densely.fused.plain import Conv, FirstConv, Layer, Norm

@@ -28,6 +28,10 @@ class Space(NamedTuple):
         """[rows, C] as [N, C, *space], the same memory."""
         return matrix.view(self.batch, *self.size, matrix.shape[1]).movedim(-1, 1)
 
+    def made(self, matrix: Tensor) -> Tensor:
+        """`maps` as a step gives them: no view, which nobody could change in place."""
+        return self.maps(matrix).detach()
+
     def matrix(self, maps: Tensor) -> Tensor:
         """[N, C, *space] as [rows, C]; copied only where its channels do not stand side by side."""
         matrix = maps.movedim(1, -1).reshape(self.rows, maps.shape[1])
