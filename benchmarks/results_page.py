@@ -209,18 +209,6 @@ def bench() -> str:
     result = read("bench-cpu.json")
     tables = [bench_table(comparison) for comparison in result["comparisons"]]
     compiled = read("compiled/bench-cpu.json")
-    depth = result["depth"]
-    lines = [
-        "| variant | "
-        + " | ".join(f"L = {n}, MB/image" for n in depth["depths"])
-        + " | grows as |",
-        "|---|" + "---|" * (len(depth["depths"]) + 1),
-    ]
-    for name, line in depth["series"].items():
-        if line["gap"] is None:
-            kept = " | ".join(f"{value / 1e6:.2f}" for value in line["kept_bytes_per_image"])
-            lines.append(f"| {name} | {kept} | L^{line['exponent']:.3f} |")
-    depth_table = "\n".join(lines)
     every_table = "\n\n".join(tables)
     peers = ", ".join(f"{name} {found}" for name, found in result["peers"].items())
     return f"""## Speed and memory on a CPU, beside the peers
@@ -231,7 +219,9 @@ Medians of {result["settings"]["rounds"]} rounds in turns; ratios are taken roun
 is what autograd saves for the backward pass, "peak" what a fresh process adds in resident memory to
 network and images. Freed memory is kept in the process for all variants alike. When this was
 measured a turn did not begin with a step that is not timed, as it does now: a variant whose turn
-follows that of one which holds much memory is shown slower than it is, by up to a third.
+follows that of one which holds much memory is shown slower than it is, by up to a third. And "plain
+net checkpointed" kept the concatenated input of each layer, which is within the checkpoint now, as
+in torchvision's.
 
 {every_table}
 
@@ -240,31 +230,45 @@ With the compiled peer, in a run of its own (`{compiled["command"]}`, commit
 
 {bench_table(compiled["comparisons"][0])}
 
-![bars](../benchmarks/results/bench-cpu.png)
-
-### Kept for the backward pass against depth
-
-DenseNet-BC with growth rate 12 at 32 pixels, float32. {depth["note"]}
-
-{depth_table}
-
-When this was measured, "plain net checkpointed" kept the concatenated input of each layer. It no
-longer does: the concatenation is within the checkpoint, as in torchvision's.
-
-![memory against depth](../benchmarks/results/bench-cpu-depth.png)"""
+![bars](../benchmarks/results/bench-cpu.png)"""
 
 
 def bench_bfloat16() -> str:
     result = read("bench-cpu-bfloat16.json")
     tables = "\n\n".join(bench_table(comparison) for comparison in result["comparisons"])
+    depth = result["depth"]
     return f"""## The same on a CPU with bfloat16
 
 Command: `{result["command"]}`. Commit {result["environment"]["commit"]}. Machine:
 {machine(result["environment"])}. bfloat16 is what densely takes by itself here, and what all peers
-are given that end in "bf16"; peak memory was not measured. Medians of
-{result["settings"]["rounds"]} rounds in turns.
+are given that end in "bf16". Medians of {result["settings"]["rounds"]} rounds in turns, each of
+which begins with a step that is not timed.
 
-{tables}"""
+{tables}
+
+![bars](../benchmarks/results/bench-cpu-bfloat16.png)
+
+### Kept for the backward pass against depth
+
+{depth["note"]}
+
+{depth_table(depth)}
+
+![memory against depth](../benchmarks/results/bench-cpu-depth.png)"""
+
+
+def depth_table(depth: dict[str, Any]) -> str:
+    lines = [
+        "| variant | "
+        + " | ".join(f"L = {n}, MB/image" for n in depth["depths"])
+        + " | grows as |",
+        "|---|" + "---|" * (len(depth["depths"]) + 1),
+    ]
+    for name, line in depth["series"].items():
+        if line["gap"] is None:
+            kept = " | ".join(f"{value / 1e6:.2f}" for value in line["kept_bytes_per_image"])
+            lines.append(f"| {name} | {kept} | L^{line['exponent']:.3f} |")
+    return "\n".join(lines)
 
 
 def bench_table(comparison: dict[str, Any]) -> str:
