@@ -176,7 +176,7 @@ def spatial(module: nn.Conv2d, dims: int) -> str | None:
 
 def conv(module: nn.Conv2d, dims: int) -> str | None:
     """A 1x1 or 3x3 convolution that keeps the size."""
-    return pointwise(module, dims) and spatial(module, dims)
+    return _conv(module, dims, 1 if getattr(module, "kernel_size", ()) in _EACH[1] else 3)
 
 
 def first_conv(module: nn.Conv2d, dims: int) -> str | None:

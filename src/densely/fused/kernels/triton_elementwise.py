@@ -19,7 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Pending
-from densely.fused.kernels.triton_tiles import launch, multiprocessors, normalised
+from densely.fused.kernels.triton_tiles import (
+    cdiv,
+    launch,
+    multiprocessors,
+    next_power_of_2,
+    normalised,
+    unit_of,
+)
 
 
 class Tiling(NamedTuple):
@@ -41,19 +48,17 @@ class Tiling(NamedTuple):
         With as many as it has registers for, all run from the start and end together.
         """
         programs = max(1, multiprocessors(x.device) * programs // self.blocks)
-        return int(triton.cdiv(triton.cdiv(x.shape[0], programs), self.rows) * self.rows)
+        return int(cdiv(cdiv(x.shape[0], programs), self.rows) * self.rows)
 
 
 def tiling(values: int, *matrices: Tensor) -> Tiling:
     """For matrices of as many columns, with about so many values a program's turn."""
     columns = matrices[0].shape[1]
-    unit = 8
-    while any(number % unit for number in (columns, *(m.stride(0) for m in matrices))):
-        unit //= 2
-    wide = max(16, min(128, triton.next_power_of_2(columns)))
-    while wide > 32 and triton.cdiv(columns, wide) * wide > 1.15 * columns:
+    unit = unit_of(columns, *(matrix.stride(0) for matrix in matrices))
+    wide = max(16, min(128, next_power_of_2(columns)))
+    while wide > 32 and cdiv(columns, wide) * wide > 1.15 * columns:
         wide //= 2
-    return Tiling(unit, values // max(wide, 32), wide, triton.cdiv(columns, wide))
+    return Tiling(unit, values // max(wide, 32), wide, cdiv(columns, wide))
 
 
 def norm_relu(x: Tensor, affine: Affine, out: Tensor | None = None) -> Tensor:
@@ -61,7 +66,7 @@ def norm_relu(x: Tensor, affine: Affine, out: Tensor | None = None) -> Tensor:
     rows, columns = x.shape
     out = x.new_empty(x.shape) if out is None else out
     tiles = tiling(4096, x, out)
-    grid = (triton.cdiv(rows, tiles.rows) * tiles.blocks,)
+    grid = (cdiv(rows, tiles.rows) * tiles.blocks,)
     launch(
         _norm_relu, grid, x,
         x, affine.scale, affine.shift, out, rows, columns // tiles.unit,
@@ -78,7 +83,7 @@ def moments(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, int]:
     rows, columns = x.shape
     tiles = tiling(2048, x, x if out is None else out)
     tile_rows = tiles.tile_rows(x, 8)
-    parts = triton.cdiv(rows, tile_rows)
+    parts = cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
     launch(
         _moments, (parts * tiles.blocks,), x,
@@ -103,7 +108,7 @@ def norm_relu_backward(
     before = (total if base is None else base) if add_scaled else None
     tiles = tiling(2048, g, x, total, total if before is None else before)
     tile_rows = tiles.tile_rows(x, 4)
-    parts = triton.cdiv(rows, tile_rows)
+    parts = cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
     launch(
         _norm_relu_backward, (parts * tiles.blocks,), x,
@@ -120,7 +125,7 @@ def form(pending: Pending, out: Tensor) -> None:
     g, x, scale, mean, a, b = pending
     rows, columns = g.shape
     tiles = tiling(4096, g, x, out)
-    grid = (triton.cdiv(rows, tiles.rows) * tiles.blocks,)
+    grid = (cdiv(rows, tiles.rows) * tiles.blocks,)
     launch(
         _form, grid, g,
         g, None if mean is None else x, scale, mean, a, b, out, rows, columns // tiles.unit,

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, FirstConvolution, NormGradient, Pooling
 from densely.fused.kernels.reference import filled_taps
-from densely.fused.kernels.triton_tiles import launch, precision, splits_for
+from densely.fused.kernels.triton_tiles import cdiv, launch, next_power_of_2, precision, splits_for
 from densely.fused.kernels.triton_vectors import finish_moments
 
 
@@ -48,7 +48,7 @@ class _Launch(NamedTuple):
 
 def _launch(conv: FirstConvolution, programs: int = 3) -> _Launch:
     """By a sweep on an H100, which took the same time for most others."""
-    return _Launch(32, min(64, max(16, triton.next_power_of_2(conv.weight.shape[0]))), 4, programs)
+    return _Launch(32, min(64, max(16, next_power_of_2(conv.weight.shape[0]))), 4, programs)
 
 
 def moments(
@@ -96,7 +96,7 @@ def pool(
     tile = _launch(conv)
     rows, outputs = out.shape
     launch(
-        _pool_kernel, (triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)), images,
+        _pool_kernel, (cdiv(rows, tile.rows), cdiv(outputs, tile.outputs)), images,
         images, _rows_of(conv), affine.scale, affine.shift, out, choice, rows, *_geometry(conv),
         *conv.made.size, *pooling.pooled(conv.made).size, *pooling.step,
         **_window(conv), **_options(images, tile),
@@ -140,14 +140,14 @@ def backward(
 
 def _divided(images: Tensor, rows: int, outputs: int, tile: _Launch) -> tuple[int, int, int]:
     """Rows of a part, whole tiles but for the last one's; number of parts, and of output blocks."""
-    tiles, blocks = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
-    part_rows = triton.cdiv(tiles, splits_for(images, tiles, blocks, tile.programs)) * tile.rows
-    return part_rows, triton.cdiv(rows, part_rows), blocks
+    tiles, blocks = cdiv(rows, tile.rows), cdiv(outputs, tile.outputs)
+    part_rows = cdiv(tiles, splits_for(images, tiles, blocks, tile.programs)) * tile.rows
+    return part_rows, cdiv(rows, part_rows), blocks
 
 
 def _adding(taps: int) -> dict[str, int]:
     """How parts of so many taps are added up: as many at once as registers hold."""
-    width = int(triton.next_power_of_2(taps))
+    width = int(next_power_of_2(taps))
     return {"KP": width, "PARTS": max(8, 4096 // width), "num_warps": 8}
 
 
@@ -171,7 +171,7 @@ def _window(conv: FirstConvolution) -> dict[str, int]:
     taps = width * channels
     return {
         "WIDTH": conv.space.size[1], "OUT": outputs, "C": channels, "TAPS": taps,
-        "LINE": triton.next_power_of_2(taps), "K": height * taps,
+        "LINE": next_power_of_2(taps), "K": height * taps,
         "KP": max(16, filled_taps(conv.weight)),
     }  # fmt: skip
 

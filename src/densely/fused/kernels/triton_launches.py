@@ -102,13 +102,15 @@ def tuning(tuner: Tuner) -> Iterator[None]:
         _tuners.pop()
 
 
-def fastest(choice: Choice[L, Any]) -> L:
-    """The launch that is known to be the fastest for a step, or the usual one."""
+def fastest(x: Tensor, usual: L, choice: Callable[[], Choice[L, Any]]) -> L:
+    """The launch that is known to be the fastest for a step on x, or the usual one.
+
+    `choice` is asked for where there is one, which takes longer than this does otherwise.
+    """
     if _tuners:
-        return _tuners[-1].choose(choice)
-    step, usual = choice.step, choice.usual
-    table = table_of(step.x.device) if step.x.is_cuda else {}
-    known = table.get(step.key) if table else None
+        return _tuners[-1].choose(choice())
+    table = table_of(x.device) if x.is_cuda else None
+    known = table.get(choice().step.key) if table else None
     if known is None or len(known) != len(usual):
         return usual
     launch: Any = type(usual)

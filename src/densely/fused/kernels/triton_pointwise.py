@@ -23,6 +23,7 @@ from densely.fused.kernels.operands import Affine, Pending
 from densely.fused.kernels.triton_launches import Choice, Step, fastest, moments_of
 from densely.fused.kernels.triton_tiles import (
     arriving,
+    cdiv,
     columns,
     exact,
     formed,
@@ -30,6 +31,7 @@ from densely.fused.kernels.triton_tiles import (
     loaded_total,
     masked_back,
     multiprocessors,
+    next_power_of_2,
     normalised,
     precision,
     shared_memory,
@@ -73,7 +75,7 @@ BACKWARDS = (
 
 
 def _forward_launch(x: Tensor, outputs: int) -> _Launch:
-    width = max(16, triton.next_power_of_2(outputs))
+    width = max(16, next_power_of_2(outputs))
     if exact(x):
         return _Launch(64, 16, min(width, 64), 4, 2)
     if x.dtype == torch.float32:
@@ -87,7 +89,7 @@ def _forward_launch(x: Tensor, outputs: int) -> _Launch:
 
 
 def _backward_launch(x: Tensor, outputs: int, pending: bool) -> _Launch:
-    width = max(16, triton.next_power_of_2(outputs))
+    width = max(16, next_power_of_2(outputs))
     if exact(x):
         return _Launch(32, 32, 16, 4, 2, 4)
     roomy = shared_memory(x.device) > 120_000
@@ -148,10 +150,10 @@ def forward(
     def run(tile: _Launch) -> tuple[Tensor, int] | None:
         if tile == LIBRARY:
             return triton_library.pointwise(x, affine, weight, bias, out, want_moments, after)
-        tiles = triton.cdiv(rows, tile.rows)
+        tiles = cdiv(rows, tile.rows)
         parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
         launch(
-            _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
+            _forward_kernel, (cdiv(outputs, tile.outputs) * tiles,), x,
             x, affine.scale, affine.shift, weight, bias, after_scale, after_shift, out, parts, rows,
             x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
             out.stride(0), UNIT=cols.unit, READ_UNIT=cols.read_unit, ROW_UNIT=cols.row_unit,
@@ -162,15 +164,15 @@ def forward(
         return None if parts is None else (parts, tile.rows)
 
     usual = _forward_launch(x, outputs)
-    tiles = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in FORWARDS)
-    # The library may round float32 where this may not.
-    others = chain(tiles, () if exact(x) else (LIBRARY,))
-    step = Step("pointwise forward", x, outputs, (want_moments, after is not None))
 
-    def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
-        return [out, *moments_of(taken, rows)]
+    def choice() -> Choice[_Launch, tuple[Tensor, int] | None]:
+        step = Step("pointwise forward", x, outputs, (want_moments, after is not None))
+        tiles = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in FORWARDS)
+        # The library may round float32 where this may not.
+        others = chain(tiles, () if exact(x) else (LIBRARY,))
+        return Choice(step, usual, others, run, lambda taken: [out, *moments_of(taken, rows)])
 
-    return run(fastest(Choice(step, usual, others, run, made)))
+    return run(fastest(x, usual, choice))
 
 
 def backward(
@@ -204,7 +206,7 @@ def backward(
     grads = arriving(grad)
 
     def run(tile: _Launch) -> tuple[Tensor | None, Tensor]:
-        tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
+        tiles, across = cdiv(rows, tile.rows), cdiv(channels, tile.channels)
         splits = splits_for(x, tiles, across, tile.programs)
         norm_parts = x.new_empty(splits, 2, channels, dtype=torch.float32)
         in_passing = needs_weight and outputs <= tile.outputs
@@ -225,14 +227,17 @@ def backward(
         return weight_parts, norm_parts
 
     usual = _backward_launch(x, outputs, grads.gx is not None)
-    others = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in BACKWARDS)
-    step = Step("pointwise backward", x, outputs, (needs_weight, add_scaled, grads.gx is not None))
 
     def summed(tile: _Launch) -> list[Tensor]:
         return [parts.sum(0) for parts in run(tile) if parts is not None]
 
-    tile = fastest(Choice(step, usual, others, summed, lambda sums: [total, *sums], total))
-    weight_parts, norm_parts = run(tile)
+    def choice() -> Choice[_Launch, list[Tensor]]:
+        more = (needs_weight, add_scaled, grads.gx is not None)
+        others = (_Launch(*tile[:2], usual.outputs, *tile[2:]) for tile in BACKWARDS)
+        step = Step("pointwise backward", x, outputs, more)
+        return Choice(step, usual, others, summed, lambda sums: [total, *sums], total)
+
+    weight_parts, norm_parts = run(fastest(x, usual, choice))
     if needs_weight and weight_parts is None:
         weight_parts = _weight_gradient(grad, x, affine, outputs)
     return weight_parts, norm_parts
@@ -242,8 +247,8 @@ def _weight_gradient(grad: Tensor | Pending, x: Tensor, affine: Affine, outputs:
     """Parts of the weight's gradient, where it does not fit into the registers of `backward`."""
     rows, channels = x.shape
     tile, cols, grads = _weight_launch(x), columns(x), arriving(grad)
-    tiles = triton.cdiv(rows, tile.rows)
-    across = triton.cdiv(channels, tile.channels), triton.cdiv(outputs, tile.outputs)
+    tiles = cdiv(rows, tile.rows)
+    across = cdiv(channels, tile.channels), cdiv(outputs, tile.outputs)
     splits = splits_for(x, tiles, across[0] * across[1], tile.programs)
     parts = x.new_empty(splits, outputs, channels, dtype=torch.float32)
     launch(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from densely.fused.kernels.operands import Affine, Pooling, Space
 from densely.fused.kernels.triton_elementwise import tiling
-from densely.fused.kernels.triton_tiles import divide, launch, normalised, place_of
+from densely.fused.kernels.triton_tiles import cdiv, divide, launch, normalised, place_of
 
 UNROLLED = 9  # places of a window that are all in flight at once; of larger ones 32 are
 
@@ -41,7 +41,7 @@ def pool(
         return
     tiles = tiling(1024 if largest else 2048, x, out)
     launch(
-        _pool, (triton.cdiv(rows, tiles.rows) * tiles.blocks,), x,
+        _pool, (cdiv(rows, tiles.rows) * tiles.blocks,), x,
         *shared, choice, rows, columns // tiles.unit, x.stride(0) // tiles.unit,
         out.stride(0) // tiles.unit, *geometry(pooling, space),
         LARGEST=largest, KERNEL_H=kernel[0], KERNEL_W=kernel[1], **tiles.options,

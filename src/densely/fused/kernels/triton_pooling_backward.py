@@ -28,7 +28,7 @@ from densely.fused.kernels.triton_pooling import (
     two,
     window_of,
 )
-from densely.fused.kernels.triton_tiles import divide, launch, normalised, place_of
+from densely.fused.kernels.triton_tiles import cdiv, divide, launch, normalised, place_of
 from densely.fused.kernels.triton_vectors import finish_norm
 
 
@@ -82,7 +82,7 @@ def _average_back(
     rows, columns = x.shape
     tiles = tiling(2048, x, grad, x if out is None else out)
     tile_rows = tiles.tile_rows(x, 5) if sums else tiles.rows
-    parts = triton.cdiv(rows, tile_rows)
+    parts = cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32) if sums else None
     launch(
         _average_backward, (parts * tiles.blocks,), x,
@@ -108,7 +108,7 @@ def _window_sums(
     others = [other for other in (choice, again) if other is not None]
     tiles = tiling(1024, x, grad, *others)
     tile_rows = tiles.tile_rows(grad, 6)
-    parts = triton.cdiv(rows, tile_rows)
+    parts = cdiv(rows, tile_rows)
     partials = x.new_empty(parts, 2, columns, dtype=torch.float32)
     kernel = window_of(pooling)
     kind: tuple[Any, ...] = (_max_sums, choice)
@@ -138,12 +138,12 @@ def _largest_spread(
     tiles = tiling(2048, x, grad, choice, out)
     kernel, step = window_of(pooling), two(pooling.step)
     launch(
-        _max_spread, (triton.cdiv(rows, tiles.rows) * tiles.blocks,), x,
+        _max_spread, (cdiv(rows, tiles.rows) * tiles.blocks,), x,
         grad, choice, x, affine.scale, affine.mean, *(terms or (None, None)), out,
         rows, columns // tiles.unit, grad.stride(0) // tiles.unit, x.stride(0) // tiles.unit,
         out.stride(0) // tiles.unit, *geometry(pooling, space),
         KERNEL_H=kernel[0], KERNEL_W=kernel[1],
-        WINDOWS_H=triton.cdiv(kernel[0], step[0]), WINDOWS_W=triton.cdiv(kernel[1], step[1]),
+        WINDOWS_H=cdiv(kernel[0], step[0]), WINDOWS_W=cdiv(kernel[1], step[1]),
         **tiles.options,
     )  # fmt: skip
 

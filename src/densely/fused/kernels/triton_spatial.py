@@ -28,10 +28,12 @@ from densely.fused.kernels.triton_launches import Choice, Step, fastest, moments
 from densely.fused.kernels.triton_spatial_backward import backward
 from densely.fused.kernels.triton_tiles import (
     Window,
+    cdiv,
     columns,
     exact,
     launch,
     multiprocessors,
+    next_power_of_2,
     normalised,
     place_of,
     precision,
@@ -69,7 +71,7 @@ FORWARDS = (
 
 
 def _forward_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
-    width = max(16, triton.next_power_of_2(outputs))
+    width = max(16, next_power_of_2(outputs))
     if exact(x):
         return _Launch(64, 16, min(width, 32), 4, 2, 1)
     together = 3 if window.kw == 3 and window.rim <= 8 else 1
@@ -138,10 +140,10 @@ def forward(
             )
         rim = window.rim if tile.together > 1 else 0
         tile_rows = tile.rows - 2 * rim
-        tiles = triton.cdiv(rows, tile_rows)
+        tiles = cdiv(rows, tile_rows)
         parts = x.new_empty(tiles, 2, outputs, dtype=torch.float32) if want_moments else None
         launch(
-            _forward_kernel, (triton.cdiv(outputs, tile.outputs) * tiles,), x,
+            _forward_kernel, (cdiv(outputs, tile.outputs) * tiles,), x,
             x, scale, shift, window.weight, bias, out, parts, rows,
             x.shape[1] // cols.unit, cols.read // cols.read_unit, x.stride(0) // cols.row_unit,
             out.stride(0), window.height, window.width, UNIT=cols.unit, READ_UNIT=cols.read_unit,
@@ -154,20 +156,20 @@ def forward(
         return None if parts is None else (parts, tile_rows)
 
     usual = _forward_launch(x, outputs, window)
-    tiles = (
-        _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
-        for tile in FORWARDS
-        if tile[0] > 2 * window.rim
-    )
-    # The library may round float32 where this may not.
-    others = chain(tiles, () if exact(x) else (LIBRARY,))
-    more = (window.kh, window.kw, dilation, want_moments, affine is not None)
-    step = Step("spatial forward", x, outputs, more)
 
-    def made(taken: tuple[Tensor, int] | None) -> list[Tensor]:
-        return [out, *moments_of(taken, rows)]
+    def choice() -> Choice[_Launch, tuple[Tensor, int] | None]:
+        tiles = (
+            _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
+            for tile in FORWARDS
+            if tile[0] > 2 * window.rim
+        )
+        # The library may round float32 where this may not.
+        others = chain(tiles, () if exact(x) else (LIBRARY,))
+        more = (window.kh, window.kw, dilation, want_moments, affine is not None)
+        step = Step("spatial forward", x, outputs, more)
+        return Choice(step, usual, others, run, lambda taken: [out, *moments_of(taken, rows)])
 
-    return run(fastest(Choice(step, usual, others, run, made)))
+    return run(fastest(x, usual, choice))
 
 
 @triton.jit

@@ -23,12 +23,14 @@ from densely.fused.kernels.triton_launches import Choice, Step, fastest
 from densely.fused.kernels.triton_tiles import (
     Columns,
     Window,
+    cdiv,
     columns,
     exact,
     launch,
     loaded_total,
     masked_back,
     multiprocessors,
+    next_power_of_2,
     normalised,
     place_of,
     precision,
@@ -66,7 +68,7 @@ WEIGHTS = (
 
 def _input_launch(x: Tensor, outputs: int, window: Window, add_scaled: bool) -> _Launch:
     """With programs wanted it is of `_resident_kernel`: where all weights fit into its memory."""
-    width = max(16, triton.next_power_of_2(outputs))
+    width = max(16, next_power_of_2(outputs))
     if exact(x):
         return _Launch(32, 32, 16, 4, 2, 1)
     if x.dtype == torch.float32:
@@ -86,7 +88,7 @@ def _input_launch(x: Tensor, outputs: int, window: Window, add_scaled: bool) -> 
 
 
 def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
-    width = max(16, triton.next_power_of_2(outputs))
+    width = max(16, next_power_of_2(outputs))
     if exact(x):
         return _Launch(16, 32, min(width, 32), 4, 2, 1, 4)
     if x.dtype == torch.float32:
@@ -94,7 +96,7 @@ def _weight_launch(x: Tensor, outputs: int, window: Window) -> _Launch:
         return _Launch(32, 64, min(width, 32), 8, 2, together, 2)
     width = min(width, 64)
     together = window.kw if window.kw * width <= 256 else 1
-    side = triton.next_power_of_2(together) * width
+    side = next_power_of_2(together) * width
     if side <= 128 and x.shape[1] <= 64:
         return _Launch(64, 64, width, 4, 3, together, 4)
     programs = 1 if x.shape[0] <= 128 * multiprocessors(x.device) else 2
@@ -139,7 +141,7 @@ def backward(
     cols = columns(x, total, base)
 
     def of_input(tile: _Launch) -> tuple[Tensor, Callable[[], None]]:
-        tiles, across = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels)
+        tiles, across = cdiv(rows, tile.rows), cdiv(channels, tile.channels)
         kernel, grid, parts = _input_kernel, (across * tiles, 1), tiles
         resident: dict[str, int] = {}
         if tile.programs:
@@ -158,21 +160,18 @@ def backward(
         )  # fmt: skip
 
     usual = _input_launch(x, outputs, window, add_scaled)
-    others = (
-        _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
-        for tile in INPUTS
-        if not tile[4]
-        or (window.kh in (1, 3) and usual.together == window.kw and outputs <= usual.outputs)
-    )
-    step = Step("spatial input", x, outputs, (window.kh, window.kw, dilation, add_scaled))
 
-    def summed(tile: _Launch) -> Tensor:
-        parts, run = of_input(tile)
-        run()
-        return parts.sum(0)
+    def choice() -> Choice[_Launch, Tensor]:
+        fits = window.kh in (1, 3) and usual.together == window.kw and outputs <= usual.outputs
+        others = (
+            _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
+            for tile in INPUTS
+            if fits or not tile[4]
+        )
+        step = Step("spatial input", x, outputs, (window.kh, window.kw, dilation, add_scaled))
+        return Choice(step, usual, others, _summed(of_input), lambda sums: [total, sums], total)
 
-    tile = fastest(Choice(step, usual, others, summed, lambda sums: [total, sums], total))
-    norm_parts, run_input = of_input(tile)
+    norm_parts, run_input = of_input(fastest(x, usual, choice))
     if not needs_weight:
         run_input()
         return None, norm_parts
@@ -194,8 +193,8 @@ def _weight_gradient(
 
     def prepared(tile: _Launch) -> tuple[Tensor, Callable[[], None]]:
         groups = window.kh * (window.kw // tile.together)
-        across = groups * triton.cdiv(outputs, tile.outputs), triton.cdiv(channels, tile.channels)
-        splits = splits_for(x, triton.cdiv(rows, tile.rows), across[0] * across[1], tile.programs)
+        across = groups * cdiv(outputs, tile.outputs), cdiv(channels, tile.channels)
+        splits = splits_for(x, cdiv(rows, tile.rows), across[0] * across[1], tile.programs)
         parts = x.new_empty(splits, *window.weight.shape, dtype=torch.float32)
         return parts, lambda: launch(
             _weight_kernel, (*across, splits), x,
@@ -205,17 +204,30 @@ def _weight_gradient(
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
+    usual = _weight_launch(x, outputs, window)
+
+    def choice() -> Choice[_Launch, Tensor]:
+        others = (
+            _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4])
+            for tile in WEIGHTS
+        )
+        step = Step("spatial weight", x, outputs, (window.kh, window.kw, dilation))
+        return Choice(step, usual, others, _summed(prepared), lambda sums: [sums])
+
+    return prepared(fastest(x, usual, choice))
+
+
+def _summed(
+    prepared: Callable[[_Launch], tuple[Tensor, Callable[[], None]]],
+) -> Callable[[_Launch], Tensor]:
+    """What runs a launch that is prepared, and adds up the parts it makes."""
+
     def summed(tile: _Launch) -> Tensor:
         parts, run = prepared(tile)
         run()
         return parts.sum(0)
 
-    usual = _weight_launch(x, outputs, window)
-    others = (
-        _Launch(*tile[:2], usual.outputs, *tile[2:4], usual.together, tile[4]) for tile in WEIGHTS
-    )
-    step = Step("spatial weight", x, outputs, (window.kh, window.kw, dilation))
-    return prepared(fastest(Choice(step, usual, others, summed, lambda sums: [sums])))
+    return summed
 
 
 def _constants(
@@ -225,7 +237,7 @@ def _constants(
     return {
         "UNIT": cols.unit, "READ_UNIT": cols.read_unit, "ROW_UNIT": cols.row_unit,
         "OUT": outputs, "KH": window.kh, "KW": window.kw, "DILATION": dilation,
-        "TOGETHER": tile.together, "SIDE": triton.next_power_of_2(tile.together),
+        "TOGETHER": tile.together, "SIDE": next_power_of_2(tile.together),
         "EVEN": rows % tile.rows == 0, "BM": tile.rows, "BC": tile.channels, "BO": tile.outputs,
     }  # fmt: skip
 

@@ -34,7 +34,7 @@ from densely.fused.kernels.operands import (
     side_by_side,
 )
 from densely.fused.kernels.triton_aside import Aside
-from densely.fused.kernels.triton_tiles import launch
+from densely.fused.kernels.triton_tiles import cdiv, launch, next_power_of_2
 
 _COLUMNS = 8  # of a program: 32 bytes
 _PARTS = 1024  # of a program's turn
@@ -58,10 +58,10 @@ def affine(
     if after is not None:
         partials, tile_rows = _grouped(after.partials, after.tile_rows, after.rows)
         tiles, _, new = partials.shape
-    taken = min(_PARTS, triton.next_power_of_2(max(1, tiles)))
-    old_blocks = triton.cdiv(columns - new, _BLOCK)
+    taken = min(_PARTS, next_power_of_2(max(1, tiles)))
+    old_blocks = cdiv(columns - new, _BLOCK)
     launch(
-        _affine, (old_blocks + triton.cdiv(new, _COLUMNS),), norm.mean,
+        _affine, (old_blocks + cdiv(new, _COLUMNS),), norm.mean,
         *vectors, *found, norm.eps, columns, partials, tiles, tile_rows,
         0 if after is None else after.rows, new, old_blocks,
         BLOCK=_BLOCK, PARTS=taken, COLUMNS=_COLUMNS,
@@ -88,9 +88,9 @@ def finish_moments(
     """Mean and biased variance of `rows` rows from the moments of their tiles."""
     partials, tile_rows = _grouped(partials, tile_rows, rows)
     tiles, _, columns = partials.shape
-    taken = min(_PARTS, triton.next_power_of_2(tiles))
+    taken = min(_PARTS, next_power_of_2(tiles))
     launch(
-        _combine_moments, (triton.cdiv(columns, _COLUMNS),), partials,
+        _combine_moments, (cdiv(columns, _COLUMNS),), partials,
         partials, mean_out, var_out, tiles, tile_rows, rows, columns, 0,
         FINAL=True, GROUP=0, PARTS=taken, COLUMNS=_COLUMNS, num_warps=_warps(taken),
     )  # fmt: skip
@@ -101,10 +101,10 @@ def _grouped(partials: Tensor, tile_rows: int, rows: int) -> tuple[Tensor, int]:
     tiles, _, columns = partials.shape
     if tiles <= _MANY:
         return partials, tile_rows
-    groups = triton.cdiv(tiles, _GROUP)
+    groups = cdiv(tiles, _GROUP)
     grouped = partials.new_empty(groups, 2, columns)
     launch(
-        _combine_moments, (triton.cdiv(columns, _COLUMNS) * groups,), partials,
+        _combine_moments, (cdiv(columns, _COLUMNS) * groups,), partials,
         partials, grouped, grouped[0, 1], tiles, tile_rows, rows, columns, 2 * columns,
         FINAL=False, GROUP=_GROUP, PARTS=_GROUP, COLUMNS=_COLUMNS, num_warps=1,
     )  # fmt: skip
@@ -139,9 +139,9 @@ def finish_norm(
     the same launch, or by one like it where they are made, `aside`.
     """
     parts, _, columns = partials.shape
-    blocks = triton.cdiv(columns, _COLUMNS)
+    blocks = cdiv(columns, _COLUMNS)
     if parts > _MANY:
-        groups = triton.cdiv(parts, _GROUP)
+        groups = cdiv(parts, _GROUP)
         grouped = partials.new_empty(groups, 2, columns)
         launch(
             _add_parts, (blocks * groups,), partials,
@@ -151,11 +151,11 @@ def finish_norm(
         partials, parts = grouped, groups
     made = _vectors(2 if mean_terms or not affine.training else 4, partials)
     terms = (mean_terms or (made[2], made[3])) if affine.training else None
-    taken = min(_PARTS // 2, triton.next_power_of_2(parts))
+    taken = min(_PARTS // 2, next_power_of_2(parts))
     weight, weights = None, 0
     if weight_parts is not None:
         weight = weight_parts.new_empty(weight_parts.shape[1:])
-        weights = triton.cdiv(weight.numel(), _WEIGHTS)
+        weights = cdiv(weight.numel(), _WEIGHTS)
 
     def run(first: int, last: int) -> None:
         launch(
