@@ -1,9 +1,12 @@
 """What is recorded, and how PyTorch is set before, meanwhile and after."""
 
+import copy
+
 import pytest
 import torch
 from on_gpu import needs_gpu
 
+import densely
 from densely.cuda_graphs import record_graph
 
 DEVICE = torch.device("cuda")
@@ -41,3 +44,21 @@ def test_each_replay_goes_on_from_the_random_numbers_of_its_time() -> None:
     torch.cuda.manual_seed(2)
     graph.replay()
     assert torch.equal(found, expected[1])
+
+
+@needs_gpu
+def test_a_loop_of_ones_own_may_use_torchs_graphed_callables() -> None:
+    torch.manual_seed(0)
+    net = densely.create_model("d2l", num_classes=10, in_channels=1).to(DEVICE)
+    launched = copy.deepcopy(net)
+    torch.cuda.make_graphed_callables(net, (torch.randn(8, 1, 96, 96, device=DEVICE),))
+    images = torch.randn(8, 1, 96, 96, device=DEVICE)
+    outputs = []
+    for model in (launched, net):
+        outputs.append(model(images))
+        (outputs[-1] * torch.linspace(-1, 1, 80, device=DEVICE).view(8, 10)).sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    for (name, got), wanted in zip(net.named_parameters(), launched.parameters(), strict=True):
+        torch.testing.assert_close(
+            got.grad, wanted.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
