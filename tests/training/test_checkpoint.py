@@ -202,5 +202,11 @@ def test_weights_that_do_not_fit_are_named(saved: Path) -> None:
 
 
 def test_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="there is no checkpoint"):
+    with pytest.raises(RunError, match=r"there is no checkpoint$"):
         load_model(tmp_path / "last")
+
+
+def test_a_run_without_a_checkpoint_says_how_to_begin_anew(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(RunError, match=r"no checkpoint.*train --config .*config\.yaml$"):
+        load_model(tmp_path / "checkpoints" / "last")

@@ -14,6 +14,7 @@ FOLDER.old: whenever the process ends, one of the three is whole, and `find_chec
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -229,9 +230,15 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 def _found(folder: Path) -> Path:
     found = find_checkpoint(folder)
-    if found is None:
-        raise RunError(f"{folder}: there is no checkpoint")
-    return found
+    if found is not None:
+        return found
+    config = folder.parent.parent / "config.yaml"
+    if config.is_file():  # of a run that was stopped in its first moments
+        raise RunError(
+            f"{folder}: there is no checkpoint; the same run from the beginning: "
+            f"densely train --config {shlex.quote(str(config))}"
+        )
+    raise RunError(f"{folder}: there is no checkpoint")
 
 
 def _sync(path: Path) -> None:
