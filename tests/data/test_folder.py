@@ -51,6 +51,21 @@ def test_val_beside_test_becomes_validation(photos: Path) -> None:
     assert splits.validation.labels.tolist() == [1]
 
 
+def test_images_that_are_learnt_from_and_judged_by_are_noted(photos: Path) -> None:
+    save_classes(photos / "train", each=3)
+    save_classes(photos / "val", each=2)
+    save_classes(photos / "test", each=2)
+    assert load_folder(photos, None, 0).notes == ()
+    save(photos / "val" / "b" / "again.png", shade=4)
+    for name, shade in (("a/again.png", 1), ("b/again.png", 5)):
+        save(photos / "test" / name, shade=shade)
+    notes = load_folder(photos, None, 0).notes
+    assert [note.split(":")[0] for note in notes] == [
+        "of 5 validation images 1 is among the training images too",
+        "of 6 test images 2 are among the training images too",
+    ]
+
+
 def test_one_folder_is_split_80_to_20_in_each_class(photos: Path) -> None:
     splits = load_folder(save_classes(photos, each=20), None, 0)
     assert sorted(shades(splits.train) + shades(splits.test)) == list(range(40))

@@ -129,8 +129,8 @@ def test_images_of_no_class_are_noted(tmp_path: Path, part: str) -> None:
     for name in ("x.png", "y.JPG", ".hidden.png"):
         save(folder / name)
     if part:
-        save(tmp_path / "test" / "b" / "x.png")
-        save(tmp_path / "test" / "a.png" / "x.png")
+        save(tmp_path / "test" / "b" / "x.png", shade=77)
+        save(tmp_path / "test" / "a.png" / "x.png", shade=78)
     splits = load_folder(tmp_path, None, 0)
     assert splits.train.classes == ("a.png", "b")
     assert len(splits.train) == (10 if part else 8)
@@ -181,7 +181,7 @@ def test_a_class_or_split_that_is_a_link_to_another_is_refused(
 
 def test_links_to_other_folders_are_followed(tmp_path: Path) -> None:
     save_classes(tmp_path / "data", "b", each=5)
-    save_classes(tmp_path / "elsewhere", "a", each=5)
+    save_classes(tmp_path / "elsewhere", "xa", each=5)
     (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere" / "a")
     save(tmp_path / "more" / "x.png", shade=99)
     (tmp_path / "data" / "b" / "more").symlink_to(tmp_path / "more")

@@ -48,6 +48,11 @@ class ImageSet:
             hasher.update(values)
         return hasher.hexdigest()
 
+    def digests(self) -> list[bytes]:
+        """Of each image by itself: two that have one are the same to the last pixel."""
+        images: Any = self.images.cpu().contiguous().numpy()
+        return [hashlib.blake2b(image, digest_size=16).digest() for image in images]
+
     def subset(self, indices: Tensor) -> "ImageSet":
         """Take the images at `indices` (int64 [M])."""
         names = None if self.names is None else tuple(self.names[i] for i in indices.tolist())

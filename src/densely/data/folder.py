@@ -5,7 +5,7 @@ is set aside for testing.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from densely.data.layout import EXPECTED, Part, find_parts, left_out_notes, list
 from densely.data.parallel import shared_bytes, spread
 from densely.data.preprocessing import resize
 from densely.errors import DataError
-from densely.words import listed
+from densely.words import counted, listed
 
 TEST_SHARE = 0.2
 #: Side that images are scaled to where the user names none and they are larger or differ in size.
@@ -72,6 +72,7 @@ def load_folder(
         whole = sets["train"]
         train, test = stratified_split(whole.labels, classes, TEST_SHARE, split_seed, "test", notes)
         sets = {"train": whole.subset(train), "test": whole.subset(test)}
+    notes += _repeated_notes(sets)
     return Splits(
         folder.name,
         sets["train"],
@@ -121,6 +122,22 @@ def _unjudged_note(test: Part, classes: tuple[str, ...]) -> tuple[str, ...]:
     if not missing:
         return ()
     return (f"classes without test images, which cannot be judged: {', '.join(missing)}",)
+
+
+def _repeated_notes(sets: Mapping[str, ImageSet]) -> tuple[str, ...]:
+    """Notes where a split that judges has images that are learnt from."""
+    learnt = set(sets["train"].digests())
+    notes = []
+    for name, words in (("val", "validation"), ("test", "test")):
+        if name in sets:
+            again = sum(digest in learnt for digest in sets[name].digests())
+            if again:
+                notes.append(
+                    f"of {counted(len(sets[name]), f'{words} image')} {again:,} "
+                    f"{'is' if again == 1 else 'are'} among the training images too: what is "
+                    "measured on them says nothing of new images"
+                )
+    return tuple(notes)
 
 
 class _Origin(NamedTuple):
