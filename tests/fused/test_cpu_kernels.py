@@ -129,6 +129,18 @@ def test_norm_relu_backward(dtype: torch.dtype, gap: int, columns: int, into: st
     assert_near(weight, (masked * xhat).sum(0), torch.float32)
 
 
+@pytest.mark.parametrize("rows", [64, 250, 1000])
+@pytest.mark.parametrize("far", [1e2, 1e3, 1e4])
+def test_moments_of_values_far_from_zero(rows: int, far: float) -> None:
+    """The mean of a few rows is rounded to float32: what that moves is not to show."""
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0)) + far
+    mean, var = torch.empty(40), torch.empty(40)
+    CPU.moments(x, (mean, var))
+    exact_var, exact_mean = torch.var_mean(x.double(), dim=0, correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=2e-6, atol=0)
+
+
 @every_dtype
 @gaps
 @pytest.mark.parametrize("columns", COLUMNS)

@@ -58,20 +58,27 @@ struct Moments {
   void add(const Matrix<T>& x, int64_t begin, int64_t end) {
     constexpr int64_t few = 64;
     int64_t columns = x.columns;
-    std::vector<float> sum(columns), square(columns);
+    std::vector<float> about(columns), apart(columns), square(columns);
     std::vector<double> few_mean(columns), few_squares(columns);
     for (int64_t first = begin; first < end; first += few) {
-      int64_t last = std::min(end, first + few);
-      add_few(x, first, last, sum.data(), square.data());
-      for (int64_t c = 0; c < columns; c++) few_mean[c] = sum[c], few_squares[c] = square[c];
-      merge(few_mean.data(), few_squares.data(), last - first);
+      int64_t last = std::min(end, first + few), rows = last - first;
+      add_few(x, first, last, about.data(), apart.data(), square.data());
+      double share = 1.0 / rows;
+      for (int64_t c = 0; c < columns; c++) {
+        double off = about[c] - about[c] == 0 ? apart[c] * share : 0;  // of a mean that is finite
+        few_mean[c] = about[c] + off;
+        few_squares[c] = square[c] - off * apart[c];
+      }
+      merge(few_mean.data(), few_squares.data(), rows);
     }
   }
 
-  // Mean and sum of squares of rows [first, last).
+  // About the mean of rows [first, last), and sums of what they are apart from that and of its
+  // squares. The first sum is left zero for 16 bits, in which no mean can be far beyond the spread.
   template <class T>
   static void add_few(
-      Matrix<T> x, int64_t first, int64_t last, float* __restrict s, float* __restrict q) {
+      Matrix<T> x, int64_t first, int64_t last, float* __restrict s, float* __restrict r,
+      float* __restrict q) {
     int64_t columns = x.columns;
     float share = 1.0f / (last - first);
 #ifdef DENSELY_PANELS
@@ -89,16 +96,18 @@ struct Moments {
     }
 #endif
     std::fill_n(s, columns, 0.0f);
+    std::fill_n(r, columns, 0.0f);
     std::fill_n(q, columns, 0.0f);
-    for (int64_t r = first; r < last; r++) {
-      const T* __restrict row = x.row(r);
+    for (int64_t i = first; i < last; i++) {
+      const T* __restrict row = x.row(i);
       for (int64_t c = 0; c < columns; c++) s[c] += float(row[c]);
     }
     for (int64_t c = 0; c < columns; c++) s[c] *= share;
-    for (int64_t r = first; r < last; r++) {
-      const T* __restrict row = x.row(r);
+    for (int64_t i = first; i < last; i++) {
+      const T* __restrict row = x.row(i);
       for (int64_t c = 0; c < columns; c++) {
         float d = float(row[c]) - s[c];
+        r[c] += d;
         q[c] += d * d;
       }
     }
