@@ -470,6 +470,17 @@ def test_doctor_tells_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]
     assert set(facts["reasons"]) == {"device", "precision", "memory_format"}
 
 
+@pytest.mark.parametrize("folder", ["x" * 5000, "two\nlines"])
+def test_doctor_tells_of_folders_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setenv("DENSELY_DATA", folder)
+    code, out, err = run(capsys, "doctor")
+    assert (code, err) == (0, "")
+    (line,) = (line for line in out.splitlines() if "DENSELY_DATA" in line)
+    assert line.endswith(f"{folder} (not there)".replace("\n", r"\n"))
+
+
 def test_doctor_sees_where_fashion_mnist_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fashion_mnist_dir: Path
 ) -> None:

@@ -12,6 +12,7 @@ from densely.data.locations import VARIABLE
 from densely.environment import environment
 from densely.fused.kernels import missing
 from densely.runtime import can_keep_freed_memory, choose_runtime
+from densely.words import on_one_line
 
 
 def diagnosis(device: str = "auto") -> dict[str, object]:
@@ -55,8 +56,11 @@ def _state(folder: str | None) -> str:
     if not folder:
         return "not set"
     top = Path(folder)
-    if not top.is_dir():
-        return f"{top} (not there)"
-    return (
-        f"{top} ({'Fashion-MNIST is there' if complete_folder(top) else 'without Fashion-MNIST'})"
-    )
+    try:
+        there = top.is_dir()
+    except OSError:  # as of a name that is too long
+        there = False
+    what = "not there"
+    if there:
+        what = "Fashion-MNIST is there" if complete_folder(top) else "without Fashion-MNIST"
+    return f"{on_one_line(folder)} ({what})"

@@ -190,6 +190,21 @@ def test_a_single_run_each_has_wilsons_interval(folder: Path) -> None:
     assert "McNemar, run by run" in sentence(result.pairs[0])
 
 
+def test_equal_accuracies_say_nothing_of_their_spread(folder: Path, tmp_path: Path) -> None:
+    """Though one run more were as sure as all there ever will be."""
+    run = sorted((folder / "runs").iterdir())[0]
+    copies = []
+    for i in range(5):
+        copies.append(Path(shutil.copytree(run, tmp_path / str(i))))
+        config = (run / "config.yaml").read_text()
+        (copies[-1] / "config.yaml").write_text(config.replace("\nseed: 0\n", f"\nseed: {i % 2}\n"))
+    result = compare({"a": copies[:2], "b": copies[2:4], "one": copies[4:]})
+    pair, one = result.groups[:2], result.groups[2]
+    assert [group.accuracy for group in pair] == [one.accuracy] * 2
+    assert one.accuracy.low < one.accuracy.value < one.accuracy.high
+    assert result.pairs[0].difference is None
+
+
 def test_the_page_and_the_picture(folder: Path, tmp_path: Path) -> None:
     text = (folder / "README.md").read_text()
     assert "| average |" in text

@@ -8,7 +8,7 @@ import pytest
 
 from densely import drawing
 from densely.comparison.compare import Comparison, Group, Pair
-from densely.comparison.page import sentence, write_comparison
+from densely.comparison.page import sentence, table, write_comparison
 from densely.comparison.pictures import draw_comparison
 from densely.evaluation.findings import Cost, Interval
 from densely.training.run import EpochMetrics
@@ -39,7 +39,7 @@ def group(name: str, accuracy: float, split: str = "test", seeds: int = 1) -> Gr
 
 
 def comparison(*groups: Group) -> Comparison:
-    return Comparison("trial", "digits, test", 9, "test", "2026-01-01", {}, groups, (), {})
+    return Comparison("trial", "digits, test", 9, "test", 0, "2026-01-01", {}, groups, (), {})
 
 
 @pytest.fixture
@@ -57,6 +57,25 @@ def test_differences_are_told_in_points_of_a_hundred() -> None:
         "McNemar, run by run: only the first right 5, only the second 2, p = 0.450; "
         "only the first right 4, only the second 0, p = 0.100."
     )
+
+
+def test_equal_differences_have_no_interval() -> None:
+    pair = Pair("a", "b", (0, 1), (), None, (3, 4), (1, 2), (0.6, 0.7))
+    assert sentence(pair).startswith(
+        "a against b: the same difference in each pair of runs, so that its spread is not known. "
+        "McNemar, run by run: "
+    )
+
+
+def test_names_stay_on_their_line_of_the_table(tmp_path: Path) -> None:
+    lines = table(comparison(group("two\nlines", 0.5), group("a|b", 0.7))).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [r"| two\nlines", r"| a\|b"]
+
+
+def test_every_name_is_in_the_legend(figures: list[Any], tmp_path: Path) -> None:
+    draw_comparison(comparison(group("_slow", 0.5), group("b", 0.7)), tmp_path / "x.png")
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["_slow", "b"]
 
 
 @pytest.mark.usefixtures("figures")

@@ -303,6 +303,38 @@ def test_the_command_prints_json(
     assert second == {"connections": str(tmp_path / "connections.png")}
 
 
+def test_no_connections_are_drawn_where_an_image_is_missing(
+    digits_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="there is no image file"):
+        command(digits_run, tmp_path / "x.png", "--connections", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("letters", ["a" * 249, "中" * 80])
+def test_a_long_name_is_shortened(
+    digits_run: Path, images: list[Path], tmp_path: Path, letters: str
+) -> None:
+    names = [tmp_path / f"{letters}{i}.png" for i in range(2)]
+    for name in names:
+        shutil.copy(images[0], name)
+    found = explain_images(digits_run, names, output=tmp_path / "out")
+    assert [picture.path.name for picture in found] == [
+        f"{letters[: 150 // len(letters[0].encode())]}-cam{end}.png" for end in ("", "-2")
+    ]
+
+
+def test_a_line_is_a_line_whatever_the_name(
+    digits_run: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "two\nlines.png"
+    shutil.copy(images[0], odd)
+    command(digits_run, odd, images[1], "--output", tmp_path / "out")
+    first, second = capsys.readouterr().out.splitlines()
+    assert r"two\nlines.png" in first
+    assert second.startswith(str(images[1]))
+
+
 def test_connections_alone_need_no_image(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import densely
 from densely.cli import main
 from densely.errors import ConfigError, DataError, RunError
 from densely.evaluation import judged
+from densely.evaluation.calibration import cross_fitted
 from densely.evaluation.scores import scores_of
 from densely.evaluation.selective import risk_coverage, threshold_for
 from densely.training.run import RunDirectory
@@ -145,9 +147,10 @@ def test_the_figures_are_of_calibrated_probabilities(run: Path) -> None:
     logits, labels = stored.apply(own["test"].logits), own["test"].labels
     assert found.scores.accuracy == scores_of(logits, labels, DIGITS).accuracy
     assert found.scores.accuracy != scores_of(own["test"].logits, labels, DIGITS).accuracy
-    fitting = (stored.apply(own["validation"].logits), own["validation"].labels)
+    fitting, truth = own["validation"].logits, own["validation"].labels
+    as_new = cross_fitted(stored, fitting, truth)
     choices = [(choice.wanted_error, choice.threshold) for choice in found.selective.choices]
-    assert choices == [(error, threshold_for(*fitting, error)) for error, _ in choices]
+    assert choices == [(error, threshold_for(as_new, truth, error)) for error, _ in choices]
     assert found.selective == risk_coverage(logits, labels, choices)
     shares = logits.double().softmax(dim=1)
     for example in found.mistakes:
@@ -244,6 +247,46 @@ def test_the_page_may_go_elsewhere_and_spares_what_is_there(run: Path, tmp_path:
         densely.report(run, output=tmp_path / "page")
 
 
+def test_a_folder_under_a_files_name_is_told_before_anything_is_written(
+    run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "page" / "metrics.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"metrics\.json in it is a folder"):
+        densely.report(run, output=tmp_path / "page")
+    assert not (run / "checkpoints" / "best" / "calibration.json").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda png: b"", lambda png: png[:-20], lambda png: b"x" * 99])
+def test_curves_that_cannot_be_read_are_left_out(
+    run: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    Image.new("RGB", (60, 40)).save(run / "curves.png")
+    pages = []
+    for change in (bytes, damage):
+        (run / "curves.png").write_bytes(change((run / "curves.png").read_bytes()))
+        pages.append(densely.report(run).page.read_text(encoding="utf-8"))
+    assert ["Loss and accuracies of the run" in page for page in pages] == [True, False]
+
+
+def test_sure_mistakes_are_in_their_order(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though in float32 all of them have a probability of 1."""
+    judge = judged.judge
+
+    def sure(*args: object, **options: object) -> judged.Judged:
+        found = judge(*args, **options)  # type: ignore[arg-type]
+        wrong = (found.logits.argmax(1) != found.labels).nonzero().flatten()
+        for place, index in enumerate(wrong[:5].tolist()):
+            found.logits[index] = 0
+            found.logits[index, (found.labels[index] + 1) % 10] = 22.0 + 2 * place
+        order.extend(wrong[:5].tolist())
+        return found
+
+    order: list[int] = []
+    monkeypatch.setattr("densely.evaluation.report.judge", sure)
+    mistakes = densely.report(run, calibration="none").findings.mistakes
+    assert [example.index for example in mistakes[:5]] == order[::-1]
+
+
 def test_a_run_that_cannot_be_written_is_reported_on_elsewhere(
     run: Path,
     tmp_path: Path,
@@ -305,7 +348,7 @@ def test_nan_is_refused(run: Path) -> None:
         ("EMPTY", "no class folders with images"),
         ("nowhere", "nor is there a folder nowhere"),
         ("OTHERS --wanted-error 0", "wanted_error=0.0: must be above 0"),
-        ("OTHERS --calibration platt", "expected one of 'temperature', 'vector', 'none'"),
+        ("OTHERS --calibration platt", "expected one of 'none', 'temperature', 'vector'"),
         ("OTHERS --output RUN/config.yaml", "config.yaml"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Literal
 from densely.cli.parser import Parser, add_fields, hardware_of
 from densely.errors import ConfigError
 from densely.training.config import HARDWARE, TrainConfig
+from densely.words import on_one_line
 
 Method = Literal["cam", "gradcam", "gradcam++", "integrated_gradients"]
 
@@ -66,12 +67,18 @@ def explain(parser: Parser, arguments: list[str]) -> None:
     if not chosen.images and (flags := [flag for flag, is_given in given.items() if is_given]):
         raise ConfigError(f"{', '.join(flags)}: of heat maps, and no IMAGE is given")
 
-    from densely.evaluation.explain_run import explain_connections, explain_images
+    from rich.cells import cell_len, set_cell_size
+
+    from densely.evaluation.explain_run import (
+        check_connections,
+        explain_connections,
+        explain_images,
+    )
     from densely.runtime import settle_process
 
     settle_process()
-    # First, as it wants a DenseNet: nothing is drawn where it fails.
-    path = str(explain_connections(chosen.run, chosen.output)) if chosen.connections else None
+    if chosen.connections:
+        check_connections(chosen.run)  # nothing is drawn of a network that is no DenseNet
     if chosen.images:
         pictures = explain_images(
             chosen.run,
@@ -82,15 +89,18 @@ def explain(parser: Parser, arguments: list[str]) -> None:
             output=chosen.output,
             **hardware_of(chosen),
         )
-        margin = max(len(picture.image) for picture in pictures)
-        width = max(len(picture.label) for picture in pictures)
-        for picture in pictures:
+        names = [on_one_line(picture.image) for picture in pictures]
+        labels = [on_one_line(picture.label) for picture in pictures]
+        margin, width = max(map(cell_len, names)), max(map(cell_len, labels))
+        for picture, name, label in zip(pictures, names, labels, strict=True):
             if chosen.json:
                 print(json.dumps(picture.to_dict()))
                 continue
             print(
-                f"{picture.image:{margin}}  {picture.label:{width}}  {picture.probability:6.4f}  "
-                f"{picture.path}"
+                f"{set_cell_size(name, margin)}  {set_cell_size(label, width)}  "
+                f"{picture.probability:6.4f}  "
+                f"{on_one_line(str(picture.path))}"
             )
-    if path is not None:
+    if chosen.connections:
+        path = str(explain_connections(chosen.run, chosen.output))
         print(json.dumps({"connections": path}) if chosen.json else path)

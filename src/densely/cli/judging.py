@@ -49,7 +49,7 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--calibration",
-        type=Literal["temperature", "vector", "none"] | None,
+        type=Literal["none", "temperature", "vector"] | None,
         metavar="{temperature,vector,none}",
         help="what is stored with the model; the page compares all. null for what is stored "
         "already, temperature at first",

@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from scipy import stats
 
 from densely.comparison.same_images import Identity, identity, same_images
 from densely.environment import environment
-from densely.errors import ConfigError, RunError
+from densely.errors import ConfigError, DenselyError, RunError
 from densely.evaluation.classifier import Classifier
 from densely.evaluation.cost import costs
 from densely.evaluation.findings import Cost, Interval
-from densely.evaluation.judged import judge
+from densely.evaluation.judged import judge, met_before, own_splits
 from densely.evaluation.scores import wilson_share
 from densely.runtime import MemoryFormat, Precision
 from densely.training.config import Split, TrainConfig
@@ -68,7 +69,7 @@ class Pair:
         seeds: that both have, one for each pair of runs; two single runs are a pair of any seeds.
         left_out: runs without a counterpart.
         difference: mean accuracy of the first less that of the second, with the paired Student's
-            95% interval over the pairs; None for fewer than two.
+            95% interval over the pairs; None for fewer than two, or equal ones.
         only_first: images that only the first got right, of each pair of runs.
         only_second: images that only the second got right.
         p_values: McNemar's, of each pair of runs.
@@ -89,13 +90,15 @@ class Comparison:
     """Groups of runs, judged on the same images; `title` says of what.
 
     `schedule` are the fields of training that all runs share and that say how long they learned.
-    `split` is the part of the data that runs were trained on; None for other data.
+    `split` is the part of the data that runs were trained on; None for other data, of which
+    `learned` images are, to the last pixel, ones that a network learned from.
     """
 
     title: str
     data: str
     images: int
     split: Split | None
+    learned: int
     date: str
     schedule: dict[str, Any]
     groups: tuple[Group, ...]
@@ -180,6 +183,7 @@ def compare(
         data=first.images.source,
         images=len(first.right),
         split=split if any(run.is_own for run in everything) else None,
+        learned=max(run.learned for run in everything),
         date=datetime.date.today().isoformat(),
         schedule=_shared_schedule([run.run for run in everything]),
         groups=tuple(
@@ -245,13 +249,17 @@ def _by_seed(name: str | None, runs: Sequence[str | os.PathLike[str]]) -> list[P
 
 @dataclass(frozen=True)
 class _Judged:
-    """A run, what it was judged on, whether of its own data, and which of that it is right on."""
+    """A run, what it was judged on, and which of that it is right on.
+
+    The images are of its own data, or others, of which it has `learned` some all the same.
+    """
 
     run: RunDirectory
     config: TrainConfig
     classifier: Classifier
     images: Identity
     is_own: bool
+    learned: int
     right: NDArray[np.bool_]
 
 
@@ -260,7 +268,12 @@ def _judged(run: str | os.PathLike[str], data: str | None, **options: Any) -> _J
     right: NDArray[np.bool_] = (found.logits.argmax(dim=1) == found.labels).numpy()
     config = found.run.config()
     images = identity(found.images, found.data, config.split_seed)
-    return _Judged(found.run, config, found.classifier, images, found.own is not None, right)
+    is_own, learned = found.own is not None, 0
+    if not is_own:
+        with suppress(DenselyError):  # its own data are gone: nobody can tell
+            own = own_splits(found.run, found.classifier, options["data_dir"])
+            learned, _ = met_before(found.images, own)
+    return _Judged(found.run, config, found.classifier, images, is_own, learned, right)
 
 
 def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:
@@ -278,9 +291,9 @@ def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:
 
 
 def _accuracy(members: Sequence[_Judged]) -> Interval:
-    if len(members) == 1:
-        return wilson_share(int(members[0].right.sum()), len(members[0].right))
     mean = _student([float(member.right.mean()) for member in members])
+    if mean is None:
+        return wilson_share(int(members[0].right.sum()), len(members[0].right))
     return Interval(mean.value, max(0.0, mean.low), min(1.0, mean.high))
 
 
@@ -292,7 +305,8 @@ def _pair(a: str, ones: Sequence[_Judged], b: str, others: Sequence[_Judged]) ->
         matched = [(ones[0], others[0])]
     only_a = [int((one.right & ~other.right).sum()) for one, other in matched]
     only_b = [int((~one.right & other.right).sum()) for one, other in matched]
-    differences = [float(one.right.mean() - other.right.mean()) for one, other in matched]
+    images = len(ones[0].right)
+    differences = [(x - y) / images for x, y in zip(only_a, only_b, strict=True)]
     paired = [id(run) for pair in matched for run in pair]
     alone = [run for run in (*ones, *others) if id(run) not in paired]
     return Pair(
@@ -300,7 +314,7 @@ def _pair(a: str, ones: Sequence[_Judged], b: str, others: Sequence[_Judged]) ->
         second=b,
         seeds=tuple(seeds),
         left_out=tuple(str(run.run.path) for run in alone),
-        difference=_student(differences) if len(differences) > 1 else None,
+        difference=_student(differences),
         only_first=tuple(only_a),
         only_second=tuple(only_b),
         p_values=tuple(mcnemar(x, y) for x, y in zip(only_a, only_b, strict=True)),
@@ -313,8 +327,13 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(stats.binomtest(only_first, differing).pvalue) if differing else 1.0
 
 
-def _student(values: Sequence[float]) -> Interval:
-    """Mean and 95% interval of a mean of few values."""
+def _student(values: Sequence[float]) -> Interval | None:
+    """Mean and 95% interval of a mean of few values; None where they tell nothing of their spread.
+
+    That is of fewer than two, and of equal ones, as runs that are all right have.
+    """
+    if len({*values}) < 2:
+        return None
     mean, error = float(np.mean(values)), float(stats.sem(values))
     reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return Interval(mean, mean - reach, mean + reach)

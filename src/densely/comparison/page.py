@@ -7,6 +7,7 @@ from pathlib import Path
 from densely.comparison.compare import Comparison, Pair
 from densely.comparison.pictures import draw_comparison
 from densely.whole_file import write_whole
+from densely.words import on_one_line
 
 
 def table(comparison: Comparison) -> str:
@@ -19,7 +20,7 @@ def table(comparison: Comparison) -> str:
     ]
     rows = [
         [
-            group.name.replace("|", "\\|"),
+            on_one_line(group.name).replace("|", "\\|"),
             f"{group.accuracy.value:.4f} ({group.accuracy.low:.4f} to {group.accuracy.high:.4f})",
             str(len(group.runs)),
             f"{group.cost.parameters:,}",
@@ -36,11 +37,13 @@ def table(comparison: Comparison) -> str:
 
 def sentence(pair: Pair) -> str:
     """What is known of the difference between two groups, in words."""
-    text = f"{pair.first} against {pair.second}: "
+    text = f"{on_one_line(pair.first)} against {on_one_line(pair.second)}: "
     if pair.difference is not None:
         points = dataclasses.astuple(pair.difference)
         value, low, high = (f"{100 * point:+.2f}" for point in points)
         text += f"{value} points of accuracy (95% interval {low} to {high}, paired). "
+    elif len(pair.only_first) > 1:
+        text += "the same difference in each pair of runs, so that its spread is not known. "
     if not pair.only_first:
         return text + "no seed is common to both, so that no runs can be paired."
     runs = "; ".join(
@@ -59,6 +62,12 @@ def _seen_before(comparison: Comparison) -> str:
         return " The networks learned from these images, and do worse on new ones."
     if comparison.split == "validation":
         return " These images chose the epoch of each network, which does worse on new ones."
+    if comparison.learned:
+        which = "is an image" if comparison.learned == 1 else "are images"
+        return (
+            f" {comparison.learned:,} of them {which} that a network learned from: there it is "
+            "better than on new ones."
+        )
     return ""
 
 
@@ -83,10 +92,10 @@ Trained alike: {schedule or "nothing"}.
 {table(comparison)}
 
 In the picture lines are means over the runs and shades reach from the lowest to the highest.
-Accuracy is the mean over the runs, with Student's 95% interval over them (a single run: Wilson's,
-over the images). Speeds were measured in turns, medians; training in batches of
-{comparison.groups[0].cost.train_batch}. "Kept" is what a training step keeps for its backward
-pass.
+Accuracy is the mean over the runs, with Student's 95% interval over them (a single run, or runs
+that are equally right: Wilson's, over the images). Speeds were measured in turns, medians;
+training in batches of {comparison.groups[0].cost.train_batch}. "Kept" is what a training step keeps
+for its backward pass.
 
 {pairs}
 

@@ -31,7 +31,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
             judged = ~np.isnan(values).any(axis=0)
             epochs, values = 1 + np.flatnonzero(judged), values[:, judged]
             marker = "o" if len(epochs) == 1 else None
-            axes.plot(epochs, values.mean(axis=0), color=f"C{i}", marker=marker, label=group.name)
+            axes.plot(epochs, values.mean(axis=0), color=f"C{i}", marker=marker)
             axes.fill_between(
                 epochs, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.2
             )
@@ -56,7 +56,9 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     at = "lower right" if len(panels) > 1 else "upper right"  # where curves seldom are
-    legend = panels[0].legend(loc=at, fontsize=8)
+    # By name: labels of lines that begin with _ are matplotlib's own.
+    names = [group.name for group in comparison.groups]
+    legend = panels[0].legend(panels[0].get_lines(), names, loc=at, fontsize=8)
     end.set_yticks(
         range(len(comparison.groups)), [group.name for group in reversed(comparison.groups)]
     )

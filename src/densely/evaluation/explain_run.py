@@ -148,6 +148,11 @@ def explain_images(
     return pictures
 
 
+def check_connections(run: PathLike) -> None:
+    """Raise what `explain_connections` would of a run, before anything is drawn."""
+    connections(load(run, device="cpu").model)
+
+
 def explain_connections(run: PathLike, output: PathLike | None = None) -> Path:
     """Draw how much each layer reads of each earlier one: figure 5 of the DenseNet paper.
 
@@ -213,7 +218,7 @@ def _files(folder: Path, paths: Sequence[str], sources: Sequence[str], ending: s
     taken: set[str] = set()
     files = []
     for path, source in zip(paths, sources, strict=True):
-        stem = Path(path).stem
+        stem = _shortened(Path(path).stem)
         for number in count(1):
             file = folder / f"{stem}{ending}{f'-{number}' if number > 1 else ''}.png"
             name = file.name.casefold()  # some file systems do not tell A from a
@@ -222,6 +227,12 @@ def _files(folder: Path, paths: Sequence[str], sources: Sequence[str], ending: s
         taken.add(name)
         files.append(file)
     return files
+
+
+def _shortened(stem: str) -> str:
+    """A name with room for an ending: file systems take 255 bytes."""
+    name = os.fsencode(stem)
+    return stem if len(name) <= 150 else name[:150].decode("utf-8", "ignore")
 
 
 def _digest(*what: str) -> str:

@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from densely.data import ImageSet, Splits
 from densely.errors import ConfigError, DenselyError, RunError
 from densely.evaluation.calibration import (
     Calibration,
     calibration_score,
+    cross_fitted,
     fit,
     save_calibration,
 )
@@ -27,7 +29,14 @@ from densely.evaluation.cost import costs
 from densely.evaluation.evaluate import Evaluation, evaluation_of
 from densely.evaluation.findings import Example, Findings, Method, Scores
 from densely.evaluation.heat_maps import explain
-from densely.evaluation.judged import Judged, fitting_images, judge, own_splits, seen
+from densely.evaluation.judged import (
+    Judged,
+    fitting_images,
+    judge,
+    met_before,
+    own_splits,
+    seen,
+)
 from densely.evaluation.label_errors import likely_label_errors
 from densely.evaluation.overlay import tile
 from densely.evaluation.report_page import check_replaceable, write_report
@@ -36,6 +45,7 @@ from densely.evaluation.selective import risk_coverage, threshold_for
 from densely.runtime import MemoryFormat, Precision
 from densely.training.checkpoint import find_checkpoint
 from densely.training.config import Split
+from densely.training.run import RunDirectory
 
 METHODS: tuple[Method, ...] = get_args(Method)
 WANTED_ERRORS = (0.01, 0.02, 0.05, 0.1)
@@ -121,7 +131,7 @@ def report(
     calibrated = chosen.apply(logits)
 
     note("drawing heat maps ...")
-    mistakes, unsure, label_errors, wrong = _examples(judged, calibrated.softmax(dim=1))
+    mistakes, unsure, label_errors, wrong = _examples(judged, chosen.probabilities(logits))
 
     note("measuring speed and memory ...")
     (cost,) = costs([(judged.classifier.model, judged.classifier.info)], judged.classifier.runtime)
@@ -148,15 +158,25 @@ def report(
         label_errors=label_errors,
         cost=cost,
     )
-    curves = judged.run.curves_file
-    drawn = curves.read_bytes() if curves.is_file() else None
     try:
-        page = write_report(folder, findings, curves=drawn, tile=tile)
+        page = write_report(folder, findings, curves=_curves(judged.run), tile=tile)
     except RunError as error:
         if not fitted.is_new or unkept:
             raise
         raise RunError(f"{error}; its calibration is stored with the model all the same") from error
     return Report(evaluation_of(judged), findings, page)
+
+
+def _curves(run: RunDirectory) -> bytes | None:
+    """The run's picture; None where there is none, or one that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(run.curves_file) as picture:
+            picture.verify()
+        return run.curves_file.read_bytes()
+    except (OSError, SyntaxError):  # the latter of a PNG that is cut off
+        return None
 
 
 def _keep(judged: Judged, calibration: Calibration, *, is_needed: bool) -> tuple[str, ...]:
@@ -239,6 +259,8 @@ def _calibrate(
             is_new=False,
         )
 
+    if judged.own is None:
+        warnings += _met_before(judged.images, own)
     method = method or (stored.method if stored else "temperature")
     wanted_error = wanted_error or (stored and stored.wanted_error) or 0.05
     where, images, has_learned = fitting_images(own, judged.run.config().split_seed)
@@ -264,11 +286,26 @@ def _calibrate(
         )
     tried = tuple(fit(logits, labels, each, fitted_on=where) for each in METHODS)
     chosen = tried[METHODS.index(method)]
-    calibrated = chosen.apply(logits)
+    calibrated = cross_fitted(chosen, logits, labels)
     wanted = sorted({*WANTED_ERRORS, wanted_error})
     choices = tuple((error, threshold_for(calibrated, labels, error)) for error in wanted)
     chosen = replace(chosen, wanted_error=wanted_error, threshold=dict(choices)[wanted_error])
     return _Fitted(chosen, tried, choices, where, tuple(warnings), True)
+
+
+def _met_before(images: ImageSet, own: Splits) -> list[str]:
+    """Warnings where other images than the run's turn out to be its own in part."""
+    learned, validated = met_before(images, own)
+    met = (
+        (learned, "the network learned from"),
+        (validated, "its best epoch and its calibration go by"),
+    )
+    return [
+        f"Of these images {count:,} {'is one' if count == 1 else 'are ones'} that {why}: what is "
+        "measured there says nothing of new images."
+        for count, why in met
+        if count
+    ]
 
 
 def _examples(

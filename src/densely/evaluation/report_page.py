@@ -226,6 +226,9 @@ def check_replaceable(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: holds {others[0]}, which is no part of a report; name a new or an empty one"
         )
+    for name in FILES:
+        if (folder / name).is_dir():
+            raise ConfigError(f"{folder}: {name} in it is a folder; name a new or an empty one")
 
 
 def percent(share: float) -> str:

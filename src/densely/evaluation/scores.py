@@ -130,9 +130,9 @@ def scores_of(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Score
         balanced_accuracy=_interval(
             [score.recall for score in found if score.recall is not None],
             [_mean_recall(hits, support) for hits, _, support in resamples],
-            accuracy,
+            len(truth),
         ),
-        macro_f1=_macro_f1_interval(found, resamples, accuracy),
+        macro_f1=_macro_f1_interval(found, resamples, len(truth)),
         auroc=_mean([score.auroc for score in found]),
         average_precision=_mean([score.average_precision for score in found]),
         classes=found,
@@ -176,7 +176,7 @@ def multilabel_scores(logits: Tensor, targets: Tensor, classes: tuple[str, ...])
         accuracy=accuracy,
         top5_accuracy=None,
         balanced_accuracy=None,
-        macro_f1=_macro_f1_interval(found, _redrawn_images(truth, given), accuracy),
+        macro_f1=_macro_f1_interval(found, _redrawn_images(truth, given), len(truth)),
         auroc=_mean([score.auroc for score in found]),
         average_precision=_mean([score.average_precision for score in found]),
         classes=found,
@@ -287,25 +287,25 @@ def _macro_f1(hits: Counts, called: Counts, support: Counts) -> float:
 def _macro_f1_interval(
     found: tuple[ClassScore, ...],
     resamples: Iterable[tuple[Counts, Counts, Counts]],
-    accuracy: Interval,
+    images: int,
 ) -> Interval:
     """Over the classes that occur, in every resample the same ones."""
     there = np.array([score.support > 0 for score in found])
     resampled = [_macro_f1(*(counts[there] for counts in drawn)) for drawn in resamples]
-    return _interval([score.f1 for score in found if score.f1 is not None], resampled, accuracy)
+    return _interval([score.f1 for score in found if score.f1 is not None], resampled, images)
 
 
-def _interval(of_classes: list[float], resampled: list[float], accuracy: Interval) -> Interval:
+def _interval(of_classes: list[float], resampled: list[float], images: int) -> Interval:
     """Mean over classes; percentiles of its resamples, moved so that their mean is that value.
 
     Where classes have a handful of images, resamples miss some of them, and their F1 lies below
     the estimate as a whole: not moved, the interval would not hold what it is the interval of.
-    Where all images are right, or none, resamples are too, and say nothing of what might have been:
-    the interval is that of the accuracy, which then is the same number.
+    Where a mean is 1 or 0 resamples are too, and say nothing of what might have been: the interval
+    is that of a share of as many images, all or none.
     """
     value = float(np.mean(of_classes))
-    if value == accuracy.value and value in (0, 1):
-        return accuracy
+    if value in (0, 1):
+        return wilson_share(int(value) * images, images)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail]) + value - np.mean(resampled)
     return Interval(value, min(max(float(low), 0.0), value), max(min(float(high), 1.0), value))
