@@ -78,6 +78,14 @@ def test_every_name_is_in_the_legend(figures: list[Any], tmp_path: Path) -> None
     assert [text.get_text() for text in legend.get_texts()] == ["_slow", "b"]
 
 
+@pytest.mark.parametrize(
+    ("value", "told"), [(0.45, "0.450"), (0.004, "0.004"), (0.0004, "4e-04"), (0.0, "0")]
+)
+def test_small_p_values_are_never_rounded_to_nothing(value: float, told: str) -> None:
+    pair = Pair("a", "b", (0,), (), None, (5,), (2,), (value,))
+    assert sentence(pair).endswith(f", p = {told}.")
+
+
 @pytest.mark.usefixtures("figures")
 @pytest.mark.parametrize(
     ("split", "told"),

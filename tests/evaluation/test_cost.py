@@ -27,6 +27,8 @@ def test_speeds_are_images_by_seconds_and_memory_is_an_images(
     (found,) = cost.costs([(model, info)], CPU)
     assert found.images_per_s == {batch: 2 * batch for batch in cost.BATCH_SIZES}
     assert found.train_images_per_s == 2 * found.train_batch == 2 * cost.TRAIN_BATCHES[0]
+    # The statistics of batch norms are weights too, and stand in a file of them.
+    assert found.weights_bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
 
     images = CPU.layout(torch.randn(32, 1, 8, 8))
     labels = torch.zeros(32, dtype=torch.int64)

@@ -218,6 +218,19 @@ def test_only_a_picture_of_the_same_is_replaced(
     assert all(path.read_bytes() == kept for path, kept in mine.items())
 
 
+def test_classes_of_one_file_name_have_a_picture_each(run: Path, images: list[Path]) -> None:
+    for path in run.glob("checkpoints/*/model.json"):
+        values = json.loads(path.read_text())
+        values["classes"][:2] = "a/b", "a b"
+        path.write_text(json.dumps(values))
+    names = [
+        explain_images(run, images[:1], target=target)[0].path.name
+        for target in ("a/b", "a b", "a/b")
+    ]
+    stem = f"{images[0].stem}-cam-a-b"
+    assert names == [f"{stem}.png", f"{stem}-2.png", f"{stem}.png"]
+
+
 def test_probabilities_are_calibrated_where_the_run_is(
     run: Path, images: list[Path], tmp_path: Path
 ) -> None:
@@ -245,6 +258,33 @@ def test_a_map_lies_where_the_network_looked(height: int, width: int, crop: floa
         half = side / 64  # half a pixel of the network's, and rounding
         assert first[axis] == pytest.approx(shown[0].item(), abs=half + 1)
         assert last[axis] == pytest.approx(shown[-1].item(), abs=half + 1)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "crop", "short"), [(32, 0.875, 36), (33, 0.875, 37), (32, 0.95, 33), (37, 0.95, 38)]
+)
+@pytest.mark.parametrize("beyond", [0, 13, 15, 16])
+def test_a_map_of_an_image_that_is_cropped_alone_lies_exactly_there(
+    size: int, crop: float, short: int, beyond: int, times: int
+) -> None:
+    """And that of an image of twice the size at twice the place."""
+    preprocessing = Preprocessing(size, 1, (0.0,), (1.0,), crop)
+    for sides in ((short, short + beyond), (short + beyond, short)):
+        numbers = torch.arange(sides[0] * sides[1]).view(1, 1, *sides)
+        parts = (numbers % 100, numbers // 100)  # a pixel holds no more than 255
+        rest, hundreds = (preprocessing.fit(part.to(torch.uint8)) for part in parts)
+        seen = torch.isin(numbers[0, 0], 100 * hundreds.long() + rest)
+        placed = place(torch.zeros(2, 2), preprocessing, *(times * side for side in sides))
+        wanted = seen.repeat_interleave(times, dim=0).repeat_interleave(times, dim=1)
+        assert torch.equal(~placed.isnan(), wanted)
+
+
+def test_a_map_ends_at_the_nearest_pixels_of_an_image_that_is_scaled() -> None:
+    placed = place(torch.zeros(2, 2), Preprocessing(32, 1, (0.0,), (1.0,), 0.875), 100, 100)
+    rows, columns = (~placed.isnan()).nonzero().unbind(dim=1)
+    for seen in (rows, columns):  # 2 to 34 of 36 pixels: 5.56 to 94.44 of 100
+        assert (seen.min(), seen.max()) == (6, 93)
 
 
 def test_the_map_of_a_very_large_image_is_no_larger_than_its_picture(

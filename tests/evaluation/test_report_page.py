@@ -330,6 +330,18 @@ def test_the_summary_says_what_the_figures_say() -> None:
     ]
 
 
+@pytest.mark.parametrize(("images", "told"), [(19, "60.0%"), (20, "90.4%")])
+def test_the_summary_tells_of_answers_around_90_percent_where_there_are_enough(
+    images: int, told: str
+) -> None:
+    findings = findings_of(10)
+    most, ninety = findings.after.bins
+    bins = (most, replace(ninety, images=images))
+    calibration = tuple(replace(score, bins=bins) for score in findings.calibration)
+    found = summary(replace(findings, calibration=calibration))
+    assert found[1].startswith(f"Where it is about {told} sure, ")
+
+
 @pytest.mark.parametrize(
     ("right", "images", "words"),
     [

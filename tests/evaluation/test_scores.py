@@ -207,6 +207,20 @@ def test_intervals_hold_their_value_when_classes_have_two_images_each() -> None:
         assert 0.1 < found.high - found.low < 0.2  # a share of 2/3 of 160: 0.15
 
 
+def test_intervals_are_moved_by_the_mean_of_what_is_drawn_again() -> None:
+    """Its median lies higher: a class of one image, always right, is missed by every third draw."""
+    labels = torch.tensor([0] * 100 + [1])
+    given = torch.tensor([0, 1] * 50 + [1])
+    logits = torch.nn.functional.one_hot(given, 2).float()
+    found = scores_of(logits, labels, NAMES[:2]).balanced_accuracy
+    balanced, _ = redrawn(labels.tolist(), given.tolist(), 400)
+    assert np.median(balanced) - np.mean(balanced) > 0.05
+    assert found is not None
+    assert found.value == 0.75
+    low, high = (bound + 0.75 - np.mean(balanced) for bound in percentiles(balanced))
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.03), pytest.approx(high, abs=0.03))
+
+
 def test_intervals_stay_between_0_and_1() -> None:
     labels = torch.arange(20).repeat(2)
     logits = torch.nn.functional.one_hot(labels, 20).float()
@@ -322,6 +336,13 @@ def test_labels_that_all_or_no_images_have_are_not_ranked() -> None:
     assert result.accuracy.value == 1
 
 
+def test_images_that_rightly_get_no_label_are_no_hits_of_a_class_that_is_never_found() -> None:
+    targets = torch.tensor([[True, False], [False, False], [False, False]])
+    found = multilabel_scores(torch.full((3, 2), -1.0), targets, NAMES[:2])
+    assert found.accuracy.value == 2 / 3
+    assert found.macro_f1 == Interval(0, 0, 0)
+
+
 def test_large_outputs_of_several_labels_are_still_told_apart() -> None:
     """The sigmoid of both is 1 in float64."""
     logits = torch.tensor([[50.0], [60.0]])
@@ -409,6 +430,16 @@ def test_equals_are_ranked_alike_for_one_answer_and_for_five() -> None:
     found = scores_of(torch.zeros(8, 7), labels, NAMES)
     assert found.top5_accuracy is not None
     assert (found.accuracy.value, found.top5_accuracy.value) == (5 / 8, 7 / 8)
+
+
+def test_of_many_equal_logits_the_first_class_wins() -> None:
+    """Sorting keeps the order of a few equals by itself, and not of many."""
+    names = tuple(f"class {k}" for k in range(100))
+    found = scores_of(torch.zeros(8, 100), torch.arange(8), names)
+    assert found.confusion is not None
+    assert found.confusion[:8, 0].tolist() == [1] * 8
+    assert found.top5_accuracy is not None
+    assert (found.accuracy.value, found.top5_accuracy.value) == (1 / 8, 5 / 8)
 
 
 def test_sure_images_are_ranked_where_their_probabilities_round_to_1() -> None:
