@@ -149,15 +149,35 @@ def test_an_unknown_split_is_refused_before_anything_is_read() -> None:
         densely.evaluate("nowhere", split=wrong)
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["train", "test"], r"has the classes a, b, and .* knows 0, 1, 2"),
+        ([""], "classes unknown to the network: a, b; it knows 0, 1, 2"),
+    ],
+)
 def test_other_classes_are_told_before_their_images_are_read(
-    digits_run: Path, tmp_path: Path
+    digits_run: Path,
+    tmp_path: Path,
+    parts: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for part in ("train", "test"):
+    opened: list[Path] = []
+
+    def refuse(path: Path) -> None:
+        opened.append(path)
+        raise DataError("no image")
+
+    monkeypatch.setattr("densely.data.folder.open_image", refuse)
+    for part in parts:
         for name in ("a", "b"):
             (tmp_path / part / name).mkdir(parents=True)
-            (tmp_path / part / name / "x.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"has the classes a, b, and .* knows 0, 1, 2"):
+            for i in range(5):
+                (tmp_path / part / name / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=message):
         densely.evaluate(digits_run, str(tmp_path))
+    assert not opened
 
 
 def test_no_validation_split_is_said(tmp_path: Path) -> None:

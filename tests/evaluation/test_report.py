@@ -105,6 +105,17 @@ def test_examples_show_the_very_images_with_the_maps_of_the_class_given(
         assert probability == pytest.approx(example.confidence, rel=1e-3)
 
 
+def test_a_likely_label_error_has_a_heat_map_where_no_other_sheet_shows_it(
+    run: Path, reported: tuple[Path, densely.Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = reported[1].findings
+    index = min(set(range(360)) - {example.index for example in (*found.mistakes, *found.unsure)})
+    monkeypatch.setattr("densely.evaluation.report.likely_label_errors", lambda *_: [index])
+    (example,) = densely.report(run).findings.label_errors
+    assert example.index == index
+    assert example.heat_map is not None
+
+
 def test_examples_of_a_folder_name_their_files(run: Path, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "others", "3", "5")
     found = densely.report(run, str(folder)).findings
@@ -158,6 +169,14 @@ def test_the_figures_are_of_calibrated_probabilities(run: Path) -> None:
         probabilities = shares[example.index]
         assert example.confidence == pytest.approx(probabilities[given].item(), rel=1e-5)
         assert example.label_probability == pytest.approx(probabilities[label].item(), rel=1e-5)
+    moved = (logits.argmax(dim=1) != own["test"].logits.argmax(dim=1)).nonzero().flatten().tolist()
+    classifier, pixels = densely.load(run), own["test"].images.images
+    shown = [example for example in (*found.mistakes, *found.unsure) if example.index in moved]
+    assert shown
+    for example in shown:  # the map is of the class that is given in the end
+        x, given = classifier.preprocessing(pixels[[example.index]]), DIGITS.index(example.given)
+        expected = densely.explain(classifier.model, x, given).maps[0]
+        torch.testing.assert_close(torch.tensor(example.heat_map), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_later_report_keeps_what_was_asked_for(
@@ -225,6 +244,26 @@ def test_without_a_validation_split_training_images_stand_in_with_a_warning(
 def test_a_split_that_flatters_is_warned_of(run: Path, split: str, said: str) -> None:
     report = densely.report(run, split=split)  # type: ignore[arg-type]
     assert any(said in warning for warning in report.findings.warnings)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_other_images_are_no_split_of_the_run_whatever_is_asked_for(
+    run: Path, tmp_path: Path, split: str
+) -> None:
+    others = str(folder_of(tmp_path / "others", "3", "5"))
+    found = densely.report(run, others, split=split)  # type: ignore[arg-type]
+    missing, few = found.findings.warnings
+    assert missing.startswith("None of these images is of ")
+    assert few.startswith("Calibration is fitted on 144 images only: ")
+
+
+def test_a_calibration_on_just_enough_images_is_not_warned_of(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("densely.evaluation.report.FEW_IMAGES", 144)
+    found = densely.report(run).findings
+    assert found.calibrated_on == "validation split, 144 images"
+    assert found.warnings == ()
 
 
 def test_classes_without_images_are_named_and_do_not_count(run: Path, tmp_path: Path) -> None:
@@ -306,6 +345,22 @@ def test_a_run_that_cannot_be_written_is_reported_on_elsewhere(
     assert not json.loads((page / "metrics.json").read_text())["is_stored"]
     assert main(["evaluate", str(run)]) == 2
     assert "calibration.json: cannot be written: Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_where_no_page_can_be_written_it_is_said_whether_the_calibration_was_kept(
+    run: Path, tmp_path: Path, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    if not is_kept:
+        monkeypatch.setattr("densely.evaluation.calibration.write_whole", fail)
+    monkeypatch.setattr("densely.evaluation.report_page.whole_file", fail)
+    with pytest.raises(RunError, match="page: cannot be written: Permission denied") as error:
+        densely.report(run, output=tmp_path / "page")
+    assert ("its calibration is stored with the model" in str(error.value)) == is_kept
+    assert (densely.load(run).calibration is not None) == is_kept
 
 
 def test_a_run_whose_data_are_gone(tmp_path: Path) -> None:
