@@ -38,4 +38,4 @@ def test_other_data_are_parted_as_the_runs_own(digits_run: Path, tmp_path: Path)
     run.write_config(dataclasses.replace(run.config(), data="my-digits", split_seed=1))
     found = judge(run.path, "digits")
     assert found.own is None
-    assert torch.equal(found.images.images, load_data("digits", split_seed=1).test.images)
+    assert torch.equal(found.images.images.cpu(), load_data("digits", split_seed=1).test.images)

@@ -175,7 +175,7 @@ def test_the_figures_are_of_calibrated_probabilities(run: Path) -> None:
     assert shown
     for example in shown:  # the map is of the class that is given in the end
         x, given = classifier.preprocessing(pixels[[example.index]]), DIGITS.index(example.given)
-        expected = densely.explain(classifier.model, x, given).maps[0]
+        expected = densely.explain(classifier.model, x, given).maps[0].cpu()
         torch.testing.assert_close(torch.tensor(example.heat_map), expected, rtol=1e-3, atol=1e-4)
 
 
