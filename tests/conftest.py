@@ -37,6 +37,13 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DENSELY_DATA", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the nets of tests run what large ones do, and on any CPU what runs on older ones."""
+    monkeypatch.setattr("densely.fused.swap.LEAST", 0)
+    monkeypatch.setattr("densely.fused.kernels.cpu_kernels._HAS_MASKS", False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """These folders' nets are so small that threads cost more than they do."""

@@ -53,7 +53,7 @@ def note(module: nn.Module, obstacle: Obstacle | None) -> None:
         calls.densely += 1
         return
     calls.reasons[str(obstacle)] = calls.reasons.get(str(obstacle), 0) + 1
-    if obstacle.text not in _logged:
+    if obstacle.text not in _logged and not obstacle.expected:
         _logged.add(obstacle.text)
         _log.warning(
             "a %s runs its original forward: %s; densely.fused.report(model) counts such calls",

@@ -24,11 +24,13 @@ class Obstacle(NamedTuple):
         text: the reason, to be read after the name of a module: "has hooks".
         passing: hooks and flags come and go, while a module of another kind stays.
         where: the inner module that is in the way; empty for the unit itself.
+        expected: nothing that a user might want to mend, or be told of.
     """
 
     text: str
     passing: bool = False
     where: str = ""
+    expected: bool = False
 
     def inside(self, name: str) -> "Obstacle":
         """The same obstacle, seen from the module that holds `name`."""

@@ -10,6 +10,7 @@ import inspect
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from densely.fused import backend
@@ -17,6 +18,12 @@ from densely.fused.accelerated import Accelerated, original_class
 from densely.fused.calls import ATTRIBUTE, calls_of, note
 from densely.fused.parts import Obstacle, class_patched, everything_watched
 from densely.fused.units import Plan, Unit, unit_of
+
+#: Numbers in a unit's input from which on it is worth its preparation, of some 100 us a layer, in
+#: inference on a CPU (measurements: docs/log.md). Of images those of the stem's maps.
+LEAST = 1 << 20
+_STEM_PER_PIXEL = 16
+_SMALL = Obstacle("has little to do, which plain PyTorch does sooner", passing=True, expected=True)
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -75,6 +82,8 @@ def _forward(original: type[nn.Module], unit: Unit) -> Any:
 def _plan(module: nn.Module, unit: Unit, x: Any) -> Plan | Obstacle:
     if not isinstance(x, Tensor):  # torch.fx sends its proxies
         return Obstacle("was called with something else than one tensor", passing=True)
+    if _is_small(x, unit):
+        return _SMALL
     obstacle = everything_watched() or class_patched(module, ("forward",))
     if obstacle is not None:
         return obstacle
@@ -86,6 +95,14 @@ def _plan(module: nn.Module, unit: Unit, x: Any) -> Plan | Obstacle:
         if why is not None:
             return Obstacle(why, passing=True)
     return plan
+
+
+def _is_small(x: Tensor, unit: Unit) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    if unit.kind in ("stem", "final norm") and x.dim() > 1:
+        return x.numel() // max(1, x.shape[1]) * _STEM_PER_PIXEL < LEAST
+    return x.numel() < LEAST
 
 
 def _reduce_ex(original: type[nn.Module]) -> Any:

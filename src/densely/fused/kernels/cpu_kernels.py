@@ -4,7 +4,8 @@ What is overridden here and why (measurements: docs/log.md): relu(x * scale + sh
 some columns is several times faster in a plain loop than through PyTorch; a tile of rows that goes
 through norm, product and backward while it is in the cache does not wait for memory; and a 3x3
 convolution's weight gradient as a product with gathered rows is about twice as fast as oneDNN's.
-Forward, oneDNN is ahead where the new channels fill its vectors, and behind where they do not.
+Forward, oneDNN is ahead where the new channels fill its vectors, and behind where they do not and
+it cannot mask them.
 float64 is left to the reference. In bfloat16 tiles are for 1x1 convolutions, and in float16 there
 are none: the products are oneDNN's, whole.
 """
@@ -253,9 +254,13 @@ def _by_tap(weight: Tensor) -> Tensor:
     return weight.flatten(2).permute(2, 0, 1).flatten(0, 1).contiguous()
 
 
+#: Whether vectors that are not full cost oneDNN no more: it masks what is not there.
+_HAS_MASKS = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _fills_vectors(conv: Convolution) -> bool:
     """Whether oneDNN's convolution is the faster one, and the only one along three axes."""
-    return conv.weight.shape[0] % 16 == 0 or len(conv.space.size) == 3
+    return _HAS_MASKS or conv.weight.shape[0] % 16 == 0 or len(conv.space.size) == 3
 
 
 def _geometry(conv: Convolution) -> list[int]:
