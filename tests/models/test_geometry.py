@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from densely.errors import ShapeError
 from densely.models import DenseNet
+from densely.models.geometry import plan
 
 Strides = Sequence[Sequence[int]]
 THICK_SLICES = [(1, 2, 2), (1, 2, 2), (2, 2, 2), (1, 3, 2)]
@@ -120,6 +121,13 @@ def test_volumes_with_a_stride_for_each_axis(
         tiny(spatial_dims=3, in_channels=2, num_classes=4, strides=strides, **options)
     )
     assert_like_reference(model, images(2, 2, *size), strides, options.get("transition_pool"))
+
+
+@pytest.mark.parametrize("step", [(1.5, 2), (2, True), (2, 0), (2,), "22", 2])
+def test_a_step_that_is_no_whole_numbers_from_1_on_is_a_fault(step: Any) -> None:
+    _, faults = plan(2, 2, stem_steps=0, strides=[step], output_stride=None)
+    assert len(faults) == 1
+    assert faults[0].startswith(f"strides={[step]}: ")
 
 
 @pytest.mark.parametrize(("strides", "size"), [([(4,), (1,), (3,), (2,)], 50), (None, 47)])

@@ -191,6 +191,14 @@ def test_norm_eps_none_keeps_each_ones_own() -> None:
     assert {m.eps for m in tiny().modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
 
 
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "gelu"])
+def test_activations_take_no_memory_of_their_own_after_our_norms(activation: Any) -> None:
+    for norm in NORMS:
+        assert Parts(norm=norm, activation=activation).make_activation().inplace  # type: ignore[arg-type]
+    theirs = Parts(norm=lambda _channels: nn.Identity(), activation=activation)
+    assert not theirs.make_activation().inplace
+
+
 @pytest.mark.parametrize("norm", ["sync_batch", "group", "layer"])
 def test_only_batch_norm_learns_its_channels(norm: Any) -> None:
     with pytest.raises(ValueError, match="channels"):
@@ -239,6 +247,13 @@ def test_transition_without_stride_does_not_pool() -> None:
     transition = randomized(Transition(6, 4, parts=Parts(bias=True), stride=(1, 1))).eval()
     x = images(2, 6, 5, 4)
     assert_equal(transition(x), by_hand(transition, x, lambda y: y))
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_transition_halves_every_axis_unless_told_otherwise(spatial_dims: int) -> None:
+    for pool in ("avg", "max"):
+        transition = Transition(6, 4, parts=Parts(spatial_dims), pool=pool)  # type: ignore[arg-type]
+        assert transition.pool.kernel_size == transition.pool.stride == (2,) * spatial_dims
 
 
 @pytest.mark.parametrize(

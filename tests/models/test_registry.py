@@ -21,7 +21,7 @@ from densely.models import (
     list_models,
     model_facts,
 )
-from densely.models.registry import preset
+from densely.models.registry import count_macs, preset
 
 # d2l: the chapter's net on grey images, 10 classes. ImageNet nets: 1000 classes; 10 for the rest.
 PARAMETERS = {
@@ -397,6 +397,17 @@ MACS = {
 @pytest.mark.parametrize("name", MACS)
 def test_macs(name: str) -> None:
     assert facts_of(name).macs == MACS[name]
+
+
+def test_a_fused_net_is_counted_too_and_does_not_complain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That its parts run their original forward, since they are watched: it is logged once."""
+    monkeypatch.setattr("densely.fused.calls._logged", set())
+    with torch.device("cpu"):
+        macs = count_macs(build_model("densenet_bc_22_12"), torch.zeros(1, 3, 32, 32))
+    assert macs == facts_of("densenet_bc_22_12").macs
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,12 @@ def in_our_order(theirs: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize(
     ("block_config", "channels", "size"),
-    [((2, 2, 2, 2), (4, 6, 8, 10), (40, 47)), ((1, 3), (5, 7), (17, 9)), ((2,), (3,), (8, 8))],
+    [
+        ((2, 2, 2, 2), (4, 6, 8, 10), (40, 47)),
+        ((1, 3), (5, 7), (17, 9)),
+        ((2,), (3,), (8, 8)),
+        ((1, 1), (4, 4), (16, 9)),
+    ],
 )
 def test_chapter(
     block_config: tuple[int, ...], channels: tuple[int, ...], size: tuple[int, int]
