@@ -167,6 +167,22 @@ def test_weights_that_change_are_seen(graphs: list[Graph]) -> None:
         torch.testing.assert_close(after, model(images(4)))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_change_within_an_autocast_are_seen(training: bool) -> None:
+    """It keeps copies of weights until its end, and they would be stale."""
+    runtime = choose_runtime("cpu", "bfloat16")
+    model = nn.Linear(3, 2).train(training)
+    forward, inputs = Forward(model, runtime, training=training), torch.rand(4, 3)
+    with runtime.autocast():
+        outputs = [model(inputs).float(), forward(inputs)]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        outputs.append(forward(inputs))
+    assert torch.equal(outputs[1], outputs[0])
+    assert torch.equal(outputs[2], 2 * outputs[0])
+
+
 def test_shapes_and_dtypes_have_graphs_of_their_own(graphs: list[Graph]) -> None:
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     forward = recording(model)

@@ -1,10 +1,13 @@
-"""Choosing device, precision and layout, and what the choice does to tensors."""
+"""Choosing device, precision and layout, what the choice does to tensors, and their memory."""
+
+import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from densely.errors import ConfigError
-from densely.runtime import choose_runtime, keep_freed_memory
+from densely.runtime import choose_runtime, keep_freed_memory, ran_out_of_memory
 
 
 def test_every_choice_has_a_reason() -> None:
@@ -47,6 +50,14 @@ def test_layout_and_precision_are_applied() -> None:
         assert model(images).dtype == torch.float32
 
 
+def test_grey_images_are_channels_last_by_their_strides_too() -> None:
+    images = torch.rand(4, 1, 6, 5)
+    found = choose_runtime("cpu", "float32", "channels_last").layout(images)
+    assert found.stride() == (30, 1, 5, 1)
+    assert torch.equal(found, images)
+    assert choose_runtime("cpu", "float32", "contiguous").layout(images).stride() == (30, 30, 5, 1)
+
+
 @pytest.mark.parametrize("name", ["cuda:99", "nonsense", ""])
 def test_a_device_that_is_not_here_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"device '{name}' is not here; try auto, cpu"):
@@ -58,3 +69,29 @@ def test_keeping_freed_memory_takes_effect_with_glibc_only(
 ) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("musl", "1.2"))
     assert not keep_freed_memory()
+
+
+@pytest.mark.parametrize("refused", [None, -1, -4])
+def test_freed_memory_is_kept_once_glibc_neither_maps_nor_trims(
+    monkeypatch: pytest.MonkeyPatch, refused: int | None
+) -> None:
+    settings: dict[int, int] = {}
+
+    def mallopt(parameter: int, value: int) -> int:
+        settings[parameter] = value
+        return int(parameter != refused)
+
+    monkeypatch.setattr("densely.runtime.can_keep_freed_memory", lambda: True)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory() == (refused is None)
+    if refused is None:  # M_MMAP_MAX and M_TRIM_THRESHOLD
+        assert settings == {-4: 0, -1: 2**31 - 1}
+
+
+def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60)
+    assert ran_out_of_memory(cpu.value)
+    assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert ran_out_of_memory(MemoryError())
+    assert not ran_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
