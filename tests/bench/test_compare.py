@@ -1,7 +1,11 @@
 """The comparison: turns, ratios, and gaps."""
 
+from typing import Any
+
 import pytest
-from tiny_nets import NET, RUNTIME, entrants, failing
+import torch
+from tiny_nets import NET, RUNTIME, entrants, failing, mlp
+from torch import nn
 
 from densely.bench import compare as module
 from densely.bench.config import BenchConfig
@@ -43,6 +47,37 @@ def test_the_peak_is_of_as_many_threads_as_the_speed(monkeypatch: pytest.MonkeyP
     found = module.compare(config, NET, "train", Progress())
     assert [(task.variant, task.threads) for task in tasks] == [("densely", 3), ("plain net", 3)]
     assert [row.peak_bytes for row in found.rows] == [7, 7, None, None]
+
+
+@pytest.mark.parametrize("allocator", ["system", "keep"])
+def test_the_batch_and_the_allocator_that_are_asked_for_are_measured(
+    monkeypatch: pytest.MonkeyPatch, allocator: Any
+) -> None:
+    sizes: set[int] = set()
+    tasks: list[ChildTask] = []
+
+    def net() -> nn.Module:
+        model = mlp()
+        model.register_forward_pre_hook(lambda _module, args: sizes.add(len(args[0])))
+        return model
+
+    monkeypatch.setattr(module, "variants", lambda *_: [Variant("plain net", net, RUNTIME)])
+    monkeypatch.setattr(module, "peak_in_fresh_process", lambda task: tasks.append(task) or 7)
+    config = BenchConfig(batch=2, rounds=1, steps=1, device="cpu", allocator=allocator)
+    assert module.compare(config, NET, "train", Progress()).batch == 2
+    assert sizes == {2}
+    assert [(task.batch, task.allocator) for task in tasks] == [(2, allocator)]
+
+
+def test_a_gap_has_no_figures_that_were_taken_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(module, "kept_bytes", fails)
+    for row in measure(monkeypatch, [], "train").rows[:2]:
+        assert row.gap == "OutOfMemoryError: no room"
+        assert row.parameters is row.kept_bytes_per_image is row.peak_bytes is None
+        assert row.images_per_s == []
 
 
 def test_what_cannot_be_measured_is_a_gap_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

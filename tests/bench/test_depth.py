@@ -1,5 +1,7 @@
 """How what is kept grows with depth."""
 
+from typing import Any
+
 import peers as tests_peers
 import pytest
 import torch
@@ -9,6 +11,8 @@ from densely import create_model
 from densely.bench import depth, peers, plain_nets
 from densely.bench.depth import depth_series, fitted_exponent
 from densely.bench.progress import Progress
+from densely.bench.trial import Trial, make_trial
+from densely.bench.variants import Variant
 
 
 def test_the_exponent_of_a_power_is_found() -> None:
@@ -52,6 +56,22 @@ def test_bytes_are_those_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[1]["torchvision"] == found[1]["plain net"]
     assert found[1]["torchvision memory_efficient"] == found[1]["plain net checkpointed"]
     assert found[1]["plain net checkpointed"] < found[1]["plain net"]
+
+
+@pytest.mark.usefixtures("without_torchvision")
+def test_bytes_are_of_float32_for_all_even_where_bfloat16_is_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    precisions: list[str] = []
+
+    def noting(variant: Variant, *rest: Any) -> Trial:
+        precisions.append(variant.runtime.precision)
+        return make_trial(variant, *rest)
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(depth, "make_trial", noting)
+    lines = depth_series("cpu", Progress(), (10,))
+    assert precisions == ["float32"] * len(lines)
 
 
 def test_densely_grows_slower_than_the_plain_net(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,17 +44,24 @@ def test_what_was_held_before_is_no_part_of_the_peak() -> None:
     assert 30e6 < added_to_process(trial) < 80e6
 
 
-def test_the_child_prints_one_json_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("allocator", "kept"), [("system", 0), ("keep", 1)])
+def test_the_child_does_as_it_is_told_and_prints_one_json_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    allocator: str,
+    kept: int,
 ) -> None:
     monkeypatch.setattr(child, "find", lambda *_: entrants([])[1])
     monkeypatch.setitem(child.NETS, "bc_100_12", NET)
     threads: list[int] = []
+    keeps: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)
-    task = replace(TASK, threads=3)
+    monkeypatch.setattr(child, "keep_freed_memory", lambda: keeps.append(1))
+    task = replace(TASK, threads=3, allocator=allocator)
     monkeypatch.setattr(child.sys, "argv", ["", json.dumps(vars(task))])
     child.main()
     assert threads == [3]
+    assert len(keeps) == kept
     assert json.loads(capsys.readouterr().out)["peak_bytes"] >= 0
 
 

@@ -1,6 +1,7 @@
 """A step is what it is called, and what computes nonsense gets no time."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +106,20 @@ def test_a_captured_step_is_recorded_once_and_then_replayed(
     trial.warm_up()
     assert trial.images_per_s(3) > 0
     assert len(replays) == module.WARM_UP + 1 + 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_a_step_is_in_the_precision_of_its_runtime(mode: str, precision: Any) -> None:
+    trial = make_trial(Variant("", mlp, replace(RUNTIME, precision=precision)), NET, mode, 2)
+    dtypes = set()
+    trial.model.register_forward_hook(lambda _module, _args, out: dtypes.add(out.dtype))
+    trial.step()
+    assert dtypes == {getattr(torch, precision)}
+
+
+def test_all_trials_of_a_net_begin_with_the_same_weights_images_and_labels() -> None:
+    first, second = (make_trial(Variant("", mlp, RUNTIME), NET, "train", 4) for _ in range(2))
+    torch.testing.assert_close(second.model.state_dict(), first.model.state_dict(), rtol=0, atol=0)
+    assert torch.equal(second.images, first.images)
+    assert torch.equal(second.labels, first.labels)

@@ -5,12 +5,14 @@ import sys
 import peers as tests_peers
 import pytest
 import torch
+from tiny_nets import mlp
 
 from densely.bench import peers, variants
 from densely.bench.compare import reason
 from densely.bench.nets import NETS, Net
 from densely.bench.plain_nets import Checkpointed
 from densely.bench.variants import find
+from densely.errors import DenselyError
 from densely.runtime import Runtime, choose_runtime
 
 
@@ -101,6 +103,15 @@ def test_torchvisions_nets_are_memory_efficient_where_they_are_called_so() -> No
         for model in nets:
             layers = [m for m in model.modules() if hasattr(m, "memory_efficient")]
             assert {layer.memory_efficient for layer in layers} == {is_so}
+
+
+def test_a_net_in_which_nothing_is_replaced_is_not_measured_as_accelerated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peers, "torchvision_densenet121", mlp)
+    accelerated = find(NETS["densenet121"], "torchvision accelerated", "cpu")
+    with pytest.raises(DenselyError, match="replaced nothing"):
+        accelerated.build()
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
