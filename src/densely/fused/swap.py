@@ -98,7 +98,10 @@ def _plan(module: nn.Module, unit: Unit, x: Any) -> Plan | Obstacle:
 
 
 def _is_small(x: Tensor, unit: Unit) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing:
+        return False
+    if x.device.type != "cpu":
         return False
     if unit.kind in ("stem", "final norm") and x.dim() > 1:
         return x.numel() // max(1, x.shape[1]) * _STEM_PER_PIXEL < LEAST
