@@ -27,11 +27,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from densely.errors import ConfigError, ShapeError
+from densely.errors import ConfigError
 from densely.fused import accelerate
 from densely.models.arguments import check_types, is_whole
 from densely.models.geometry import Stride, plan
 from densely.models.init import INITS, InitName, initialize
+from densely.models.inputs import check_input
 from densely.models.parts import POOLS, Activation, DropPath, Norm, Parts, PoolName
 
 Stem = Literal["large", "small", "deep"]
@@ -373,7 +374,7 @@ class DenseNet(nn.Module):
         """Logits of a batch: [N, in_channels, ...] to [N, num_classes]."""
         self._check(x)
         maps = self.activation(self.features(x))
-        pooled = maps.mean(dim=tuple(range(2, maps.dim())))
+        pooled = maps.flatten(2).mean(dim=2)
         return self.classifier(self.classifier_drop(pooled))  # type: ignore[no-any-return]
 
     def forward_features(self, x: Tensor, levels: Sequence[int] | None = None) -> list[Tensor]:
@@ -411,17 +412,8 @@ class DenseNet(nn.Module):
         return [maps[level] for level in wanted]
 
     def _check(self, x: Tensor) -> None:
-        if x.dim() != 2 + self.spatial_dims or x.shape[1] != self.in_channels:
-            axes = {1: "L", 2: "H, W", 3: "D, H, W"}[self.spatial_dims]
-            raise ShapeError(
-                f"input of shape {list(x.shape)}: expected [N, {self.in_channels}, {axes}]"
-            )
-        if any(size < least for size, least in zip(x.shape[2:], self.min_input, strict=True)):
-            given, least = ("x".join(map(str, sizes)) for sizes in (x.shape[2:], self.min_input))
-            raise ShapeError(
-                f"images of {given} pixels would shrink to nothing: this model needs at least "
-                f"{least}"
-            )
+        if not torch.jit.is_scripting():  # whose language has no such tuples
+            check_input(x, self.in_channels, self.min_input)
 
 
 def norm_eps(model: nn.Module) -> set[float]:

@@ -23,11 +23,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from densely.errors import ConfigError, ShapeError
+from densely.errors import ConfigError
 from densely.fused import accelerate
 from densely.models.arguments import check_types
 from densely.models.densenet import DenseBlock, Transition
 from densely.models.init import INITS, InitName, initialize
+from densely.models.inputs import check_input
 from densely.models.parts import TRANSPOSED_CONVS, Activation, Norm, Parts
 
 
@@ -128,16 +129,7 @@ class FCDenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of each pixel: [N, in_channels, ...] to [N, num_classes, ...] of the same size."""
-        if x.dim() != 2 + self.spatial_dims or x.shape[1] != self.in_channels:
-            raise ShapeError(
-                f"input of shape {list(x.shape)}: expected [N, {self.in_channels}"
-                + ", size" * self.spatial_dims + "]"
-            )  # fmt: skip
-        if min(x.shape[2:]) < self.min_image_size:
-            raise ShapeError(
-                f"images of {'x'.join(map(str, x.shape[2:]))} pixels would shrink to nothing: "
-                f"this model needs at least {self.min_image_size} on each side"
-            )
+        check_input(x, self.in_channels, (self.min_image_size,) * self.spatial_dims)
         x = self.conv0(x)
         kept = []
         for step in self.down:

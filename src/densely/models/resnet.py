@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from densely.errors import ConfigError, ShapeError
+from densely.errors import ConfigError
 from densely.models.arguments import check_types
 from densely.models.init import INITS, InitName, initialize
+from densely.models.inputs import check_input
 from densely.models.parts import Parts
 
 
@@ -107,8 +108,5 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch: [N, in_channels, H, W] to [N, num_classes]."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ShapeError(
-                f"input of shape {list(x.shape)}: expected [N, {self.in_channels}, H, W]"
-            )
+        check_input(x, self.in_channels, (self.min_image_size,) * 2)
         return self.classifier(self.features(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
