@@ -101,6 +101,14 @@ def test_parts_keep_their_own_modes() -> None:
     assert [module for module in model.modules() if not module.training] == [frozen]
 
 
+def test_a_part_in_train_mode_is_no_part_of_inference() -> None:
+    model = nn.Sequential(small_net(), nn.Dropout(0.5)).eval()
+    model[1].train()
+    forward = Forward(model, CPU)
+    assert torch.equal(forward(images(8)), forward(images(8)))
+    assert [part.training for part in model] == [False, True]
+
+
 @pytest.mark.parametrize("records", [False, True])
 def test_outputs_are_tensors_like_others(graphs: list[Graph], records: bool) -> None:
     forward = Forward(small_net(), CPU)

@@ -79,7 +79,8 @@ class Forward:
 
     @contextmanager
     def _in_mode(self) -> Iterator[None]:
-        if self.model.training == self.training:
+        modules = self.model.modules()  # in train mode some may be frozen: its own says enough
+        if self.model.training if self.training else not any(m.training for m in modules):
             yield
             return
         modes = [(module, module.training) for module in self.model.modules()]

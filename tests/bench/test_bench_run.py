@@ -76,9 +76,21 @@ def test_what_was_measured_outlives_an_interruption(
     assert len(json.loads((tmp_path / "bench-cpu-quick.json").read_text())["comparisons"]) == 2
 
 
+def test_an_output_that_takes_no_files_is_named_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run, "TemporaryFile", refuse)
+    monkeypatch.setattr(run, "compare", None)
+    assert main(["bench", "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path}: cannot be written: Permission" in capsys.readouterr().err
+
+
 def test_an_output_that_is_no_folder_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     assert main(["bench", "--output", str(tmp_path / "file")]) == 2
-    assert "file: File exists" in capsys.readouterr().err
+    assert "file: cannot be written: File exists" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from densely.bench.config import BenchConfig
 from densely.bench.peak import ChildTask
 from densely.bench.progress import Progress
 from densely.bench.results import Comparison, Measured
+from densely.bench.trial import Trial
 from densely.bench.variants import Variant
 
 CONFIG = BenchConfig(rounds=3, steps=1, peak_memory=False)
@@ -96,6 +97,39 @@ def test_a_failure_of_densely_is_no_gap(monkeypatch: pytest.MonkeyPatch, kind: s
     broken = Variant("x", failing(ValueError("ours")), RUNTIME, kind)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ours"):
         measure(monkeypatch, [], "train", broken)
+
+
+def test_a_peer_that_fails_in_its_turn_is_a_gap_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second of its three, and of densely's own failures only of memory."""
+    timed, turns = Trial.images_per_s, []
+
+    def fails(self: Trial, steps: int) -> float:
+        turns.append(steps)
+        if len(turns) == 4:  # of densely and the plain net in turn
+            raise RuntimeError("no more memory for it")
+        return timed(self, steps)
+
+    monkeypatch.setattr(Trial, "images_per_s", fails)
+    ours, plain, *_ = measure(monkeypatch, [], "train").rows
+    assert (plain.gap, plain.images_per_s) == ("RuntimeError: no more memory for it", [])
+    assert (ours.gap, len(ours.images_per_s)) == (None, 3)
+    assert len(turns) == 5
+
+
+def test_what_is_timed_is_handed_on_before_peaks_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "variants", lambda *_: entrants([]))
+    monkeypatch.setattr(module, "peak_in_fresh_process", interrupted)
+    kept: list[Comparison] = []
+    with pytest.raises(KeyboardInterrupt):
+        module.compare(BenchConfig(rounds=1, steps=1), NET, "train", Progress(), kept.append)
+    assert len(kept[0].rows[0].images_per_s) == 1
 
 
 def test_ratios_are_taken_round_by_round_and_then_their_median() -> None:

@@ -1,17 +1,24 @@
 """Faults in the arguments of DenseNet are all named at once, each by its field."""
 
 import inspect
+import json
 import math
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
 
+import densely
 from densely.errors import ConfigError
 from densely.models import DenseNet, FCDenseNet, ResNet
-from densely.models.densenet import norm_eps
+from densely.models.densenet import DenseBlock, Transition, norm_eps
+from densely.models.parts import Parts
 from densely.models.registry import ModelOptions
 
 
@@ -147,7 +154,7 @@ def test_strides_of_impossible_dimensions(spatial_dims: int) -> None:
 )
 def test_allowed_output_strides_are_named(stem: str, blocks: int, allowed: str) -> None:
     error = faults_of(stem=stem, block_config=(1,) * blocks, output_stride=3)
-    assert str(error) == f"output_stride=3: must be one of {allowed}"
+    assert str(error) == f"output_stride=3: must be one of {allowed} with stem='{stem}'"
 
 
 def test_output_stride_and_strides_exclude_each_other() -> None:
@@ -159,6 +166,52 @@ def test_strides_say_how_many_of_what_are_needed() -> None:
     small = {"stem": "small", "block_config": (1, 1, 1)}
     assert "must be 5 lists of 2" in str(faults_of(strides=[(2, 2)]))
     assert "must be 2 lists of 3" in str(faults_of(strides=[(2, 2)], spatial_dims=3, **small))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"norm": nn.GroupNorm}, "norm=GroupNorm: makes no module from 96 channels: GroupNorm."),
+        ({"norm": lambda channels: None}, "makes no module from 96 channels, but a NoneType"),
+        ({"activation": F.relu}, "activation=relu: makes no module from nothing: relu() missing"),
+        ({"activation": dict}, "activation=dict: makes no module from nothing, but a dict"),
+    ],
+)
+def test_functions_that_make_no_modules_are_told(options: dict[str, Any], told: str) -> None:
+    assert told in str(faults_of(**options))
+
+
+def test_trying_out_a_function_draws_no_random_numbers() -> None:
+    nets = []
+    for norm in ("batch", lambda channels: (torch.rand(3), nn.BatchNorm2d(channels))[1]):
+        torch.manual_seed(0)
+        Parts(norm=norm).faults()  # type: ignore[arg-type]
+        nets.append(torch.rand(1))
+    assert nets[0] == nets[1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Parts(norm="instance").make_norm(8),  # type: ignore[arg-type]
+        lambda: Parts(activation="tanh").make_activation(),  # type: ignore[arg-type]
+        lambda: Transition(8, 4, pool="AVG"),  # type: ignore[arg-type]
+        lambda: DenseBlock(-1, 8, 4, bn_size=4),
+        lambda: densely.list_models(None),  # type: ignore[arg-type]
+    ],
+)
+def test_parts_by_themselves_refuse_what_they_do_not_know(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigError, match=": must be "):
+        make()
+
+
+def test_numpys_numbers_and_fractions_are_taken_as_pythons() -> None:
+    numbers = {"growth_rate": np.uint8(32), "block_config": [np.int64(6), 12]}
+    net = DenseNet(**numbers, in_channels=np.int64(1), drop_rate=Fraction(1, 5))  # type: ignore[arg-type]
+    assert net.feature_channels == (256, 512)
+    assert json.dumps(net.feature_channels) == "[256, 512]"
+    assert {type(value) for value in (net.in_channels, *net.feature_channels)} == {int}
+    assert net(torch.zeros(2, 1, 64, 64)).shape == (2, 1000)
 
 
 def test_named_networks_take_every_option() -> None:

@@ -1,6 +1,7 @@
 """One comparison: all variants of a network in one mode, in turns."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,16 @@ class _Entrant:
     trial: Trial | None = None
 
 
-def compare(config: BenchConfig, net: Net, mode: str, progress: Progress) -> Comparison:
+def compare(
+    config: BenchConfig,
+    net: Net,
+    mode: str,
+    progress: Progress,
+    timed: Callable[[Comparison], object] = lambda _: None,
+) -> Comparison:
     """Measure all variants of a network in one mode.
+
+    `timed` is called with all but peak memory, which takes minutes more on a CPU.
 
     Each has `config.rounds` turns, and all have one before any has the next: A B C, A B C. A peer
     that is not installed or fails becomes a gap with its reason, and so does whatever a GPU has
@@ -48,21 +57,28 @@ def compare(config: BenchConfig, net: Net, mode: str, progress: Progress) -> Com
         progress.stage(f"{title}: round {i + 1} of {config.rounds}", len(ready))
         for entrant, trial in ready:
             progress.turn(entrant.row.name)
-            entrant.row.images_per_s.append(trial.images_per_s(config.steps))
+            if entrant.row.gap is not None:
+                continue
+            try:
+                entrant.row.images_per_s.append(trial.images_per_s(config.steps))
+            except Exception as error:  # as of memory, which all share
+                _leave_out(entrant.row, error)
 
     for entrant in entrants:
         entrant.trial = None
     ready.clear()
     free()
+    shape = (net.in_channels, net.image_size, net.image_size)
+    rows = [entrant.row for entrant in entrants]
+    found = Comparison(net.name, mode, batch, shape, config.steps, net.reference, rows)
+    timed(found)
     if config.peak_memory and device.type == "cpu":
         measured = [entrant.row for entrant in entrants if entrant.row.gap is None]
         progress.stage(f"{title}: peak memory, each in a process of its own", len(measured))
         for row in measured:
             progress.turn(row.name)
             _take_peak(row, config, net, mode, batch)
-    shape = (net.in_channels, net.image_size, net.image_size)
-    rows = [entrant.row for entrant in entrants]
-    return Comparison(net.name, mode, batch, shape, config.steps, net.reference, rows)
+    return found
 
 
 def _make_ready(entrant: _Entrant, net: Net, mode: str, batch: int, peak: bool) -> None:
@@ -78,12 +94,18 @@ def _make_ready(entrant: _Entrant, net: Net, mode: str, batch: int, peak: bool) 
             row.kept_bytes_per_image = kept_bytes(trial) // batch
         trial.model.zero_grad(set_to_none=True)
     except Exception as error:  # whatever somebody else's code may raise
-        if row.kind != "peer" and not isinstance(error, ImportError | torch.OutOfMemoryError):
-            raise
-        row.gap = reason(error)
-        row.peak_bytes = row.parameters = row.kept_bytes_per_image = None
+        _leave_out(row, error)
         return
     entrant.trial = trial
+
+
+def _leave_out(row: Measured, error: Exception) -> None:
+    """Make a gap of a row, or raise what densely should not have raised."""
+    if row.kind != "peer" and not isinstance(error, ImportError | torch.OutOfMemoryError):
+        raise error
+    row.gap = reason(error)
+    row.images_per_s.clear()
+    row.peak_bytes = row.parameters = row.kept_bytes_per_image = None
 
 
 def _take_peak(row: Measured, config: BenchConfig, net: Net, mode: str, batch: int) -> None:

@@ -5,6 +5,7 @@ import json
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def run_bench(config: BenchConfig) -> Path:
         torch.set_num_threads(config.threads)
     if config.allocator == "keep" and not keep_freed_memory():
         raise ConfigError("--allocator keep: works on Linux with glibc alone; leave it out")
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    _check_folder(stem.parent)
 
     facts = environment(runtime) | {"command": None}  # which holds paths
     conditions = (
@@ -57,19 +58,25 @@ def run_bench(config: BenchConfig) -> Path:
     series: list[DepthSeries] = []
     path = stem.with_name(stem.name + ".json")
     console.print(conditions)
+
+    def keep(so_far: list[Comparison]) -> None:
+        """Write it at once: what was measured outlives an interruption."""
+        write_whole(path, _document(config, runtime, facts, so_far, series))
+
     with Progress() as progress:
         for net in config.nets:
             for mode in config.modes:
-                comparisons.append(compare(config, net, mode, progress))
+                comparisons.append(
+                    compare(config, net, mode, progress, lambda timed: keep([*comparisons, timed]))
+                )
                 console.print(comparison_table(comparisons[-1]))
-                # After each, so that what was measured outlives an interruption.
-                write_whole(path, _document(config, runtime, facts, comparisons, series))
+                keep(comparisons)
         if config.depth:
             depths = DEPTHS[:2] if config.quick else DEPTHS
             series = depth_series(config.device, progress, depths)
             console.print(depth_table(series, NOTE))
 
-    write_whole(path, _document(config, runtime, facts, comparisons, series))
+    keep(comparisons)
     pictures = [stem.with_name(stem.name + ".png")]
     draw_bars(comparisons, pictures[0], conditions)
     if series:
@@ -77,6 +84,16 @@ def run_bench(config: BenchConfig) -> Path:
         draw_depth(series, pictures[1])
     console.print(f"written: {', '.join(map(str, [path, *pictures]))}", soft_wrap=True)
     return path
+
+
+def _check_folder(folder: Path) -> None:
+    """Make the folder of the results, and see that it takes files: before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: cannot be written: {error.strerror}") from error
 
 
 def _document(

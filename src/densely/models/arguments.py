@@ -1,13 +1,16 @@
 """Whether arguments of a network, as code, a YAML file or a flag gives them, have right types."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from densely.errors import ConfigError
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
@@ -29,6 +32,29 @@ def check_types(network: type, given: dict[str, Any]) -> None:
         if name in given and not _fits(given[name], hint)
     ]:
         raise ConfigError("; ".join(faults))
+
+
+def of_plain_numbers(init: Init) -> Init:
+    """An `__init__` that is given Python's own numbers where numpy's were given, or fractions.
+
+    Those of a fixed width run over, compilers take them for data, and JSON knows none.
+    """
+
+    @wraps(init)
+    def run(*args: Any, **kwargs: Any) -> None:
+        init(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+
+    return cast(Init, run)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value
 
 
 def is_whole(value: object) -> bool:

@@ -26,10 +26,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from densely.errors import ConfigError
 from densely.fused import accelerate
-from densely.models.arguments import check_types, is_whole
+from densely.models.arguments import check_types, is_whole, of_plain_numbers
 from densely.models.geometry import Stride, plan
 from densely.models.init import INITS, InitName, initialize
 from densely.models.inputs import check_input
@@ -109,6 +110,8 @@ class DenseBlock(nn.ModuleDict):
         drop_path_rates: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if num_layers < 0:
+            raise ConfigError(f"num_layers={num_layers}: must be at least 0")
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
                 None if in_channels is None else in_channels + i * growth_rate,
@@ -242,6 +245,7 @@ class DenseNet(nn.Module):
             `min_input` and would shrink to nothing.
     """
 
+    @of_plain_numbers
     def __init__(
         self,
         *,
@@ -315,6 +319,7 @@ class DenseNet(nn.Module):
             spatial_dims,
             max(1, len(block_config)),
             stem_steps=0 if stem == "small" else 2,
+            stem_name=stem,
             strides=strides,
             output_stride=output_stride,
         )
@@ -412,7 +417,7 @@ class DenseNet(nn.Module):
         return [maps[level] for level in wanted]
 
     def _check(self, x: Tensor) -> None:
-        if not torch.jit.is_scripting():  # whose language has no such tuples
+        if not is_scripting():  # its language has no such tuples
             check_input(x, self.in_channels, self.min_input)
 
 

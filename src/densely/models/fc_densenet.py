@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from densely.errors import ConfigError
 from densely.fused import accelerate
-from densely.models.arguments import check_types
+from densely.models.arguments import check_types, of_plain_numbers
 from densely.models.densenet import DenseBlock, Transition
 from densely.models.init import INITS, InitName, initialize
 from densely.models.inputs import check_input
@@ -54,6 +54,7 @@ class FCDenseNet(nn.Module):
         ShapeError: (forward) other channels, or images smaller than `min_image_size`.
     """
 
+    @of_plain_numbers
     def __init__(
         self,
         *,

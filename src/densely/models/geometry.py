@@ -52,6 +52,7 @@ def plan(
     num_blocks: int,
     *,
     stem_steps: int,
+    stem_name: str = "large",
     strides: Sequence[Sequence[int]] | None,
     output_stride: int | None,
 ) -> tuple[Geometry, list[str]]:
@@ -61,6 +62,7 @@ def plan(
         spatial_dims: number of axes.
         num_blocks: dense blocks; one transition fewer.
         stem_steps: steps of the stem that shrink: 2 for convolution and pooling, 0 for none.
+        stem_name: for what is wrong.
         strides: of each step an axis, stem first; None for 2 everywhere.
         output_stride: stride of the last maps: transitions that would go beyond it do not pool,
             and the blocks after them are dilated instead (Chen et al., "DeepLab", 2017).
@@ -75,7 +77,7 @@ def plan(
         else:
             faults.append(
                 f"strides={strides}: must be {steps} lists of {spatial_dims} whole numbers from 1 "
-                "on, one for each step that shrinks"
+                f"on, one for each step that shrinks with stem='{stem_name}'"
             )
     dilations = [1] * num_blocks
     stem, transitions = chosen[:stem_steps], list(chosen[stem_steps:])
@@ -85,7 +87,8 @@ def plan(
             faults.append("output_stride and strides exclude each other")
         elif output_stride not in allowed:
             faults.append(
-                f"output_stride={output_stride}: must be one of {', '.join(map(str, allowed))}"
+                f"output_stride={output_stride}: must be one of {', '.join(map(str, allowed))} "
+                f"with stem='{stem_name}'"
             )
         else:
             for t in range(allowed.index(output_stride), num_blocks - 1):

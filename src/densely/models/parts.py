@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densely.errors import ConfigError
+
 NormName = Literal["batch", "sync_batch", "group", "layer"]
 ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "mish"]
 PoolName = Literal["avg", "max"]
@@ -103,9 +105,9 @@ class Parts:
         faults = []
         if self.spatial_dims not in (1, 2, 3):
             faults.append(f"spatial_dims={self.spatial_dims}: must be 1, 2 or 3")
-        for name, value, known in (
-            ("norm", self.norm, NORMS),
-            ("activation", self.activation, ACTIVATIONS),
+        for name, value, known, given in (
+            ("norm", self.norm, NORMS, (96,)),
+            ("activation", self.activation, ACTIVATIONS, ()),
         ):
             if isinstance(value, nn.Module):
                 faults.append(
@@ -116,6 +118,8 @@ class Parts:
                 faults.append(
                     f"{name}={value!r}: must be one of {', '.join(known)}, or make a module"
                 )
+            elif callable(value) and (wrong := _not_made(value, *given)):
+                faults.append(f"{name}={getattr(value, '__name__', value)}: {wrong}")
         return faults
 
     def make_norm(self, channels: int | None) -> nn.Module:
@@ -132,7 +136,9 @@ class Parts:
             return nn.SyncBatchNorm(channels)
         if self.norm == "group":
             return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
-        return ChannelLayerNorm(channels)
+        if self.norm == "layer":
+            return ChannelLayerNorm(channels)
+        raise ConfigError("; ".join(self.faults()))
 
     def make_activation(self) -> nn.Module:
         """Activation; in place where it follows one of our own norms, which nobody else reads."""
@@ -147,7 +153,11 @@ class Parts:
             return nn.ELU(inplace=inplace)
         if self.activation == "silu":
             return nn.SiLU(inplace=inplace)
-        return nn.GELU() if self.activation == "gelu" else nn.Mish(inplace=inplace)
+        if self.activation == "mish":
+            return nn.Mish(inplace=inplace)
+        if self.activation == "gelu":
+            return nn.GELU()
+        raise ConfigError("; ".join(self.faults()))
 
     def make_conv(
         self,
@@ -181,8 +191,21 @@ class Parts:
 
     def make_pool(self, kind: PoolName, stride: Sequence[int]) -> nn.Module:
         """A transition's: over as many positions an axis as it steps on."""
+        if kind not in POOLS:
+            raise ConfigError(f"pool={kind!r}: must be one of {', '.join(POOLS)}")
         pools = _AVG_POOLS if kind == "avg" else _MAX_POOLS
         return pools[self.spatial_dims - 1](tuple(stride), tuple(stride))  # type: ignore[arg-type]
+
+
+def _not_made(make: Callable[..., object], *given: int) -> str:
+    """Why a function makes no module from so many channels, or from nothing; empty if it does."""
+    call = f"makes no module from {given[0]} channels" if given else "makes no module from nothing"
+    try:
+        with torch.random.fork_rng(devices=()):  # what is drawn for it shows nowhere
+            made = make(*given)
+    except TypeError as error:  # others may be those of this number alone
+        return f"{call}: {error}"
+    return "" if isinstance(made, nn.Module) else f"{call}, but a {type(made).__name__}"
 
 
 def _lazy(kind: Callable[..., nn.Module], *args: object, **options: object) -> nn.Module:

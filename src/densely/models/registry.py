@@ -163,6 +163,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Capital letters are as small ones.
     """
+    if not isinstance(pattern, str):
+        raise ConfigError(f"pattern={pattern!r}: must be text, such as '*bc*'")
     return fnmatch.filter(_MODELS, pattern.lower())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from densely.errors import ConfigError
-from densely.models.arguments import check_types
+from densely.models.arguments import check_types, of_plain_numbers
 from densely.models.init import INITS, InitName, initialize
 from densely.models.inputs import check_input
 from densely.models.parts import Parts
@@ -62,6 +62,7 @@ class ResNet(nn.Module):
         ShapeError: (forward) the images have other channels.
     """
 
+    @of_plain_numbers
     def __init__(
         self,
         *,
