@@ -284,11 +284,12 @@ def test_what_was_read_is_said_and_noted(tmp_path: Path) -> None:
             notes.append(text)
 
     notes: list[str] = []
-    for part, count in (("train", 6), ("valid", 2)):
+    for part, count, first in (("train", 6, 0), ("valid", 2, 6)):
         for name, shade in (("a", 10), ("b", 200)):
             (tmp_path / "data" / part / name).mkdir(parents=True)
-            for i in range(count):
-                Image.new("L", (8, 8), shade).save(tmp_path / "data" / part / name / f"{i}.png")
+            for i in range(first, first + count):
+                path = tmp_path / "data" / part / name / f"{i}.png"
+                Image.new("L", (8, 8), shade + i).save(path)
     settings = config(
         tmp_path, data=str(tmp_path / "data"), validation=0.2, limit=None, epochs=1, image_size=16,
         schedule="constant",
