@@ -46,7 +46,8 @@ class FCDenseNet(nn.Module):
         spatial_dims: 1, 2 or 3.
         drop_rate: dropout after each convolution of blocks and transitions down.
         norm, activation: as `DenseNet`.
-        init: how weights start; the paper's is He's, "torchvision" (fan-in).
+        init: how weights start; "torchvision" is He's with the paper's variance, 2 / fan_in, of a
+            normal distribution; the paper's is uniform.
         fused: as `DenseNet`.
 
     Raises:
