@@ -1,5 +1,6 @@
 """The comparison: turns, ratios, and gaps."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -102,13 +103,15 @@ def test_a_failure_of_densely_is_no_gap(monkeypatch: pytest.MonkeyPatch, kind: s
 def test_a_peer_that_fails_in_its_turn_is_a_gap_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second of its three, and of densely's own failures only of memory."""
-    timed, turns = Trial.images_per_s, []
+    """The second of its three; what it held is let go."""
+    timed, turns, failed = Trial.images_per_s, [], []
 
     def fails(self: Trial, steps: int) -> float:
         turns.append(steps)
         if len(turns) == 4:  # of densely and the plain net in turn
+            failed.append(weakref.ref(self))
             raise RuntimeError("no more memory for it")
+        assert not any(trial() for trial in failed)
         return timed(self, steps)
 
     monkeypatch.setattr(Trial, "images_per_s", fails)

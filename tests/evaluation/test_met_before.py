@@ -9,7 +9,7 @@ from PIL import Image
 import densely
 from densely.comparison.compare import compare
 from densely.comparison.page import write_comparison
-from densely.data import ImageSet
+from densely.data import ImageSet, Splits
 from densely.evaluation.judged import judge
 
 pytestmark = pytest.mark.usefixtures("hasty_costs", "undrawn")
@@ -44,6 +44,30 @@ def test_images_learned_from_or_validated_by_are_warned_of(run: Path, tmp_path: 
 
 def warnings(run: Path, images: Path) -> tuple[str, ...]:
     return densely.report(run, str(images)).findings.warnings
+
+
+def test_a_comparison_reads_what_runs_learned_from_once_and_fetches_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = judge(run).own
+    assert own is not None
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    others = saved(tmp_path / "others", own.train, 20)
+    read: list[object] = []
+
+    def counted(*args: object) -> Splits:
+        read.append(args)
+        if len(read) > 1:
+            raise PermissionError(13, "Permission denied")
+        return own
+
+    monkeypatch.setattr("densely.comparison.compare.own_splits", counted)
+    assert compare({"a": [run], "b": [other]}, str(others)).learned == 20
+    assert len(read) == 1
+    assert compare({"a": [run], "b": [other]}, str(others)).learned == 0  # nobody can tell
+    monkeypatch.setattr("densely.data.sources._FETCHED", {"digits"})
+    assert compare({"a": [run], "b": [other]}, str(others)).learned == 0
+    assert len(read) == 2
 
 
 def test_a_comparison_on_images_learned_from_says_so(run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,12 @@ def test_strides_say_how_many_of_what_are_needed() -> None:
 )
 def test_functions_that_make_no_modules_are_told(options: dict[str, Any], told: str) -> None:
     assert told in str(faults_of(**options))
+
+
+def test_a_function_for_some_numbers_of_channels_alone_is_taken() -> None:
+    options = {"block_config": (2, 2), "growth_rate": 64, "compression": 1.0, "num_classes": 2}
+    net = DenseNet(norm=partial(nn.GroupNorm, 64), **options)  # type: ignore[arg-type]
+    assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 2)
 
 
 def test_trying_out_a_function_draws_no_random_numbers() -> None:

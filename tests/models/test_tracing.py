@@ -45,6 +45,21 @@ def test_torchvision_takes_features_from_a_network_of_ours() -> None:
     torch.testing.assert_close(maps, wanted[0], rtol=1e-4, atol=1e-4)
 
 
+def test_one_axis_of_an_export_may_be_dynamic() -> None:
+    net = DenseNet(block_config=(2, 2), growth_rate=8, num_classes=3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    sizes = ({2: torch.export.Dim("height", min=64, max=640)},)
+    exported = torch.export.export(net, (x,), dynamic_shapes=sizes).module()
+    taller = torch.randn(2, 3, 96, 64)
+    torch.testing.assert_close(exported(taller), net(taller), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_the_residual_network_can_be_scripted() -> None:
+    net, x = net_of("d2l_resnet18")
+    torch.testing.assert_close(torch.jit.script(net)(x), net(x), rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_a_plain_or_restored_network_can_be_scripted(dims: int) -> None:

@@ -52,21 +52,15 @@ def compare(
         progress.turn(entrant.row.name)
         _make_ready(entrant, net, mode, batch, config.peak_memory)
 
-    ready = [(entrant, entrant.trial) for entrant in entrants if entrant.trial is not None]
     for i in range(config.rounds):
+        ready = [entrant for entrant in entrants if entrant.trial is not None]
         progress.stage(f"{title}: round {i + 1} of {config.rounds}", len(ready))
-        for entrant, trial in ready:
+        for entrant in ready:
             progress.turn(entrant.row.name)
-            if entrant.row.gap is not None:
-                continue
-            try:
-                entrant.row.images_per_s.append(trial.images_per_s(config.steps))
-            except Exception as error:  # as of memory, which all share
-                _leave_out(entrant.row, error)
+            _take_turn(entrant, config.steps)
 
     for entrant in entrants:
         entrant.trial = None
-    ready.clear()
     free()
     shape = (net.in_channels, net.image_size, net.image_size)
     rows = [entrant.row for entrant in entrants]
@@ -97,6 +91,18 @@ def _make_ready(entrant: _Entrant, net: Net, mode: str, batch: int, peak: bool) 
         _leave_out(row, error)
         return
     entrant.trial = trial
+
+
+def _take_turn(entrant: _Entrant, steps: int) -> None:
+    """Time some steps; who fails, as for want of memory, makes room for the others."""
+    assert entrant.trial is not None
+    try:
+        entrant.row.images_per_s.append(entrant.trial.images_per_s(steps))
+    except Exception as error:
+        _leave_out(entrant.row, error)
+    if entrant.row.gap is not None:
+        entrant.trial = None
+        _collect()
 
 
 def _leave_out(row: Measured, error: Exception) -> None:
@@ -135,6 +141,10 @@ def reason(error: Exception) -> str:
 def free() -> None:
     """Give back what the networks held, and forget what was compiled for them."""
     torch.compiler.reset()
+    _collect()
+
+
+def _collect() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -24,16 +24,20 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from densely.comparison.same_images import Identity, identity, same_images
+from densely.data.sources import is_here
 from densely.environment import environment
 from densely.errors import ConfigError, DenselyError, RunError
 from densely.evaluation.classifier import Classifier
 from densely.evaluation.cost import costs
 from densely.evaluation.findings import Cost, Interval
-from densely.evaluation.judged import judge, met_before, own_splits
+from densely.evaluation.judged import Judged, judge, own_splits
 from densely.evaluation.scores import wilson_share
 from densely.runtime import MemoryFormat, Precision
 from densely.training.config import Split, TrainConfig
 from densely.training.run import EpochMetrics, RunDirectory
+
+#: Digests of training images, by what they were read from and how they were parted.
+_Known = dict[tuple[Any, ...], set[bytes]]
 
 
 @dataclass(frozen=True)
@@ -153,11 +157,13 @@ def compare(
     for run in named:
         if not RunDirectory.open(run).rows():
             raise RunError(f"{run}: has no finished epoch to compare")
+    known: _Known = {}
     judged = {
         name: [
             _judged(
                 run,
                 data,
+                known,
                 split=split,
                 data_dir=data_dir,
                 device=device,
@@ -263,17 +269,37 @@ class _Judged:
     right: NDArray[np.bool_]
 
 
-def _judged(run: str | os.PathLike[str], data: str | None, **options: Any) -> _Judged:
+def _judged(
+    run: str | os.PathLike[str], data: str | None, known: _Known, **options: Any
+) -> _Judged:
     found = judge(run, data, **options)
     right: NDArray[np.bool_] = (found.logits.argmax(dim=1) == found.labels).numpy()
     config = found.run.config()
     images = identity(found.images, found.data, config.split_seed)
     is_own, learned = found.own is not None, 0
     if not is_own:
-        with suppress(DenselyError):  # its own data are gone: nobody can tell
-            own = own_splits(found.run, found.classifier, options["data_dir"])
-            learned, _ = met_before(found.images, own)
+        digests = _learned_from(found, config, known, options["data_dir"])
+        learned = sum(digest in digests for digest in found.images.digests())
     return _Judged(found.run, config, found.classifier, images, is_own, learned, right)
+
+
+def _learned_from(
+    found: Judged, config: TrainConfig, known: _Known, data_dir: str | None
+) -> set[bytes]:
+    """Digests of the images that a run learned from; runs of the same ones read them once.
+
+    None where its data are gone, or would have to be fetched: nobody can tell then.
+    """
+    prep = found.classifier.preprocessing
+    parted = (config.data, config.split_seed, config.validation, config.limit)
+    key = (*parted, prep.image_size, prep.channels)
+    if key not in known:
+        known[key] = set()
+        with suppress(DenselyError, OSError):
+            if is_here(config.data):
+                own = own_splits(found.run, found.classifier, data_dir)
+                known[key] = {*own.train.digests()}
+    return known[key]
 
 
 def _group(name: str, members: Sequence[_Judged], cost: Cost) -> Group:

@@ -15,6 +15,8 @@ _NAMED: dict[str, Callable[[Path | None, int], Splits]] = {
     "fashion-mnist": lambda data_dir, split_seed: load_fashion_mnist(data_dir),
 }
 
+_FETCHED = {"fashion-mnist"}
+
 
 def load_data(
     data: str,
@@ -49,6 +51,11 @@ def load_data(
             "name one with --data"
         )
     return load_folder(Path(data), image_size, split_seed, channels)
+
+
+def is_here(data: str) -> bool:
+    """Whether a data set is on this machine, or comes with a package: nothing is fetched for it."""
+    return data not in _FETCHED
 
 
 def absolute(data: str) -> str:

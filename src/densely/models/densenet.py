@@ -329,6 +329,7 @@ class DenseNet(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.spatial_dims = spatial_dims
+        self._axes = list(range(2, 2 + spatial_dims))
         self.min_input = geometry.smallest_input
         self.min_image_size = max(self.min_input)
         self.feature_strides = geometry.block_strides
@@ -379,7 +380,7 @@ class DenseNet(nn.Module):
         """Logits of a batch: [N, in_channels, ...] to [N, num_classes]."""
         self._check(x)
         maps = self.activation(self.features(x))
-        pooled = maps.flatten(2).mean(dim=2)
+        pooled = maps.mean(dim=self._axes)
         return self.classifier(self.classifier_drop(pooled))  # type: ignore[no-any-return]
 
     def forward_features(self, x: Tensor, levels: Sequence[int] | None = None) -> list[Tensor]:

@@ -203,8 +203,10 @@ def _not_made(make: Callable[..., object], *given: int) -> str:
     try:
         with torch.random.fork_rng(devices=()):  # what is drawn for it shows nowhere
             made = make(*given)
-    except TypeError as error:  # others may be those of this number alone
+    except TypeError as error:
         return f"{call}: {error}"
+    except Exception:  # may be of this number of channels alone
+        return ""
     return "" if isinstance(made, nn.Module) else f"{call}, but a {type(made).__name__}"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from densely.errors import ConfigError
 from densely.models.arguments import check_types, of_plain_numbers
@@ -109,5 +110,6 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch: [N, in_channels, H, W] to [N, num_classes]."""
-        check_input(x, self.in_channels, (self.min_image_size,) * 2)
+        if not is_scripting():
+            check_input(x, self.in_channels, (self.min_image_size,) * 2)
         return self.classifier(self.features(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]

@@ -29,7 +29,10 @@ class Space(NamedTuple):
         return matrix.view(self.batch, *self.size, matrix.shape[1]).movedim(-1, 1)
 
     def made(self, matrix: Tensor) -> Tensor:
-        """`maps` as a step gives them: no view, which nobody could change in place."""
+        """`maps` as a step gives them: no view, which nobody could change in place.
+
+        Where a backward reads them, as that of a dense block, PyTorch's own error says so.
+        """
         return self.maps(matrix).detach()
 
     def matrix(self, maps: Tensor) -> Tensor:
