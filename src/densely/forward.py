@@ -46,6 +46,7 @@ class Forward:
 
     def __init__(self, model: nn.Module, runtime: Runtime, *, training: bool = False) -> None:
         self.model, self.runtime, self.training = model, runtime, training
+        self._parts = list(model.modules())  # to walk through the model takes as long as a graph
         self._fills_up = not training and not _mixes_images(model)
         self.records = runtime.device.type == "cuda"
         self._graphs: dict[tuple[Any, ...], _Recorded | None] = {}
@@ -79,8 +80,8 @@ class Forward:
 
     @contextmanager
     def _in_mode(self) -> Iterator[None]:
-        modules = self.model.modules()  # in train mode some may be frozen: its own says enough
-        if self.model.training if self.training else not any(m.training for m in modules):
+        # In train mode some parts may be frozen: the model's own mode says enough.
+        if self.model.training if self.training else not any(p.training for p in self._parts):
             yield
             return
         modes = [(module, module.training) for module in self.model.modules()]

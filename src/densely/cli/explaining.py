@@ -70,15 +70,15 @@ def explain(parser: Parser, arguments: list[str]) -> None:
     from rich.cells import cell_len, set_cell_size
 
     from densely.evaluation.explain_run import (
-        check_connections,
+        connections_of,
         explain_connections,
         explain_images,
     )
     from densely.runtime import settle_process
 
     settle_process()
-    if chosen.connections:
-        check_connections(chosen.run)  # nothing is drawn of a network that is no DenseNet
+    # First, as it wants a DenseNet: nothing is drawn where it fails.
+    matrices = connections_of(chosen.run) if chosen.connections else None
     if chosen.images:
         pictures = explain_images(
             chosen.run,
@@ -101,6 +101,6 @@ def explain(parser: Parser, arguments: list[str]) -> None:
                 f"{picture.probability:6.4f}  "
                 f"{on_one_line(str(picture.path))}"
             )
-    if chosen.connections:
-        path = str(explain_connections(chosen.run, chosen.output))
+    if matrices is not None:
+        path = str(explain_connections(chosen.run, chosen.output, matrices))
         print(json.dumps({"connections": path}) if chosen.json else path)

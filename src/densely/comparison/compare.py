@@ -279,7 +279,7 @@ def _judged(
     is_own, learned = found.own is not None, 0
     if not is_own:
         digests = _learned_from(found, config, known, options["data_dir"])
-        learned = sum(digest in digests for digest in found.images.digests())
+        learned = found.images.count_among(digests)
     return _Judged(found.run, config, found.classifier, images, is_own, learned, right)
 
 

@@ -6,6 +6,7 @@ of a part without a word.
 
 import hashlib
 import math
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +53,10 @@ class ImageSet:
         """Of each image by itself: two that have one are the same to the last pixel."""
         images: Any = self.images.cpu().contiguous().numpy()
         return [hashlib.blake2b(image, digest_size=16).digest() for image in images]
+
+    def count_among(self, digests: Container[bytes]) -> int:
+        """How many images are, to the last pixel, ones of these digests."""
+        return sum(digest in digests for digest in self.digests())
 
     def subset(self, indices: Tensor) -> "ImageSet":
         """Take the images at `indices` (int64 [M])."""

@@ -130,7 +130,7 @@ def _repeated_notes(sets: Mapping[str, ImageSet]) -> tuple[str, ...]:
     notes = []
     for name, words in (("val", "validation"), ("test", "test")):
         if name in sets:
-            again = sum(digest in learnt for digest in sets[name].digests())
+            again = sets[name].count_among(learnt)
             if again:
                 notes.append(
                     f"of {counted(len(sets[name]), f'{words} image')} {again:,} "

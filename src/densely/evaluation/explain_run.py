@@ -19,7 +19,7 @@ from densely.data.preprocessing import Preprocessing
 from densely.errors import ConfigError, RunError, unknown_name
 from densely.evaluation.calibration import Calibration
 from densely.evaluation.classifier import load
-from densely.evaluation.connections import connections, draw_connections
+from densely.evaluation.connections import Matrix, connections, draw_connections
 from densely.evaluation.heat_maps import SIGNED, HeatMapMethod, explain
 from densely.runtime import MemoryFormat, Precision
 from densely.training.scoring import BATCH_SIZE
@@ -148,24 +148,27 @@ def explain_images(
     return pictures
 
 
-def check_connections(run: PathLike) -> None:
-    """Raise what `explain_connections` would of a run, before anything is drawn."""
-    connections(load(run, device="cpu").model)
+def connections_of(run: PathLike) -> list[Matrix]:
+    """What `explain_connections` draws; raises what that does, before anything is drawn."""
+    return connections(load(run, device="cpu").model)
 
 
-def explain_connections(run: PathLike, output: PathLike | None = None) -> Path:
+def explain_connections(
+    run: PathLike, output: PathLike | None = None, matrices: list[Matrix] | None = None
+) -> Path:
     """Draw how much each layer reads of each earlier one: figure 5 of the DenseNet paper.
 
     Args:
         run: a run directory.
         output: folder of the picture, connections.png, or connections-2.png and so on where that
             is another picture than this one from before; None for explain/ in the run directory.
+        matrices: as `connections_of` the run gave them; None to ask it.
 
     Raises:
         ConfigError: the run's network is no DenseNet.
         RunError: no run, no checkpoint in it yet, or a damaged one; the folder cannot be made.
     """
-    matrices = connections(load(run, device="cpu").model)
+    matrices = connections_of(run) if matrices is None else matrices
     folder = _made(Path(run) / "explain" if output is None else Path(output))
     source = _digest("" if output is None else os.path.realpath(run))
     (path,) = _files(folder, ["connections"], [source], "")

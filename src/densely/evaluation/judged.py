@@ -117,20 +117,6 @@ def own_splits(run: RunDirectory, classifier: Classifier, data_dir: str | None) 
     return splits
 
 
-def met_before(images: ImageSet, own: Splits) -> tuple[int, int]:
-    """How many images are, to the last pixel, among a run's for training, and for validation.
-
-    Args:
-        images: scaled as the run's.
-        own: of the run.
-    """
-    validation = () if own.validation is None else own.validation.digests()
-    known = {*own.train.digests()}, {*validation}
-    found = images.digests()
-    learned, validated = (sum(digest in part for digest in found) for part in known)
-    return learned, validated
-
-
 def fitting_images(splits: Splits, split_seed: int) -> tuple[str, ImageSet, bool]:
     """Images that calibration and thresholds are fitted on: never those of the test split.
 

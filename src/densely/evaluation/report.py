@@ -29,14 +29,7 @@ from densely.evaluation.cost import costs
 from densely.evaluation.evaluate import Evaluation, evaluation_of
 from densely.evaluation.findings import Example, Findings, Method, Scores
 from densely.evaluation.heat_maps import explain
-from densely.evaluation.judged import (
-    Judged,
-    fitting_images,
-    judge,
-    met_before,
-    own_splits,
-    seen,
-)
+from densely.evaluation.judged import Judged, fitting_images, judge, own_splits, seen
 from densely.evaluation.label_errors import likely_label_errors
 from densely.evaluation.overlay import tile
 from densely.evaluation.report_page import check_replaceable, write_report
@@ -295,15 +288,15 @@ def _calibrate(
 
 def _met_before(images: ImageSet, own: Splits) -> list[str]:
     """Warnings where other images than the run's turn out to be its own in part."""
-    learned, validated = met_before(images, own)
     met = (
-        (learned, "the network learned from"),
-        (validated, "its best epoch and its calibration go by"),
+        (own.train, "the network learned from"),
+        (own.validation, "its best epoch and its calibration go by"),
     )
+    counts = [(images.count_among({*part.digests()}), why) for part, why in met if part is not None]
     return [
         f"Of these images {count:,} {'is one' if count == 1 else 'are ones'} that {why}: what is "
         "measured there says nothing of new images."
-        for count, why in met
+        for count, why in counts
         if count
     ]
 

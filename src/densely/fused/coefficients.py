@@ -27,11 +27,9 @@ def as_they_are(statistics: Sequence[Tensor]) -> list[Tensor]:
     Until then a batch in train mode may change them in place, as where two passes share one loss.
     """
     compiling = torch.compiler.is_compiling()  # compilers keep what they need themselves
-    if not statistics or compiling or not torch.is_grad_enabled():
+    if compiling or not torch.is_grad_enabled():
         return list(statistics)
-    copies = [torch.empty_like(tensor) for tensor in statistics]
-    torch._foreach_copy_(copies, list(statistics))
-    return copies
+    return _copies(statistics)
 
 
 def in_places(found: Iterable[Tensor], needed: Iterable[bool]) -> list[Tensor | None]:
@@ -49,11 +47,17 @@ def in_dtype(
     """
     others = [tensor for tensor in tensors if tensor.dtype != dtype]
     if copies is None:
-        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
-        if others:
-            torch._foreach_copy_(copies, others)
+        copies = _copies(others, dtype)
     remaining = iter(copies)
     return [t if t.dtype == dtype else next(remaining) for t in tensors], list(copies)
+
+
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Of all tensors by one launch, in a dtype or their own."""
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
 
 
 def like(gradient: Tensor, parameter: Tensor) -> Tensor:
