@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from densely.fused import swap
 from gpu_check import at_once, correct, each_kernel, profiles, speed, traffic, trainings, tune
 from gpu_check.setting import NETS, Setting
 from gpu_check.turns import Turns
@@ -53,6 +54,7 @@ def main() -> int:
         parser.error("no CUDA GPU is here; --smoke is a dry run on the CPU")
     if options.smoke:
         torch.set_num_threads(1)  # of a machine that has other work too
+        swap.LEAST = 0  # the tiny nets run what large ones do
     options.out.mkdir(parents=True, exist_ok=True)
     return STAGES[options.stage](
         Setting(

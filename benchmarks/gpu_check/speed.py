@@ -28,6 +28,8 @@ from gpu_check.training import batch_for, step_for
 BATCH = 256
 ROUNDS = 5
 ROUND_S = 0.2
+#: Modes of torch.compile that leave it to the caller to capture a whole step.
+NO_GRAPHS = ("default", "max-autotune-no-cudagraphs")
 #: What a variant's first measurement and turns may take; where less is left, none is begun.
 RESERVE_S = 5.0
 COMPILE_RESERVE_S = 75.0
@@ -140,7 +142,7 @@ def _compiled(net: CheckedNet, mode: str) -> Iterator[Variant]:
     yield Variant("captured NHWC", plain, captured=True)
     yield Variant(f"densely compiled {mode}", net.build, ours=True, compiled=mode)
     yield Variant(f"compiled {mode}", plain, compiled=mode)
-    if mode == "default":
+    if mode in NO_GRAPHS:
         yield Variant(f"compiled {mode} captured", plain, compiled=mode, captured=True)
 
 
