@@ -46,6 +46,11 @@ def test_each_replay_goes_on_from_the_random_numbers_of_its_time() -> None:
     assert torch.equal(found, expected[1])
 
 
+# PyTorch's own, of its capture of any network; an error within a capture would end it.
+@pytest.mark.filterwarnings(
+    "ignore:Attempting to run cuBLAS, but there was no current CUDA context"
+)
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
 @needs_gpu
 def test_a_loop_of_ones_own_may_use_torchs_graphed_callables() -> None:
     torch.manual_seed(0)

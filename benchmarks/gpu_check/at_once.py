@@ -1,7 +1,8 @@
 """Stage `all`: correctness and speed at once, each a process of its own, then bytes and kernels.
 
 Most of their time goes to compilers, which the machine's processors run side by side; those that
-measure take turns on the GPU, and wait until all are ready. Each writes to a folder of its own in
+measure take turns on the GPU, and wait until all are ready. So peers that torch.compile takes
+minutes for come after the others. Each writes to a folder of its own in
 OUTDIR. What else there is takes longer, or the GPU as a whole: peers compiled by max-autotune, and
 the trainings.
 """
@@ -9,6 +10,7 @@ the trainings.
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpu_check.setting import Setting
@@ -16,6 +18,7 @@ from gpu_check.setting import Setting
 #: A training step by each of these, in turns.
 COMPILED = "compiled default captured"
 VARIANTS = ("densely captured", "eager NHWC", "captured NHWC", COMPILED)
+QUICK, SLOW = VARIANTS[:3], (VARIANTS[0], VARIANTS[2], COMPILED)
 
 
 class Job(NamedTuple):
@@ -38,12 +41,17 @@ def jobs(setting: Setting) -> tuple[list[Job], ...]:
     nets = [net.name for net in setting.nets]
     every = ("--nets", ",".join(nets))
     dtypes = [str(dtype).removeprefix("torch.") for dtype in setting.dtypes]
-    speed = ("speed", "--modes", "train", "--compile", "default", "--variants", ",".join(VARIANTS))
+
+    def speed(folder: str, variants: Sequence[str]) -> list[Job]:
+        words = ("speed", "--modes", "train", "--compile", "default", "--variants")
+        return [Job(f"{folder}-{net}", (*words, ",".join(variants), "--nets", net)) for net in nets]
+
     return (
         [
             *(Job(f"correct-{name}", ("correct", "--dtypes", name, *every)) for name in dtypes),
-            *(Job(f"speed-{net}", (*speed, "--nets", net)) for net in nets),
+            *speed("speed", QUICK),
         ],
+        speed("compiled", SLOW),
         [Job("traffic", ("traffic", *every))],
         [Job("kernels", ("kernels", *every))],
     )

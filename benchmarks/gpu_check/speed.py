@@ -1,7 +1,8 @@
 """Stage `speed`: densely beside plain PyTorch as it comes, tuned, captured and compiled.
 
 Each variant is measured as soon as it is ready, the most wanted first; then all take turns. What
-takes minutes to compile comes last.
+takes minutes to compile comes last, when the others have had theirs. Processes that share a GPU
+wait for one another's compilers before a turn: give such variants a run of their own there.
 """
 
 import gc
@@ -185,21 +186,29 @@ def _checkpointed(net: CheckedNet) -> Callable[[], nn.Module]:
 def _compare(
     setting: Setting, findings: Findings, net: CheckedNet, mode: str, variants: Sequence[Variant]
 ) -> None:
-    """Measure each as soon as it is ready, then all in turns."""
-    with setting.turns.among_others():
-        entrants = _prepared(setting, findings, net, mode, variants)
-    with setting.turns.alone():
-        if "ceilings" not in findings.facts and not setting.smoke:
-            findings.facts["ceilings"] = ceilings(setting.device)
-            _free(setting)
-    for _ in range(1 if setting.smoke else ROUNDS):
-        if setting.left_s() < RESERVE_S:
-            break
+    """Measure each as soon as it is ready, then all in turns: those to be compiled join later."""
+    entrants: list[Entrant] = []
+    group = ", ".join(v.compiled for v in variants if v.compiled) or "eager"
+    for compiled in (False, True):
+        joining = [v for v in variants if (v.compiled is not None) is compiled]
+        if not joining:
+            continue
+        with setting.turns.among_others():
+            entrants += _prepared(setting, findings, net, mode, joining, group)
         with setting.turns.alone():
-            if setting.left_s() < RESERVE_S:  # others took it
+            if "ceilings" not in findings.facts and not setting.smoke:
+                findings.facts["ceilings"] = ceilings(setting.device)
+                _free(setting)
+        for entrant in entrants:
+            del entrant.ms[1:]
+        for _ in range(1 if setting.smoke else ROUNDS):
+            if setting.left_s() < RESERVE_S:
                 break
-            _round(setting, entrants)
-        findings.flush()
+            with setting.turns.alone():
+                if setting.left_s() < RESERVE_S:  # others took it
+                    break
+                _round(setting, entrants)
+            findings.flush()
     entrants.clear()
     if any(variant.compiled for variant in variants):
         torch.compiler.reset()
@@ -207,7 +216,12 @@ def _compare(
 
 
 def _prepared(
-    setting: Setting, findings: Findings, net: CheckedNet, mode: str, variants: Sequence[Variant]
+    setting: Setting,
+    findings: Findings,
+    net: CheckedNet,
+    mode: str,
+    variants: Sequence[Variant],
+    group: str,
 ) -> list[Entrant]:
     """Those of the variants that run, each with a first time."""
     entrants: list[Entrant] = []
@@ -217,7 +231,7 @@ def _prepared(
             "mode": mode,
             "variant": variant.name,
             "ours": variant.ours,
-            "group": ", ".join(v.compiled for v in variants if v.compiled) or "eager",
+            "group": group,
         }
         findings.add(row)
         compiles = variant.compiled and all(
@@ -266,6 +280,7 @@ def _ready(
     if variant.kept and mode == "train":
         kept = kept_bytes(Trial(model, runtime, images, labels))
         row["kept_mb_per_image"] = round(kept / len(images) / 1e6, 3)
+    before = backend.fused_calls.total()
     runs: nn.Module = model
     if variant.compiled is not None:
         runs = torch.compile(model, mode=variant.compiled)  # type: ignore[assignment]
@@ -274,7 +289,6 @@ def _ready(
             torch.cuda.make_graphed_callables(model, (images,))  # changes its forward
 
     torch.backends.cudnn.benchmark = variant.tuned
-    before = backend.fused_calls.total()
     start = _memory_mark(setting)
     step: Callable[[], object]
     if mode == "train":
@@ -306,7 +320,7 @@ def _turn(setting: Setting, entrant: Entrant) -> None:
     torch.backends.cudnn.benchmark = entrant.variant.tuned
     entrant.ms.append(1000 * _seconds(setting, entrant.step, entrant.steps) / entrant.steps)
     if setting.turns.shared and len(entrant.ms) == 1:
-        entrant.row["gap"] = NO_TURN
+        entrant.row |= {"gap": NO_TURN, "ms_beside_others": round(entrant.ms[0], 4)}
         return
     entrant.row.pop("gap", None)
     median = statistics.median(entrant.ms[1:] or entrant.ms)  # the first was none of a round

@@ -69,7 +69,8 @@ def test_all_is_each_precision_and_each_network_then_bytes_and_kernels(
         [job.folder for job in group] for group in at_once.jobs(setting("d2l", "bc", dtypes=TWO))
     ]
     assert groups == [
-        ["correct-bfloat16", "correct-float32", "speed-d2l", "speed-bc"], ["traffic"], ["kernels"],
+        ["correct-bfloat16", "correct-float32", "speed-d2l", "speed-bc"],
+        ["compiled-d2l", "compiled-bc"], ["traffic"], ["kernels"],
     ]  # fmt: skip
     assert set(at_once.VARIANTS) <= set(speed.names(["default"]))
 
@@ -93,13 +94,13 @@ def test_what_one_says_is_kept_and_what_fails_fails_all(
 
     monkeypatch.setattr(at_once.subprocess, "Popen", stand_in)
     assert at_once.run(setting("d2l", "bc", dtypes=TWO)) == int(bool(fails))
-    assert len(commands) == 6
+    assert len(commands) == 8
     for command in commands:
         assert command[:3] == [sys.executable, "-m", "gpu_check"]
         assert "--smoke" in command
         assert command[command.index("--turns") + 1] == str(tmp_path / "turns")
         assert (Path(command[4]) / "log.txt").read_text() == "found\n"
-    assert capsys.readouterr().out.count("found") == 6
+    assert capsys.readouterr().out.count("found") == 8
 
 
 def test_variants_are_made_ready_among_others_and_measured_alone(
@@ -131,6 +132,28 @@ def test_variants_are_made_ready_among_others_and_measured_alone(
     assert seen == [*ready, *ready, ("_turn", "alone"), ("_turn", "alone")]
 
 
+def test_what_is_compiled_joins_the_others_when_they_have_had_their_turns(
+    setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_check import speed
+
+    given, turns = setting("d2l", compile_modes=("default",)), []
+    given.variants = ("densely captured", "compiled default", "captured NHWC")
+    monkeypatch.setattr(torch, "compile", lambda model, mode: turns.append("compiler") or model)
+    real = speed._round
+
+    def noted(given: Any, entrants: list[Any]) -> None:
+        turns.append([entrant.variant.name for entrant in entrants])
+        real(given, entrants)
+
+    monkeypatch.setattr(speed, "_round", noted)
+    assert speed.run(given) == 0
+    quick = ["densely captured", "captured NHWC"]
+    assert turns == [quick, "compiler", [*quick, "compiled default"]]
+    rows = json.loads((given.out / "speed.json").read_text())["rows"]
+    assert [len(row["step_ms_by_round"]) for row in rows] == [2, 2, 2]  # a first time and a turn
+
+
 def test_who_had_no_turn_says_so(
     setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -150,6 +173,7 @@ def test_who_had_no_turn_says_so(
     thread.join(30)
     (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert row["gap"] == speed.NO_TURN
+    assert row["ms_beside_others"] > 0
     assert "images_per_s" not in row
     assert codes == [1]
 
@@ -199,9 +223,10 @@ def test_what_still_runs_is_ended_with_the_stage(
 def test_all_runs_dry(tmp_path: Path) -> None:
     words = ["all", tmp_path, "--smoke", "--nets", "d2l", "--dtypes", "float32"]
     subprocess.run([sys.executable, "-m", "gpu_check", *words], cwd=BENCHMARKS, check=False)
-    rows = json.loads((tmp_path / "speed-d2l" / "speed.json").read_text())["rows"]
-    assert len(rows) == 4
-    assert all(row["step_ms"] > 0 for row in rows)
+    for folder in ("speed-d2l", "compiled-d2l"):
+        rows = json.loads((tmp_path / folder / "speed.json").read_text())["rows"]
+        assert len(rows) == 3
+        assert all(row["step_ms"] > 0 for row in rows)
     rows = json.loads((tmp_path / "correct-float32" / "correct.json").read_text())["rows"]
     assert all(row["ok"] for row in rows)
     for name in ("traffic/traffic-account", "kernels/kernels"):
