@@ -94,6 +94,38 @@ def test_compile(name: str, train: bool) -> None:
     assert_equal(state(other), state(eager))
 
 
+def operators(graph: torch.fx.GraphModule) -> set[str]:
+    """Names of densely's operators in a graph and in those within it."""
+    return {
+        node.target.name()
+        for each in graph.modules()
+        if isinstance(each, torch.fx.GraphModule)
+        for node in each.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "densely"
+    }
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_compiled_code_has_the_fused_steps(train: bool) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model, x = small().train(train), images(2, 3, *IMAGE).float()
+    torch.compile(model, fullgraph=True, backend=backend)(x)
+    (graph,) = graphs
+    assert {"densely::dense_block_forward", "densely::reader_forward"} <= operators(graph)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_code_has_none_of_them(strict: bool) -> None:
+    x = images(2, 3, *IMAGE).float()
+    program = torch.export.export(small().eval(), (x,), strict=strict)
+    assert operators(program.graph_module) == set()
+
+
 @pytest.mark.parametrize(("name", "train"), EXPORTED)
 def test_export_with_any_batch(name: str, train: bool) -> None:
     make, size = NETWORKS[name]

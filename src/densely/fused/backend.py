@@ -100,7 +100,8 @@ def final(x: Tensor, norm: Norm) -> Tensor:
 def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]) -> str | None:
     """Why a step must run as plain PyTorch; None if it may run fused."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if torch.compiler.is_exporting() or tracing:
+    # The flag itself: to PyTorch 2.11 `is_exporting()` is true in all code that it compiles.
+    if torch.compiler._is_exporting_flag or tracing:
         return "is being exported: plain operators are what other programs know"
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:

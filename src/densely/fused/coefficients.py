@@ -1,6 +1,5 @@
 """Parameters beside the fused steps: as they take them, their gradients, what norms learn."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -122,7 +121,7 @@ def learning_together() -> Iterator[None]:
 
 def _update(found: Iterable[_Taken]) -> None:
     counts: list[Tensor] = []
-    by_momentum: dict[float, _Learning] = defaultdict(_Learning)
+    by_momentum: dict[float, _Learning] = {}
     with torch.no_grad():
         for norm, mean, var, rows in found:
             if norm.running_mean is None or norm.running_var is None:
@@ -131,6 +130,8 @@ def _update(found: Iterable[_Taken]) -> None:
             if momentum is None:  # the mean over all batches so far
                 count = norm.num_batches_tracked
                 momentum = 0.0 if count is None else 1.0 / (float(count) + 1)
+            if momentum not in by_momentum:
+                by_momentum[momentum] = _Learning()
             learning = by_momentum[momentum]
             learning.running_means.append(norm.running_mean)
             learning.running_vars.append(norm.running_var)
