@@ -1,5 +1,6 @@
 """Kernels are compiled ahead where a step is to be recorded: many at once, and none is launched."""
 
+import inspect
 import threading
 from typing import Any
 
@@ -35,7 +36,9 @@ class Kernel:
     def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> None:
         mode = triton.runtime._async_compile.active_mode.get()
         assert mode is not None
-        mode.submit((id(self), options["BM"]), self._compile, lambda found: None)
+        _key, _compile, *ends = inspect.signature(mode.submit).parameters  # of 3.9 two
+        then = [lambda _: None] * len(ends)
+        mode.submit((id(self), options["BM"]), self._compile, *then)
 
     def _compile(self) -> str:
         self.compiling.wait(20)

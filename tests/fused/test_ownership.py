@@ -1,5 +1,6 @@
 """A gradient's memory is taken where nobody else would see it, and whoever holds it keeps it."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from densely.fused import backend, block, kernels, plain
 from densely.fused.kernels.operands import Space
+from densely.fused.ownership import sole_owners
 
 CASES = {
     "bottleneck": block_of(),
@@ -123,6 +125,49 @@ def test_a_hook_that_has_let_go_keeps_nothing(taken: list[bool]) -> None:
     assert taken == [True]
 
 
+@pytest.fixture(scope="module")
+def under_a_compiler() -> tuple[Any, ...]:
+    """Sole owners, counted where PyTorch's compiler sees each call: calls hold more there."""
+    found: list[Any] = []
+
+    @torch._dynamo.decorators.skip
+    def ask() -> None:
+        found.extend(sole_owners())
+
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        ask()
+        return x + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's own look at gradients
+        torch.compile(broken, backend="eager")(torch.ones(1))
+    return tuple(found)
+
+
+def test_owners_are_counted_anew_where_calls_hold_more(under_a_compiler: tuple[Any, ...]) -> None:
+    whole, here = under_a_compiler[0], sole_owners()[0]
+    assert here is not None
+    assert whole.of_tensor[0] > here.of_tensor[0]
+    assert whole.of_node > here.of_node
+
+
+def test_what_calls_held_elsewhere_is_not_taken_for_nobodys(
+    taken: list[bool], under_a_compiler: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a hook holds just as much."""
+    whole, here = under_a_compiler[0], sole_owners()[0]
+    assert here is not None
+    more = whole.of_tensor[0] - here.of_tensor[0]
+    monkeypatch.setattr(block, "sole_owners", lambda: under_a_compiler)
+    net, kept = Net(), []
+    middle, end = net.run(backend)
+    middle.register_hook(lambda grad: kept.extend([grad] * more))  # type: ignore[no-untyped-call]
+    end.backward()  # type: ignore[no-untyped-call]
+    assert taken == [False]
+    assert as_plain(kept[0], of_plain()[0])
+
+
 def test_what_is_asked_for_is_returned_unchanged(taken: list[bool]) -> None:
     net = Net()
     middle, end = net.run(backend)
@@ -167,7 +212,7 @@ def test_a_gradient_may_be_changed_in_place() -> None:
 def test_what_is_added_to_the_gradient_itself_is_the_same(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str, near: float, kind: str
 ) -> None:
-    monkeypatch.setattr(block, "owners", lambda _: block.sole_owners()[0])
+    monkeypatch.setattr(block, "owners", lambda *_: block.sole_owners()[0])
     tree = fresh(Inputs(*build_block(CASES[kind], dtype)))
     grad = gradient(CASES[kind], dtype)
     expected = oracle(*tree, grad)

@@ -6,6 +6,10 @@ it is needed: at the largest block that is a quarter of what a training step hol
 Autograd does not tell, but counts: whoever else holds the gradient is among its owners, be it a
 hook that has kept it, a view or an array of its memory, or `torch.autograd.grad`, which will return
 it. Memory that is not PyTorch's own, as an array's, may have owners that nobody counts.
+
+Calls in Python hold what they are given, too, and more of it while PyTorch's compiler sees each
+call, or for good once it has failed. So the autograd node, which is given to the same calls, is
+counted as well.
 """
 
 import functools
@@ -24,14 +28,15 @@ class Owners(NamedTuple):
     """
 
     kind: type  # of a plain tensor, or of one that stands for another
+    of_node: int
     of_tensor: tuple[int, int]
     of_base: tuple[int, int]
     of_storage: tuple[int, int]
     own_memory: bool
 
 
-def owners(grad: Tensor) -> Owners | None:
-    """Of a gradient, as an autograd function's backward sees it under one name.
+def owners(node: object, grad: Tensor) -> Owners | None:
+    """Of a gradient, as an autograd function's backward sees it under one name, like its `ctx`.
 
     None where they cannot be counted: this asks what PyTorch promises nobody.
     """
@@ -41,6 +46,7 @@ def owners(grad: Tensor) -> Owners | None:
         base: Any = grad._base
         return Owners(
             type(grad),
+            sys.getrefcount(node),
             (sys.getrefcount(grad), tensor._use_count()),
             (0, 0) if base is None else (sys.getrefcount(base), base._use_count()),
             (sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)),
@@ -50,12 +56,21 @@ def owners(grad: Tensor) -> Owners | None:
         return None
 
 
-@functools.cache
 def sole_owners() -> tuple[Owners | None, ...]:
     """Those of a gradient that a backward alone has been given: of a whole tensor, or of a view.
 
     Not to be asked for within a backward, since it runs one.
     """
+    return _sole_owners(_held_by_a_call(object()))
+
+
+def _held_by_a_call(given: object) -> int:
+    return sys.getrefcount(given)
+
+
+@functools.cache
+def _sole_owners(_held: int) -> tuple[Owners | None, ...]:
+    """Anew where calls hold more, or less."""
     return tuple(_probed(view) for view in (False, True))
 
 
@@ -70,7 +85,7 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> Tensor:
-        _Probe.found = owners(grad)
+        _Probe.found = owners(ctx, grad)
         return grad
 
 

@@ -274,7 +274,8 @@ def _moments_kernel(
         to = of_patches + part.to(tl.int64) * ((OUT + 1) * K)
         mask = inside[:, None] & there[None, :]
         tl.store(to + outputs[:, None] * K + number[None, :], products, mask=mask)
-        tl.store(to + OUT * K + number, tl.sum(alone, axis=1), mask=there & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(to + OUT * K + number, tl.sum(alone, axis=1), mask=there)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -235,9 +235,9 @@ def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options:
         with torch.cuda.device(x.device):
             launch(kernel, grid, x, *args, **options)
     elif _compiling_ahead.get():
-        kernel.warmup(*args, grid=grid, **options)
+        kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options)
     else:
-        kernel[grid](*args, **options)
+        kernel[grid](*args, enable_fp_fusion=True, **options)  # Triton's default until 3.10
 
 
 #: Whether this Triton can compile many kernels at once; those before 3.5 cannot.
