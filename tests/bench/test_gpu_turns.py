@@ -154,6 +154,22 @@ def test_what_is_compiled_joins_the_others_when_they_have_had_their_turns(
     assert [len(row["step_ms_by_round"]) for row in rows] == [2, 2, 2]  # a first time and a turn
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_compiled_code_without_the_fused_steps_is_seen(
+    fused: bool, setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_check import speed
+    from gpu_check.setting import CheckedNet
+
+    given = setting("d2l", compile_modes=("default",), variants=("densely compiled default",))
+    build = CheckedNet.build
+    monkeypatch.setattr(CheckedNet, "build", lambda net: build(net, fused=fused))
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
+    assert speed.run(given) == int(not fused)
+    (row,) = json.loads((given.out / "speed.json").read_text())["rows"]
+    assert ("error" in row) is not fused
+
+
 def test_who_had_no_turn_says_so(
     setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
