@@ -31,6 +31,7 @@ class Operator(Generic[P, R]):
         schema = torch.library.infer_schema(function, mutates_args=())
         tags = (torch.Tag.pt2_compliant_tag,)
         _libraries.pop(self.name, None)
+        vars(torch.ops.densely).pop(self.name, None)  # which PyTorch 2.11 leaves without a library
         library = torch.library.Library("densely", "FRAGMENT")  # type: ignore[no-untyped-call]
         _libraries[self.name] = library
         library.define(self.name + schema, tags=tags)  # type: ignore[no-untyped-call]
