@@ -22,7 +22,7 @@ from densely.training import loop
 from densely.training.captured import TrainingStep
 from densely.training.checkpoint import ModelInfo, load_model, load_state
 from densely.training.config import TrainConfig
-from densely.training.loop import batches, generator_seed, train
+from densely.training.loop import batches, train
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics
 from densely.training.scoring import Score, score_of
@@ -414,11 +414,6 @@ def test_batches_cover_all_images_once_and_none_is_single() -> None:
             assert [i for first, end in bounds for i in range(first, end)] == list(range(count))
             assert all(end - first > 1 for first, end in bounds)
             assert all(end - first <= size + 1 for first, end in bounds)
-
-
-def test_seeds_differ_between_epochs_steps_and_runs() -> None:
-    seeds = {generator_seed(*n) for n in [(0,), (1,), (0, 1), (1, 0), (0, 1, 2), (0, 2, 1)]}
-    assert len(seeds) == 6
 
 
 def test_each_step_has_a_seed_of_its_own_and_each_epoch_an_order(

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from densely.training.norm_statistics import average_norm_statistics
 from densely.training.reporting import Reporter, RunFacts, Summary
 from densely.training.run import EpochMetrics, RunDirectory
 from densely.training.scoring import Score, batch_sizes, score_of
+from densely.training.seeds import generator_seed, seed_generators
 from densely.training.sgd import SGD
 from densely.training.splits import held_out_digest, splits_of
 from densely.training.start import begin, check_start
@@ -112,13 +112,6 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
 
 
-def generator_seed(*numbers: int) -> int:
-    """A 64-bit seed from (seed, epoch, step, ...): different for different numbers."""
-    # With their count before them, since a SeedSequence takes (1,) and (1, 0) for the same.
-    sequence = np.random.SeedSequence((len(numbers), *numbers))
-    return int(sequence.generate_state(1, np.uint64)[0])
-
-
 def batches(count: int, batch_size: int) -> list[tuple[int, int]]:
     """Bounds of the batches of `count` images.
 
@@ -145,7 +138,7 @@ class _Trainer:
         for text in (splits.overview(), *splits.notes):
             reporter.note(text)
         train_set = splits.train
-        torch.manual_seed(generator_seed(config.seed))
+        seed_generators(self.runtime.device, config.seed)
         if resume is None:
             self.info, self.model, report = begin(config, train_set)
             if report is not None:
@@ -277,8 +270,9 @@ class _Trainer:
         for first, end in self.batches[progress.step :]:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(progress.step)
-            seed = generator_seed(config.seed, progress.epoch, progress.step)
-            generator = torch.manual_seed(seed)
+            generator = seed_generators(
+                self.runtime.device, config.seed, progress.epoch, progress.step
+            )
             with self.step.preparing():
                 index = order[first:end]
                 inputs = self._inputs(index)
@@ -401,7 +395,7 @@ class _Trainer:
         if self.config.norm_batches:
             epoch = row.epoch - 1
             # Dropout draws here too: after a resume the same as without one.
-            torch.manual_seed(generator_seed(self.config.seed, epoch, len(self.batches)))
+            seed_generators(self.runtime.device, self.config.seed, epoch, len(self.batches))
             order, bounds = self._order(epoch), self.batches[: self.config.norm_batches]
             inputs = (self._inputs(order[first:end]) for first, end in bounds)
             average_norm_statistics(self.forward_by_batch, inputs)
