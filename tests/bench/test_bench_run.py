@@ -55,6 +55,12 @@ def test_tables_json_and_pictures(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 @pytest.mark.usefixtures("small")
+def test_of_inference_nothing_is_kept_and_nothing_said_of_depth(tmp_path: Path) -> None:
+    assert main(["bench", "--mode", "inference", "--net", "d2l", "--output", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench-cpu.json", "bench-cpu.png"]
+
+
+@pytest.mark.usefixtures("small")
 def test_an_allocator_that_cannot_be_set_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

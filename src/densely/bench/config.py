@@ -34,7 +34,7 @@ class BenchConfig:
     )
     compile: bool = _option(False, _WHAT, "also the best peer under torch.compile: takes minutes")
     depth: bool = _option(
-        True, _WHAT, "also bytes kept for backward by DenseNet-BC of growing depth"
+        True, _WHAT, "with training also bytes kept for backward by DenseNet-BC of growing depth"
     )
     peak_memory: bool = _option(
         True, _WHAT, "also peak memory: on a CPU in a fresh process for each variant"

@@ -71,7 +71,7 @@ def run_bench(config: BenchConfig) -> Path:
                 )
                 console.print(comparison_table(comparisons[-1]))
                 keep(comparisons)
-        if config.depth:
+        if config.depth and "train" in config.modes:  # inference keeps nothing for backward
             depths = DEPTHS[:2] if config.quick else DEPTHS
             series = depth_series(config.device, progress, depths)
             console.print(depth_table(series, NOTE))
