@@ -13,6 +13,7 @@ from typing import Any
 import foreign
 import pytest
 import torch
+from graphs import KeepsGraphs, operators
 from torch import Tensor, nn
 
 from densely.fused import accelerate, report, restore
@@ -203,13 +204,16 @@ SHORT = {"blocks": (2, 1)}  # tracing takes its time, layer by layer
 def test_compiling_gives_one_graph(name: str, train: bool, options: dict[str, Any]) -> None:
     original, accelerated = pair(name, train=train, **options)
     x = foreign.images(SHAPE)
-    compiled = torch.compile(accelerated, fullgraph=True, backend="eager")
+    kept = KeepsGraphs()
+    compiled = torch.compile(accelerated, fullgraph=True, backend=kept)
     wanted = foreign.step(original, x, train=None)
     got = foreign.step(compiled, x, train=None)
     close(got.output, wanted.output)
     for name, buffer in wanted.buffers.items():
         close(got.buffers[f"_orig_mod.{name}"], buffer)
     assert paths(accelerated) == {(0, 0)}  # what is compiled is not counted
+    (graph,) = kept.graphs
+    assert {"densely::dense_block_forward", "densely::reader_forward"} <= operators(graph)
 
 
 def test_a_compiled_model_can_be_accelerated() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import KeepsGraphs, operators
 from nets import assert_equal, images, randomized, state, tiny
 from torch import Tensor, nn
 
@@ -94,28 +95,11 @@ def test_compile(name: str, train: bool) -> None:
     assert_equal(state(other), state(eager))
 
 
-def operators(graph: torch.fx.GraphModule) -> set[str]:
-    """Names of densely's operators in a graph and in those within it."""
-    return {
-        node.target.name()
-        for each in graph.modules()
-        if isinstance(each, torch.fx.GraphModule)
-        for node in each.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "densely"
-    }
-
-
 @pytest.mark.parametrize("train", [True, False])
 def test_compiled_code_has_the_fused_steps(train: bool) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    model, x = small().train(train), images(2, 3, *IMAGE).float()
-    torch.compile(model, fullgraph=True, backend=backend)(x)
-    (graph,) = graphs
+    model, x, kept = small().train(train), images(2, 3, *IMAGE).float(), KeepsGraphs()
+    torch.compile(model, fullgraph=True, backend=kept)(x)
+    (graph,) = kept.graphs
     assert {"densely::dense_block_forward", "densely::reader_forward"} <= operators(graph)
 
 
