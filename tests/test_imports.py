@@ -13,7 +13,7 @@ SOURCE = Path(densely.__file__).parent
 
 #: From the ground up; a part may import what stands on a line above it, and itself.
 LAYERS = [
-    {"errors", "cache", "whole_file", "words", "processors"},
+    {"errors", "cache", "whole_file", "words", "processors", "cpu_features"},
     {"drawing"},
     {"runtime", "fused"},
     {"models", "cuda_graphs"},

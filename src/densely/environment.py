@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import densely
+from densely.cpu_features import cpu_capabilities
 from densely.processors import processors
 from densely.runtime import Runtime
 
@@ -32,7 +33,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's or the CPU's own name."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "unknown")
+    return str(cpu_capabilities().get("cpu_name") or platform.processor() or "unknown")
 
 
 def git_commit() -> str | None:

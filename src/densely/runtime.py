@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from densely.cpu_features import cpu_capabilities
 from densely.errors import ConfigError
 from densely.processors import processors
 
@@ -123,7 +124,7 @@ def _bfloat16_is_fast(device: torch.device) -> tuple[bool, str]:
             return True, "the GPU computes in bfloat16"
         return False, "the GPU has no bfloat16"
     if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
+        has = cpu_capabilities()
         for key in ("avx512_bf16", "amx_bf16", "bf16"):
             if has.get(key) and _has_onednn():
                 return True, f"the CPU has {key}"

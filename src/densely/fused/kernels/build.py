@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from densely.cache import cache_folder
+from densely.cpu_features import cpu_capabilities
 
 VARIABLE = "DENSELY_KERNELS"
 SOURCES = Path(__file__).parent / "cpu"
@@ -55,7 +56,7 @@ def find_or_build() -> Path:
     Raises:
         BuildError: there is none, and no compiler or one that fails.
     """
-    has = torch.cpu.get_capabilities()
+    has = cpu_capabilities()
     for level, needs in LEVELS.items():
         path = PREBUILT / file_name(level)
         if path.is_file() and all(has.get(name) for name in needs):
