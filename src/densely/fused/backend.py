@@ -17,9 +17,9 @@ from densely.fused import block, companions, plain
 from densely.fused.bare_tensors import on_bare_tensors, why_plain
 from densely.fused.block_statistics import Moments, leave, moments_of
 from densely.fused.image_stem import image_stem as fused_image_stem
-from densely.fused.image_stem import made_space
+from densely.fused.image_stem import made_size
 from densely.fused.kernels import makes_image_stem, missing
-from densely.fused.plain import Conv, FirstConv, Layer, Norm
+from densely.fused.plain import Conv, FirstConv, Layer, Norm, takes_batch
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -126,7 +126,7 @@ def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]
     rows = x.numel() // x.shape[1]
     wide = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     for norm in norms:
-        if norm.takes_batch and rows == 1:
+        if takes_batch(norm) and rows == 1:
             return "has one value a channel"
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             if tensor is not None and (why := _why_not_beside(x, tensor, wide)):
@@ -149,8 +149,9 @@ def _one_or_more(images: Tensor, conv: FirstConv, norm: Norm) -> bool:
     """
     if images.dim() != 4 or images.shape[1] != conv.weight.shape[1]:
         return False
-    made = made_space(images, conv)
-    return min(made.size) >= 1 and not (norm.takes_batch and made.rows == 1)
+    height, width = made_size(images, conv)
+    one = images.shape[0] * height * width == 1
+    return min(height, width) >= 1 and not (takes_batch(norm) and one)
 
 
 def _misfit_of_block(channels: int, layers: tuple[Layer, ...]) -> str | None:

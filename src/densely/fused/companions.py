@@ -63,15 +63,15 @@ def _read(
     pooling: Pooling,
     moments: Moments | None,
 ) -> Tensor:
-    statistics: list[Tensor] = as_they_are(norm.own_statistics)
-    if norm.takes_batch and moments is not None:
+    statistics: list[Tensor] = as_they_are(plain.own_statistics(norm))
+    if plain.takes_batch(norm) and moments is not None:
         statistics = list(moments)
     learnt = parameters(norm, x, x.shape[1])
     convolution = [] if conv is None else [conv.weight]
     convolution += [] if conv is None or conv.bias is None else [conv.bias]
     tensors = [x, *learnt, *convolution]
     needed = [tensor.requires_grad for tensor in tensors]
-    setting = (norm.eps, norm.takes_batch, pooling.kind, list(pooling.step))
+    setting = (norm.eps, plain.takes_batch(norm), pooling.kind, list(pooling.step))
     if torch.is_grad_enabled() and any(needed):
         output, mean, var, *_ = _Reader.apply(  # type: ignore[no-untyped-call]
             setting, statistics, needed, *tensors

@@ -27,7 +27,14 @@ from densely.fused.coefficients import (
     update_running_statistics,
 )
 from densely.fused.kernels import chosen
-from densely.fused.kernels.operands import Affine, FirstConvolution, NormVectors, Pooling, Space
+from densely.fused.kernels.operands import (
+    Affine,
+    FirstConvolution,
+    NormVectors,
+    Pooling,
+    Space,
+    window_places,
+)
 from densely.fused.kernels.reference import (
     Kernels,
     accumulation_dtype,
@@ -49,10 +56,10 @@ def image_stem(
     outputs = conv.weight.shape[0]
     learnt = [*parameters(norm, images, outputs), conv.weight]
     learnt += [] if conv.bias is None else [conv.bias]
-    statistics = as_they_are(norm.own_statistics)
+    statistics = as_they_are(plain.own_statistics(norm))
     needed = [tensor.requires_grad for tensor in learnt]
     setting = (norm.eps, list(conv.stride), list(stride))
-    made, (pad_h, pad_w) = made_space(images, conv), conv.padding
+    (height, width), (pad_h, pad_w) = made_size(images, conv), conv.padding
     images = F.pad(images, (pad_w, pad_w, pad_h, pad_h))
     images = images.contiguous(memory_format=torch.channels_last)  # once for both ways
     if torch.is_grad_enabled() and any(needed):
@@ -61,17 +68,17 @@ def image_stem(
         )
     else:
         output, mean, var, *_ = image_stem_forward(images, learnt, statistics, *setting, False)
-    if norm.takes_batch:
+    if plain.takes_batch(norm):
         moved = mean if conv.bias is None else mean + conv.bias.detach()
-        update_running_statistics([(norm, moved, var)], made.rows)
+        update_running_statistics([(norm, moved, var)], len(images) * height * width)
     return output  # type: ignore[no-any-return]
 
 
-def made_space(images: Tensor, conv: plain.FirstConv) -> Space:
-    """The space of what the convolution makes of images [N, C, H, W], which may be none."""
+def made_size(images: Tensor, conv: plain.FirstConv) -> tuple[int, ...]:
+    """Of the maps that the convolution makes of images [N, C, H, W]; below 1 if it makes none."""
     axes = zip(images.shape[2:], conv.padding, strict=True)
-    padded = Space(images.shape[0], tuple(size + 2 * pad for size, pad in axes))
-    return FirstConvolution(conv.weight, conv.stride, padded).made
+    padded = [size + 2 * pad for size, pad in axes]
+    return window_places(padded, conv.weight.shape[2:], conv.stride)
 
 
 class _ImageStem(torch.autograd.Function):

@@ -64,11 +64,11 @@ class PackedStep(NamedTuple):
 def pack(x: Tensor, layers: tuple[plain.Layer, ...]) -> Packed:
     """Flatten the layers that work on x [N, C, *space], and draw what their dropouts drop."""
     packed = Packed([], [], [])
-    own = [step.norm.own_statistics for layer in layers for step in layer]
-    own_statistics = iter(coefficients.as_they_are([*chain.from_iterable(own)]))
+    own = [plain.own_statistics(step.norm) for layer in layers for step in layer]
+    statistics_of_all = iter(coefficients.as_they_are([*chain.from_iterable(own)]))
     for layer in layers:
         for i, (norm, conv, drop_rate, drop_maps) in enumerate(layer):
-            statistics = () if norm.takes_batch else islice(own_statistics, 2)
+            statistics = () if plain.takes_batch(norm) else islice(statistics_of_all, 2)
             mask = None
             if drop_rate > 0:
                 width = conv.weight.shape[0]
@@ -76,7 +76,12 @@ def pack(x: Tensor, layers: tuple[plain.Layer, ...]) -> Packed:
             learnt = coefficients.parameters(norm, x, conv.weight.shape[1])
             tensors = (*learnt, *statistics, conv.weight, conv.bias, mask)
             packed.tensors.extend(tensor for tensor in tensors if tensor is not None)
-            flags = (norm.takes_batch, conv.bias is not None, mask is not None, i + 1 == len(layer))
+            flags = (
+                plain.takes_batch(norm),
+                conv.bias is not None,
+                mask is not None,
+                i + 1 == len(layer),
+            )
             packed.flags.append(sum(1 << bit for bit, flag in enumerate(flags) if flag))
             packed.flags.append(conv.dilation)
             packed.numbers.extend((norm.eps, 1 - drop_rate))

@@ -35,17 +35,18 @@ class Norm(NamedTuple):
     eps: float
     training: bool
 
-    @property
-    def takes_batch(self) -> bool:
-        """Whether it normalises by the statistics of the batch: it may have no others."""
-        return len(self.own_statistics) == 0  # not `not`, which compilers cannot trace
 
-    @property
-    def own_statistics(self) -> tuple[Tensor, ...]:
-        """Mean and variance that it normalises by, whatever the batch; empty if by the batch's."""
-        if self.training or self.running_mean is None or self.running_var is None:
-            return ()
-        return self.running_mean, self.running_var
+# Functions and no properties, which PyTorch 2.10's compiler does not know of such tuples.
+def takes_batch(norm: Norm) -> bool:
+    """Whether it normalises by the statistics of the batch: it may have no others."""
+    return len(own_statistics(norm)) == 0  # not `not`, which compilers cannot trace
+
+
+def own_statistics(norm: Norm) -> tuple[Tensor, ...]:
+    """Mean and variance that it normalises by, whatever the batch; empty if by the batch's."""
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return ()
+    return norm.running_mean, norm.running_var
 
 
 class Conv(NamedTuple):
@@ -99,7 +100,7 @@ def norm_relu(x: Tensor, norm: Norm) -> Tensor:
         norm.running_var,
         norm.weight,
         norm.bias,
-        norm.takes_batch,
+        takes_batch(norm),
         momentum,
         norm.eps,
     )

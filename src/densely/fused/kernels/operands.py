@@ -5,7 +5,7 @@ place, and the first C' channels are a view of its first columns. Rows may be fu
 they are long; columns stand side by side.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import prod
 from typing import Literal, NamedTuple
@@ -119,10 +119,16 @@ class FirstConvolution(NamedTuple):
     @property
     def made(self) -> Space:
         """The space of the result."""
-        axes = zip(self.space.size, self.weight.shape[2:], self.stride, strict=True)
-        return Space(
-            self.space.batch, tuple((size - seen) // step + 1 for size, seen, step in axes)
-        )
+        places = window_places(self.space.size, self.weight.shape[2:], self.stride)
+        return Space(self.space.batch, places)
+
+
+def window_places(
+    sizes: Sequence[int], window: Sequence[int], stride: Sequence[int]
+) -> tuple[int, ...]:
+    """How many a window has along each axis; below 1 where there is no room for it."""
+    axes = zip(sizes, window, stride, strict=True)
+    return tuple((size - seen) // step + 1 for size, seen, step in axes)
 
 
 class Pending(NamedTuple):
