@@ -20,7 +20,7 @@ def test_every_choice_has_a_reason() -> None:
 def test_bfloat16_is_chosen_where_the_cpu_has_it(
     monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16})
+    monkeypatch.setattr("densely.runtime.cpu_capabilities", lambda: {"avx512_bf16": has_bfloat16})
     assert choose_runtime("cpu").precision == ("bfloat16" if has_bfloat16 else "float32")
 
 

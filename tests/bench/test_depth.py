@@ -68,7 +68,7 @@ def test_bytes_are_of_float32_for_all_even_where_bfloat16_is_fast(
         precisions.append(variant.runtime.precision)
         return make_trial(variant, *rest)
 
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr("densely.runtime.cpu_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(depth, "make_trial", noting)
     lines = depth_series("cpu", Progress(), (10,))
     assert precisions == ["float32"] * len(lines)
