@@ -46,8 +46,9 @@ def gpu_speed_now() -> str:
 A training step as one CUDA graph. Commit {env["commit"]}, torch {env["versions"]["torch"]}, Triton
 {first["triton"]}, Python {env["python"]}; batch {first["batch"]}, bfloat16 under autocast, SGD with
 momentum. 121 is DenseNet-121 at 224 pixels (peers: torchvision), bc DenseNet-BC-100-12 at 32, d2l
-the chapter's net at 96 (peers: plain PyTorch). Made by a script of the hour; the command is now
-`bash benchmarks/gpu_check.sh OUTDIR all`. All variants of a net took turns. Medians of 5 rounds,
+the chapter's net at 96 (peers: plain PyTorch). Made by a script of the hour; now
+`bash benchmarks/gpu_check.sh OUTDIR all` measures the same, in two groups: what is compiled comes
+after the others. Here all variants of a net took turns. Medians of 5 rounds,
 but of bc a single round: of its two, the other was disturbed, so that all took 15 to 38% longer.
 Eager PyTorch of the small nets waits for Python, and varies by as much. This card copies
 {ceilings["copy_tb_per_s"]} TB/s and multiplies {ceilings["bf16_tflop_per_s"]:.0f} bfloat16 TFLOP/s.

@@ -200,8 +200,6 @@ def _compare(
             if "ceilings" not in findings.facts and not setting.smoke:
                 findings.facts["ceilings"] = ceilings(setting.device)
                 _free(setting)
-        for entrant in entrants:
-            del entrant.ms[1:]
         for _ in range(1 if setting.smoke else ROUNDS):
             if setting.left_s() < RESERVE_S:
                 break
@@ -318,7 +316,11 @@ def _ready(
 
 
 def _runs_our_operators(step: Callable[[], object]) -> bool:
-    """Whether a first step calls some, as compiled code does that is not counted."""
+    """Whether a second step calls some, as compiled code does that is not counted.
+
+    The first compiles, which is much to look through; a third may replay what the second records.
+    """
+    step()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         step()
     return any(event.key.startswith("densely::") for event in seen.key_averages())
@@ -332,7 +334,8 @@ def _turn(setting: Setting, entrant: Entrant) -> None:
         entrant.row |= {"gap": NO_TURN, "ms_beside_others": round(entrant.ms[0], 4)}
         return
     entrant.row.pop("gap", None)
-    median = statistics.median(entrant.ms[1:] or entrant.ms)  # the first was none of a round
+    # Without the first, which was none of a round; the last ones beside all that take part.
+    median = statistics.median(entrant.ms[1:][-ROUNDS:] or entrant.ms)
     entrant.row["step_ms"] = round(median, 4)
     entrant.row["images_per_s"] = round(1000 * batch_of(setting) / median, 1)
     entrant.row["step_ms_by_round"] = [round(ms, 4) for ms in entrant.ms]

@@ -75,6 +75,16 @@ def test_all_is_each_precision_and_each_network_then_bytes_and_kernels(
     assert set(at_once.VARIANTS) <= set(speed.names(["default"]))
 
 
+def test_the_variants_that_wait_for_a_gpu_are_there() -> None:
+    from gpu_check import speed
+    from results_gpu import WAITING
+
+    known = speed.names(["max-autotune-no-cudagraphs", "reduce-overhead"])
+    for stage in WAITING.values():
+        _, _, words = stage.partition('--variants "')
+        assert set(words.strip('"').split(",")) <= set(known)
+
+
 @pytest.mark.parametrize("fails", ["", "speed-bc"])
 def test_what_one_says_is_kept_and_what_fails_fails_all(
     fails: str,
@@ -151,7 +161,7 @@ def test_what_is_compiled_joins_the_others_when_they_have_had_their_turns(
     quick = ["densely captured", "captured NHWC"]
     assert turns == [quick, "compiler", [*quick, "compiled default"]]
     rows = json.loads((given.out / "speed.json").read_text())["rows"]
-    assert [len(row["step_ms_by_round"]) for row in rows] == [2, 2, 2]  # a first time and a turn
+    assert [len(row["step_ms_by_round"]) for row in rows] == [3, 3, 2]  # a first time, and turns
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -1,7 +1,7 @@
 """A gradient's memory is taken where nobody else would see it, and whoever holds it keeps it."""
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from block_cases import block as block_of
 from block_cases import build as build_block
 from block_oracle import fresh
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from densely.fused import backend, block, kernels, plain
+from densely.fused import backend, block, kernels, ownership, plain
 from densely.fused.kernels.operands import Space
 from densely.fused.ownership import sole_owners
 
@@ -62,6 +63,14 @@ class Net:
         """The block's output, and what is made of it."""
         middle = module.dense_block(self.x, self.layers)
         return middle, module.transition(middle, self.norm, self.conv, (2, 2)).square().sum()
+
+
+@pytest.fixture
+def no_counts_yet() -> Iterator[None]:
+    """Owners are counted within the test, and anew after it."""
+    ownership._sole_owners.cache_clear()
+    yield
+    ownership._sole_owners.cache_clear()
 
 
 @pytest.fixture
@@ -125,47 +134,76 @@ def test_a_hook_that_has_let_go_keeps_nothing(taken: list[bool]) -> None:
     assert taken == [True]
 
 
-@pytest.fixture(scope="module")
-def under_a_compiler() -> tuple[Any, ...]:
-    """Sole owners, counted where PyTorch's compiler sees each call: calls hold more there."""
-    found: list[Any] = []
+def seen_by_a_compiler(net: Net) -> tuple[Tensor, Tensor]:
+    """`net.run` past the compiler's limit, where it still sees each call and compiles none."""
+    made: list[tuple[Tensor, Tensor]] = []
 
-    @torch._dynamo.decorators.skip
-    def ask() -> None:
-        found.extend(sole_owners())
+    def step(x: Tensor, turn: int) -> Tensor:
+        if turn == 1:
+            made.append(net.run(backend))
+        return x + turn
 
-    def broken(x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        ask()
-        return x + 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler's own look at gradients
-        torch.compile(broken, backend="eager")(torch.ones(1))
-    return tuple(found)
+    compiled = torch.compile(step, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for turn in range(2):
+            compiled(torch.ones(1), turn)
+    return made[0]
 
 
-def test_owners_are_counted_anew_where_calls_hold_more(under_a_compiler: tuple[Any, ...]) -> None:
-    whole, here = under_a_compiler[0], sole_owners()[0]
-    assert here is not None
-    assert whole.of_tensor[0] > here.of_tensor[0]
-    assert whole.of_node > here.of_node
+@pytest.mark.usefixtures("no_counts_yet")
+def test_memory_is_taken_where_a_compiler_has_seen_the_forward(taken: list[bool]) -> None:
+    _, end = seen_by_a_compiler(Net())
+    end.backward()  # type: ignore[no-untyped-call]
+    assert taken == [True]
 
 
-def test_what_calls_held_elsewhere_is_not_taken_for_nobodys(
-    taken: list[bool], under_a_compiler: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("no_counts_yet")
+def test_a_hook_keeps_its_gradient_where_a_compiler_has_seen_the_forward(
+    taken: list[bool],
 ) -> None:
-    """Where a hook holds just as much."""
-    whole, here = under_a_compiler[0], sole_owners()[0]
-    assert here is not None
-    more = whole.of_tensor[0] - here.of_tensor[0]
-    monkeypatch.setattr(block, "sole_owners", lambda: under_a_compiler)
-    net, kept = Net(), []
-    middle, end = net.run(backend)
-    middle.register_hook(lambda grad: kept.extend([grad] * more))  # type: ignore[no-untyped-call]
+    """While a compiler sees them, calls hold one more, and so does whoever holds the node."""
+    kept: list[Tensor] = []
+    middle, end = seen_by_a_compiler(Net())
+    node: Any = middle.grad_fn
+    node.register_prehook(lambda grads: kept.append(grads[0]))
     end.backward()  # type: ignore[no-untyped-call]
     assert taken == [False]
     assert as_plain(kept[0], of_plain()[0])
+
+
+def test_where_calls_hold_another_number_memory_is_left_alone(
+    taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, end = Net().run(backend)
+    monkeypatch.setattr(ownership, "_held_by_a_call", lambda _: 1)
+    end.backward()  # type: ignore[no-untyped-call]
+    assert taken == [False]
+
+
+@pytest.mark.usefixtures("no_counts_yet")
+def test_owners_are_counted_anew_where_calls_hold_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sole_owners()
+    monkeypatch.setattr(ownership, "_held_by_a_call", lambda _: 99)
+    assert [found.of_call for found in sole_owners() if found] == [99, 99]
+    monkeypatch.undo()
+    assert sole_owners() == before
+
+
+def test_the_compiler_sees_calls_again_afterwards() -> None:
+    before = eval_frame.set_eval_frame(False)  # runs what it has compiled, and compiles nothing
+    try:
+        sole_owners()
+        assert eval_frame.get_eval_frame_callback() is False
+    finally:
+        eval_frame.set_eval_frame(before)
+
+
+def test_threads_that_begin_at_once_count_for_themselves() -> None:
+    here = sole_owners()
+    with ThreadPoolExecutor(4) as workers:
+        for _ in range(20):
+            ownership._sole_owners.cache_clear()
+            assert {*workers.map(lambda _: sole_owners(), range(8))} == {here}
 
 
 def test_what_is_asked_for_is_returned_unchanged(taken: list[bool]) -> None:
@@ -212,7 +250,7 @@ def test_a_gradient_may_be_changed_in_place() -> None:
 def test_what_is_added_to_the_gradient_itself_is_the_same(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str, near: float, kind: str
 ) -> None:
-    monkeypatch.setattr(block, "owners", lambda *_: block.sole_owners()[0])
+    monkeypatch.setattr(block, "owners", lambda _: block.sole_owners()[0])
     tree = fresh(Inputs(*build_block(CASES[kind], dtype)))
     grad = gradient(CASES[kind], dtype)
     expected = oracle(*tree, grad)

@@ -181,7 +181,7 @@ def test_the_gradients_own_memory_may_be_added_to(
     space = Space(grad.shape[0], tuple(grad.shape[2:]))
     room = triton_kernels.TritonKernels().matrix(space.rows, grad.shape[1], grad, grad.dtype)
     given = space.maps(room.to(DEVICE).copy_(space.matrix(grad)))
-    monkeypatch.setattr(block, "owners", lambda *_: block.sole_owners()[0])
+    monkeypatch.setattr(block, "owners", lambda _: block.sole_owners()[0])
     got = run(backend.dense_block, tree, given, "triton")
     assert_same(got, blocks.oracle(*tree, grad), 1e-4)
     assert not torch.equal(given.cpu(), grad), "it has not been added to"

@@ -100,7 +100,7 @@ def final(x: Tensor, norm: Norm) -> Tensor:
 def obstacle(x: Tensor, norms: Iterable[Norm], convs: Iterable[Conv | FirstConv]) -> str | None:
     """Why a step must run as plain PyTorch; None if it may run fused."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    # The flag itself: to PyTorch 2.11 `is_exporting()` is true in all code that it compiles.
+    # The flag itself: `is_exporting()` of PyTorch 2.10 and 2.11 is true in all compiled code.
     if torch.compiler._is_exporting_flag or tracing:
         return "is being exported: plain operators are what other programs know"
     if not torch.compiler.is_compiling():

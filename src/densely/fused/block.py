@@ -139,7 +139,7 @@ class _DenseBlock(torch.autograd.Function):
             else:
                 zero_sums = is_marked(grad)
                 run: Callable[..., list[Tensor]] = dense_block_backward
-                counted = owners(ctx, grad) if ctx.sole_owners else None
+                counted = owners(grad) if ctx.sole_owners else None
                 if counted is not None and counted in ctx.sole_owners:
                     run = partial(_backward, may_write=True)  # as an operator may not
                 found = run(

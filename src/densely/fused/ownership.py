@@ -8,8 +8,9 @@ hook that has kept it, a view or an array of its memory, or `torch.autograd.grad
 it. Memory that is not PyTorch's own, as an array's, may have owners that nobody counts.
 
 Calls in Python hold what they are given, too, and more of it while PyTorch's compiler sees each
-call, or for good once it has failed. So the autograd node, which is given to the same calls, is
-counted as well.
+call, or for good once it has failed. The count to compare with is therefore taken where calls hold
+the least, and together with what a call holds there: memory is left alone where a call holds
+another number, as of then the owners' number tells nothing.
 """
 
 import functools
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -28,15 +30,15 @@ class Owners(NamedTuple):
     """
 
     kind: type  # of a plain tensor, or of one that stands for another
-    of_node: int
+    of_call: int  # what a call holds of its argument
     of_tensor: tuple[int, int]
     of_base: tuple[int, int]
     of_storage: tuple[int, int]
     own_memory: bool
 
 
-def owners(node: object, grad: Tensor) -> Owners | None:
-    """Of a gradient, as an autograd function's backward sees it under one name, like its `ctx`.
+def owners(grad: Tensor) -> Owners | None:
+    """Of a gradient, as an autograd function's backward sees it under one name.
 
     None where they cannot be counted: this asks what PyTorch promises nobody.
     """
@@ -46,7 +48,7 @@ def owners(node: object, grad: Tensor) -> Owners | None:
         base: Any = grad._base
         return Owners(
             type(grad),
-            sys.getrefcount(node),
+            _held_by_a_call(object()),
             (sys.getrefcount(grad), tensor._use_count()),
             (0, 0) if base is None else (sys.getrefcount(base), base._use_count()),
             (sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)),
@@ -61,7 +63,11 @@ def sole_owners() -> tuple[Owners | None, ...]:
 
     Not to be asked for within a backward, since it runs one.
     """
-    return _sole_owners(_held_by_a_call(object()))
+    compiler = eval_frame.set_eval_frame(None)
+    try:
+        return _sole_owners(_held_by_a_call(object()))
+    finally:
+        eval_frame.set_eval_frame(compiler)
 
 
 def _held_by_a_call(given: object) -> int:
@@ -70,23 +76,22 @@ def _held_by_a_call(given: object) -> int:
 
 @functools.cache
 def _sole_owners(_held: int) -> tuple[Owners | None, ...]:
-    """Anew where calls hold more, or less."""
+    """Anew once a compiler has failed."""
     return tuple(_probed(view) for view in (False, True))
 
 
 class _Probe(torch.autograd.Function):
     """Counts where nobody else can hold anything."""
 
-    found: Owners | None
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, found: list[Owners | None]) -> Tensor:
+        ctx.found = found
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: None) -> Tensor:
-        _Probe.found = owners(ctx, grad)
-        return grad
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, None]:
+        ctx.found.append(owners(grad))
+        return grad, None
 
 
 class _Maker(torch.autograd.Function):
@@ -104,8 +109,9 @@ class _Maker(torch.autograd.Function):
 
 
 def _probed(view: bool) -> Owners | None:
+    found: list[Owners | None] = []
     alone = _disable_current_modes()  # as of a compiler, whose tensors have other owners
     with alone, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         x = torch.ones(2, requires_grad=True)
-        _Maker.apply(_Probe.apply(x), view).sum().backward()  # type: ignore[no-untyped-call]
-    return _Probe.found
+        _Maker.apply(_Probe.apply(x, found), view).sum().backward()  # type: ignore[no-untyped-call]
+    return found[0]
