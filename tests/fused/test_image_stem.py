@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from block_cases import EVAL, assert_same, outcome, storages
+from block_cases import EVAL, NormCase, assert_same, outcome, storages
 from block_oracle import fresh, named
 from image_stem_cases import CASES, Case, build, call, gradient, oracle, run
 from torch import Tensor, nn
@@ -33,6 +33,22 @@ def test_equals_the_oracle_in_any_layout() -> None:
     wide = torch.stack((tree.x, tree.x + 1), dim=-1)
     for images in (tree.x.to(memory_format=torch.channels_last), wide[..., 0]):
         assert_same(run(image_stem, case, tree._replace(x=images), grad), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "norm", "has"),
+    [
+        ((2, 1, 7, 7), NormCase(), True), ((1, 1, 7, 7), NormCase(), False),
+        ((1, 1, 7, 7), EVAL, True), ((1, 1, 8, 7), NormCase(), False),
+        ((1, 1, 9, 7), NormCase(), True), ((2, 1, 6, 7), EVAL, False),
+    ],
+)  # fmt: skip
+def test_places_and_images_together_are_the_batch(
+    shape: tuple[int, ...], norm: NormCase, has: bool
+) -> None:
+    """A window of 7 by 7 with stride 2 and no padding; one value a channel is no batch."""
+    tree = build(Case(shape, pad=(0, 0), norm=norm))
+    assert backend._one_or_more(tree.x, tree.layers.conv, tree.layers.norm) is has
 
 
 @pytest.mark.parametrize("name", ["grey", "eval"])
