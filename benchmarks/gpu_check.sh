@@ -2,7 +2,7 @@
 # What a CUDA GPU must show, in stages of less than nine minutes:
 #
 #   benchmarks/gpu_check.sh OUTDIR                  correct and speed, half of the time each
-#   benchmarks/gpu_check.sh OUTDIR all              correct and speed at once, compiled peers, traffic, kernels
+#   benchmarks/gpu_check.sh OUTDIR all              correct and speed at once, then traffic and kernels
 #   benchmarks/gpu_check.sh OUTDIR correct          every step and net against float64
 #   benchmarks/gpu_check.sh OUTDIR speed            beside plain PyTorch, tuned, captured, compiled
 #   benchmarks/gpu_check.sh OUTDIR profile          the kernels that steps spend their time in

@@ -46,7 +46,7 @@ def test_each_replay_goes_on_from_the_random_numbers_of_its_time() -> None:
     assert torch.equal(found, expected[1])
 
 
-# PyTorch's own, of its capture of any network; an error within a capture would end it.
+# PyTorch warns of these within its own capture, which an error would end.
 @pytest.mark.filterwarnings(
     "ignore:Attempting to run cuBLAS, but there was no current CUDA context"
 )

@@ -2,9 +2,8 @@
 
 Most of their time goes to compilers, which the machine's processors run side by side; those that
 measure take turns on the GPU, and wait until all are ready. So peers that torch.compile takes
-minutes for come after the others. Each writes to a folder of its own in
-OUTDIR. What else there is takes longer, or the GPU as a whole: peers compiled by max-autotune, and
-the trainings.
+minutes for come after the others. Each writes to a folder of its own in OUTDIR. What else there is
+takes longer, or the GPU as a whole: peers compiled by max-autotune, and the trainings.
 """
 
 import subprocess

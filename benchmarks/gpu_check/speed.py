@@ -196,8 +196,8 @@ def _compare(
             continue
         with setting.turns.among_others():
             entrants += _prepared(setting, findings, net, mode, joining, group)
-        with setting.turns.alone():
-            if "ceilings" not in findings.facts and not setting.smoke:
+        if "ceilings" not in findings.facts and not setting.smoke:
+            with setting.turns.alone():
                 findings.facts["ceilings"] = ceilings(setting.device)
                 _free(setting)
         for _ in range(1 if setting.smoke else ROUNDS):

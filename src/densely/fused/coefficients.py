@@ -121,7 +121,7 @@ def learning_together() -> Iterator[None]:
 
 def _update(found: Iterable[_Taken]) -> None:
     counts: list[Tensor] = []
-    by_momentum: dict[float, _Learning] = {}
+    by_momentum: dict[float, _Learning] = {}  # no defaultdict, which PyTorch 2.11 cannot compile
     with torch.no_grad():
         for norm, mean, var, rows in found:
             if norm.running_mean is None or norm.running_var is None:

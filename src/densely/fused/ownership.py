@@ -9,8 +9,8 @@ it. Memory that is not PyTorch's own, as an array's, may have owners that nobody
 
 Calls in Python hold what they are given, too, and more of it while PyTorch's compiler sees each
 call, or for good once it has failed. The count to compare with is therefore taken where calls hold
-the least, and together with what a call holds there: memory is left alone where a call holds
-another number, as of then the owners' number tells nothing.
+the least, and what a call holds is part of it: where that differs, owners cannot be told from
+calls, and memory is left alone.
 """
 
 import functools
